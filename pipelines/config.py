@@ -1,0 +1,125 @@
+"""One configuration system for every job: typed dataclasses, presets, YAML, command line.
+
+    python pipelines/pretrain.py --preset tiny --config my.yaml --steps 500
+    python pipelines/pretrain.py --preset tiny --print-config      # what would run, as YAML
+
+A job declares a frozen dataclass whose fields carry a type, a default and a docstring, and a
+mapping of presets. Values come from the preset, then the YAML file, then the command line. An
+unknown key, a wrong type or an impossible combination (a `ValueError` raised in `__post_init__`)
+ends the program with exit code 2 before anything starts, naming the field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import dacite
+import tyro
+import yaml
+
+T = TypeVar("T")
+
+
+def cli(presets: Mapping[str, T], *, description: str, args: Sequence[str] | None = None) -> T:
+    """Read a job's configuration from the command line.
+
+    Args:
+        presets: Named starting points; the first is the default.
+        description: The job's purpose, for `--help`.
+        args: The arguments; `sys.argv[1:]` by default.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=next(iter(presets)))
+    first.add_argument("--config", type=Path)
+    first.add_argument("--print-config", action="store_true")
+    chosen, rest = first.parse_known_args(sys.argv[1:] if args is None else list(args))
+    if chosen.preset not in presets:
+        stop(f"--preset {chosen.preset}: unknown; one of {', '.join(presets)}")
+    start = presets[chosen.preset]
+    if chosen.config:
+        start = from_yaml(start, chosen.config)
+    usage = (
+        f"{description.strip()}\n\n--preset NAME starts from one of: {', '.join(presets)} "
+        f"(now {chosen.preset}). --config FILE reads YAML over it. --print-config shows the result."
+    )
+    try:
+        config = tyro.cli(type(start), default=start, args=rest, description=usage)
+    except ValueError as error:
+        stop(str(error))
+    if chosen.print_config:
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        raise SystemExit(0)
+    return config
+
+
+def from_yaml(start: T, file: Path) -> T:
+    """Lay a YAML file over a configuration; stops the program where the two don't fit."""
+    try:
+        raw = yaml.safe_load(file.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        stop(f"--config {file}: {error}")
+    if not isinstance(raw, dict):
+        stop(f"--config {file}: expected a mapping of fields, got {type(raw).__name__}")
+    try:
+        return from_dict(type(start), merge(to_dict(start), raw))
+    except (ValueError, dacite.DaciteError) as error:
+        stop(f"--config {file}: {error}")
+
+
+def from_dict(kind: type[T], raw: Mapping[str, Any]) -> T:
+    """Build a configuration from plain values, strictly.
+
+    Raises:
+        dacite.DaciteError: an unknown key, a missing one, or a wrong type; names the field.
+        ValueError: an impossible combination.
+    """
+    hooks = {float: _as_float, Path: Path}
+    settings = dacite.Config(strict=True, cast=[tuple], type_hooks=hooks)
+    return dacite.from_dict(typing.cast(Any, kind), raw, settings)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values (tuples become lists, paths strings)."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` laid on it, nested mappings merged."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names and scalar values, as experiment trackers want parameters."""
+    flat: dict[str, Any] = {}
+    for key, value in (config if isinstance(config, Mapping) else to_dict(config)).items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def stop(message: str) -> NoReturn:
+    """End the program: a usage error, said in one line."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _as_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected a number, got {value!r}")
+    return float(value)

@@ -1,0 +1,158 @@
+"""Resumable jobs on Ray Data: each unit of input becomes one part (one Parquet file) of a dataset.
+
+Ray Data streams the units through tasks or an actor pool on whatever nodes there are. A part's
+record is written after its file, so a job that was killed anywhere finds its finished parts again
+and makes only the rest; part names and contents depend on the unit alone, never on timing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from pipelines import console
+from pipelines.storage import Commit, Dataset, PartRecord
+
+
+@dataclass
+class PartOutput:
+    """What a worker makes of one unit: good rows, set-aside rows (each with `reason`), counts."""
+
+    table: pa.Table
+    set_aside: list[dict[str, Any]] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+class Worker(Protocol):
+    """Turns a unit (a JSON-able dict with a unique `name`) into a part."""
+
+    def __call__(self, unit: dict[str, Any]) -> PartOutput: ...
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where a job's workers run: `actors` of them (0: plain tasks), each with so many CPUs/GPUs."""
+
+    actors: int = 0
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+def run_parts(
+    dataset: Dataset,
+    fingerprint: str,
+    units: Sequence[dict[str, Any]],
+    make_worker: Callable[[], Worker],
+    *,
+    resources: Resources = Resources(),  # noqa: B008 (frozen)
+    label: str | None = None,
+) -> list[PartRecord]:
+    """Make the parts that are not there yet; return the records of all, in the units' order.
+
+    `make_worker` is called once per actor, or once per process for tasks, and must be picklable.
+    """
+    import ray.data
+
+    names = [unit["name"] for unit in units]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{dataset.name}: unit names are not unique")
+    records = {k: v for k, v in dataset.finished_parts(fingerprint).items() if k in set(names)}
+    todo = [unit for unit in units if unit["name"] not in records]
+    with console.bar(label or dataset.name, total=len(units), done=len(records)) as bar:
+        if todo:
+            rows = [{"unit": json.dumps(unit)} for unit in todo]
+            stream = ray.data.from_items(rows, override_num_blocks=len(rows))
+            options: dict[str, Any] = {"batch_size": 1, "num_cpus": resources.cpus}
+            if resources.gpus:
+                options["num_gpus"] = resources.gpus
+            if resources.actors:
+                options["compute"] = ray.data.ActorPoolStrategy(
+                    size=min(resources.actors, len(todo))
+                )
+                options["fn_constructor_args"] = (dataset, fingerprint, make_worker)
+                stream = stream.map_batches(_PartActor, **options)
+            else:
+                options["fn_args"] = (dataset, fingerprint, make_worker)
+                stream = stream.map_batches(_part_task, **options)
+            for row in stream.iter_rows():
+                record = row["record"]
+                records[record.name] = record
+                bar.update(1)
+    return [records[name] for name in names]
+
+
+def _write(
+    dataset: Dataset, fingerprint: str, worker: Worker, batch: dict[str, Any]
+) -> dict[str, list[PartRecord]]:
+    unit = json.loads(str(batch["unit"][0]))
+    output = worker(unit)
+    record = dataset.write_part(
+        fingerprint, unit["name"], output.table, set_aside=output.set_aside, stats=output.stats
+    )
+    return {"record": [record]}
+
+
+class _PartActor:
+    def __init__(
+        self, dataset: Dataset, fingerprint: str, make_worker: Callable[[], Worker]
+    ) -> None:
+        self.dataset, self.fingerprint, self.worker = dataset, fingerprint, make_worker()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[PartRecord]]:
+        return _write(self.dataset, self.fingerprint, self.worker, batch)
+
+
+def _part_task(
+    batch: dict[str, Any], dataset: Dataset, fingerprint: str, make_worker: Callable[[], Worker]
+) -> dict[str, list[PartRecord]]:
+    return _write(dataset, fingerprint, make_worker(), batch)
+
+
+def sum_stats(records: Iterable[PartRecord]) -> dict[str, Any]:
+    """Add up the parts' counters; nested dicts of counts are added key by key."""
+    total: dict[str, Any] = {}
+    for record in records:
+        for key, value in record.stats.items():
+            if isinstance(value, dict):
+                total[key] = dict(Counter(total.get(key, {})) + Counter(value))
+            else:
+                total[key] = total.get(key, 0) + value
+    return total
+
+
+def make_dataset(
+    dataset: Dataset,
+    *,
+    job: str,
+    fingerprint: str,
+    config: Any,
+    inputs: Sequence[dict[str, Any]],
+    units: Callable[[], Sequence[dict[str, Any]]],
+    make_worker: Callable[[], Worker],
+    schema: pa.Schema,
+    resources: Resources = Resources(),  # noqa: B008 (frozen)
+    extra_stats: dict[str, Any] | None = None,
+) -> Commit:
+    """The whole life of a dataset: skip it if it is committed, else make its parts and commit.
+
+    `units` is a function because listing them may be work that a finished dataset doesn't need.
+    """
+    found = dataset.finished(fingerprint)
+    if found is not None:
+        console.say(f"{dataset.name}: already there ({found.rows:,} rows), skipped")
+        return found
+    records = run_parts(dataset, fingerprint, units(), make_worker, resources=resources)
+    return dataset.publish(
+        fingerprint,
+        records,
+        job=job,
+        schema=schema,
+        stats={**sum_stats(records), **(extra_stats or {})},
+        config=config,
+        inputs=inputs,
+    )

@@ -1,0 +1,333 @@
+"""What can be said and asked about a scene: captions, phrases, questions, statements about two.
+
+All of it is true of the scene it is made for (or, for statements, as true as it is labelled).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from .scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Kind,
+    Scene,
+    Thing,
+    relation,
+    sides,
+)
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+_PLACES = {
+    "sand": ("on sand",),
+    "grass": ("on grass",),
+    "night sky": ("in the night sky", "in a night sky"),
+    "snow": ("on snow", "in the snow"),
+    "brick wall": ("on a brick wall", "in front of a brick wall"),
+    "water": ("on water",),
+}
+_RELATION_WORDS = {
+    "left of": ("to the left of", "left of"),
+    "right of": ("to the right of", "right of"),
+    "above": ("above",),
+    "below": ("below", "under"),
+}
+_RELATION_TAILS = {
+    "left of": "to its left",
+    "right of": "to its right",
+    "above": "above it",
+    "below": "below it",
+}
+# The question types of VQAv2 that these questions fall under: the longest that begins a question.
+_QUESTION_TYPES = (
+    "how many",
+    "is there a",
+    "is there",
+    "what",
+    "what color are the",
+    "what color is the",
+    "what is",
+    "what is in the",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of VQAv2's style, its true answer and the mistakes that people might make."""
+
+    text: str
+    answer: str
+    question_type: str
+    answer_type: str
+    mistakes: tuple[str, ...]
+
+
+def plural(shape: str) -> str:
+    """Return a shape's name for several of it."""
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def with_article(words: str) -> str:
+    """Return the words after "a" or "an"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def noun_phrase(
+    kind: Kind, count: int = 1, *, size: bool = True, texture: bool = True, colour: bool = True
+) -> str:
+    """Return for example "a small striped blue square" or "three red circles"."""
+    words = [
+        word
+        for word, wanted in ((kind.size, size), (kind.texture, texture), (kind.colour, colour))
+        if wanted
+    ]
+    if count == 1:
+        return with_article(" ".join([*words, kind.shape]))
+    return " ".join([NUMBERS[count], *words, plural(kind.shape)])
+
+
+def describe(kind: Kind, count: int, rng: random.Random, *, grey: bool) -> str:
+    """Return a noun phrase that names some of the looks; never the colour if `grey`."""
+    texture = 0.08 if kind.texture == "plain" else 0.65
+    return noun_phrase(
+        kind,
+        count,
+        size=rng.random() < 0.45,
+        texture=rng.random() < texture,
+        colour=rng.random() < 0.85 and not grey,
+    )
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """Return a true caption in lower case, of the whole scene or a part; no colours if grey."""
+    place = rng.choice(_PLACES[scene.background]) if rng.random() < 0.6 else ""
+    groups = scene.groups()
+    style = rng.random()
+    pair = _related_pair(scene, rng) if len(groups) > 1 else None
+    if pair and style < 0.55:
+        a, b, how = pair
+        first = describe(a.kind, 1, rng, grey=scene.grey)
+        second = describe(b.kind, 1, rng, grey=scene.grey)
+        if rng.random() < 0.75:
+            body = f"{first} {rng.choice(_RELATION_WORDS[how])} {second}"
+        else:
+            body = f"{second} with {first} {_RELATION_TAILS[how]}"
+    elif style < 0.62:
+        n = len(scene.things)
+        body = f"{NUMBERS[n]} object{'s' if n > 1 else ''}"
+    else:
+        told = groups if style < 0.9 else rng.sample(groups, rng.randint(1, len(groups)))
+        body = join([describe(kind, n, rng, grey=scene.grey) for kind, n in told])
+    deixis = "this is " if body.startswith(("a ", "an ")) else "here are "
+    deixis = "here is " if body.startswith("one ") else deixis
+    opening = rng.choice(("", "", "", "", "a picture of ", "a drawing of ", deixis))
+    if place and rng.random() < 0.12:
+        return f"{place}, {body}"
+    return " ".join(filter(None, (opening + body, place)))
+
+
+def region_phrases(scene: Scene, rng: random.Random) -> list[tuple[str, tuple[int, int, int, int]]]:
+    """Return phrases about parts of the picture, each with x, y, width and height in pixels."""
+    regions = [
+        (describe(thing.kind, 1, rng, grey=scene.grey), pixel_box(scene, thing.box()))
+        for thing in scene.things
+        for _ in range(rng.randint(1, 2))
+    ]
+    pair = None if scene.has_copies() else _related_pair(scene, rng)
+    if pair:
+        a, b, how = pair
+        first = describe(a.kind, 1, rng, grey=scene.grey)
+        second = describe(b.kind, 1, rng, grey=scene.grey)
+        boxes = list(zip(a.box(), b.box(), strict=True))
+        whole = (min(boxes[0]), min(boxes[1]), max(boxes[2]), max(boxes[3]))
+        regions.append((f"{first} {_RELATION_WORDS[how][0]} {second}", pixel_box(scene, whole)))
+    return regions
+
+
+def pixel_box(
+    scene: Scene, box: tuple[float, float, float, float]
+) -> tuple[int, int, int, int]:
+    """Return left, top, right, bottom as whole-pixel x, y, width, height inside the picture."""
+    left, top = max(0, int(box[0])), max(0, int(box[1]))
+    right, bottom = min(scene.width, int(box[2]) + 1), min(scene.height, int(box[3]) + 1)
+    return left, top, right - left, bottom - top
+
+
+def questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
+    """Return up to `count` different questions about the scene; none on colour if it is grey."""
+    makers = [_ask_count, _ask_presence, _ask_presence, _ask_background, _ask_size]
+    if not scene.grey:
+        makers += [_ask_colour, _ask_colour, _ask_shape, _ask_shape]
+    if len(scene.groups()) > 1 and not scene.has_copies():
+        makers += [_ask_neighbour, _ask_neighbour]
+    asked: dict[str, Question] = {}
+    for _ in range(12):
+        question = rng.choice(makers)(scene, rng)
+        if question and len(asked) < count:
+            asked.setdefault(question.text, question)
+    return list(asked.values())
+
+
+def human_answers(question: Question, rng: random.Random) -> list[tuple[str, str]]:
+    """Return ten answers with confidence (yes, maybe, no), at most two of them mistaken."""
+    wrong = set(rng.sample(range(10), rng.choices((0, 1, 2), (5, 3, 2))[0]))
+    answers = []
+    for i in range(10):
+        answer = rng.choice(question.mistakes) if i in wrong else question.answer
+        weights = (2, 5, 3) if i in wrong else (16, 3, 1)
+        answers.append((answer, rng.choices(("yes", "maybe", "no"), weights)[0]))
+    return answers
+
+
+def statement(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str:
+    """Return a sentence about two images, of NLVR2's style, that is true just if `truth`."""
+    for _ in range(60):
+        sentence, holds = rng.choice(_STATEMENTS)(left, right, rng)
+        if holds == truth:
+            return sentence
+    total = len(left.things) + len(right.things)
+    return f"there are {NUMBERS[total if truth else total - 1]} objects in total"
+
+
+def join(phrases: list[str]) -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
+
+
+def _related_pair(scene: Scene, rng: random.Random) -> tuple[Thing, Thing, str] | None:
+    if scene.has_copies():
+        return None
+    pairs = [(a, b, relation(a, b)) for a in scene.things for b in scene.things if a is not b]
+    clear = [(a, b, how) for a, b, how in pairs if how]
+    return rng.choice(clear) if clear else None
+
+
+def _question(text: str, answer: str, options: tuple[str, ...]) -> Question:
+    fitting = [t for t in _QUESTION_TYPES if text.startswith(t + " ")]
+    answer_type = "yes/no" if answer in ("yes", "no") else "other"
+    mistakes = tuple(option for option in options if option != answer)
+    kind = "number" if answer.isdigit() else answer_type
+    return Question(text, answer, max(fitting, key=len), kind, mistakes)
+
+
+def _ask_colour(scene: Scene, rng: random.Random) -> Question:
+    kind, n = rng.choice(scene.groups())
+    subject = f"is the {kind.shape}" if n == 1 else f"are the {plural(kind.shape)}"
+    return _question(f"what color {subject}?", kind.colour, tuple(COLOURS))
+
+
+def _ask_shape(scene: Scene, rng: random.Random) -> Question:
+    kind, n = rng.choice(scene.groups())
+    subject = f"is the {kind.colour} object" if n == 1 else f"are the {kind.colour} objects"
+    return _question(f"what shape {subject}?", kind.shape, SHAPES)
+
+
+def _ask_size(scene: Scene, rng: random.Random) -> Question:
+    kind, n = rng.choice(scene.groups())
+    subject = f"is the {kind.shape}" if n == 1 else f"are the {plural(kind.shape)}"
+    return _question(f"what size {subject}?", kind.size, SIZES)
+
+
+def _ask_count(scene: Scene, rng: random.Random) -> Question:
+    if rng.random() < 0.6:
+        what, n = "objects", len(scene.things)
+    else:
+        shape = rng.choice([*(kind.shape for kind, _ in scene.groups()), rng.choice(SHAPES)])
+        what, n = plural(shape), scene.count(shape)
+    return _question(f"how many {what} are there?", str(n), ("0", "1", "2", "3", "4"))
+
+
+def _ask_presence(scene: Scene, rng: random.Random) -> Question:
+    present = rng.random() < 0.5
+    shape, colour = _some_look(scene, present, rng)
+    words = shape if scene.grey else f"{colour} {shape}"
+    answer = "yes" if present else "no"
+    return _question(f"is there {with_article(words)}?", answer, ("yes", "no"))
+
+
+def _ask_background(scene: Scene, rng: random.Random) -> Question:
+    return _question("what is in the background?", scene.background, tuple(BACKGROUNDS))
+
+
+def _ask_neighbour(scene: Scene, rng: random.Random) -> Question | None:
+    anchor, how = rng.choice(scene.things), rng.choice(RELATIONS)
+    # One thing alone must lie on that side, and clearly: else the answer is open to dispute.
+    there = [t for t in scene.things if t is not anchor and how in sides(t, anchor)]
+    if len(there) != 1 or relation(there[0], anchor) != how:
+        return None
+    text = f"what is {_RELATION_WORDS[how][0]} the {anchor.kind.shape}?"
+    others = tuple(shape for shape in SHAPES if shape != anchor.kind.shape)
+    return _question(text, there[0].kind.shape, others)
+
+
+def _some_look(scene: Scene, present: bool, rng: random.Random) -> tuple[str, str]:
+    """Return a shape and colour that are in the scene, or that miss it by one of the two."""
+    kind, _ = rng.choice(scene.groups())
+    if present:
+        return kind.shape, kind.colour
+    if scene.grey:
+        return rng.choice([s for s in SHAPES if not scene.count(s)]), kind.colour
+    if rng.random() < 0.5:
+        return rng.choice([s for s in SHAPES if not scene.count(s, kind.colour)]), kind.colour
+    return kind.shape, rng.choice([c for c in COLOURS if not scene.count(kind.shape, c)])
+
+
+def _say_one_side(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
+    side, scene = rng.choice((("left", left), ("right", right)))
+    source = scene if rng.random() < 0.7 else (right if scene is left else left)
+    shape, colour = _some_look(source, rng.random() < 0.7, rng)
+    what = with_article(f"{colour} {shape}")
+    return f"there is {what} in the {side} image", scene.count(shape, colour) > 0
+
+
+def _say_how_many_images(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
+    kind, _ = rng.choice(rng.choice((left, right)).groups())
+    shape, colour = rng.choice(((kind.shape, None), (None, kind.colour), (kind.shape, kind.colour)))
+    words = f"{colour or ''} {shape or 'object'}".strip()
+    holding = (left.count(shape, colour) > 0) + (right.count(shape, colour) > 0)
+    claim, n = rng.choice((("both images contain", 2), ("exactly one image contains", 1)))
+    return f"{claim} {with_article(words)}", holding == n
+
+
+def _say_more(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
+    a, b = len(left.things), len(right.things)
+    if rng.random() < 0.4:
+        return "both images contain the same number of objects", a == b
+    if rng.random() < 0.5:
+        return "the left image contains more objects than the right image", a > b
+    return "the right image contains more objects than the left image", b > a
+
+
+def _say_total(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
+    total = len(left.things) + len(right.things)
+    n = max(2, min(6, total + rng.choice((0, 0, -1, 1))))
+    return f"there are {NUMBERS[n]} objects in total", n == total
+
+
+def _say_background(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
+    if rng.random() < 0.3:
+        same = left.background == right.background
+        return "both images have the same background", same
+    side, scene = rng.choice((("left", left), ("right", right)))
+    claimed = rng.choice((left.background, right.background, rng.choice(list(BACKGROUNDS))))
+    return f"the background of the {side} image is {_bare(claimed)}", claimed == scene.background
+
+
+def _bare(background: str) -> str:
+    """Return a background's name as a predicate wants it: "sand", but "a brick wall"."""
+    return {"brick wall": "a brick wall", "night sky": "the night sky"}.get(background, background)
+
+
+_STATEMENTS = (
+    _say_one_side,
+    _say_one_side,
+    _say_how_many_images,
+    _say_how_many_images,
+    _say_more,
+    _say_total,
+    _say_background,
+)

@@ -1,0 +1,424 @@
+"""The storage layer: stores, datasets and commits, on a local folder or an object store.
+
+A *store* is a URI (`/data/store`, `file:///data/store`, `s3://bucket/prefix`). A *dataset* is a
+folder of Parquet files in it plus a *commit*: a small JSON object that names every file with its
+rows, bytes and SHA-256, the schema, statistics, and the lineage (inputs, configuration, code).
+
+    <store>/images/cc3m/_commits/00000000.json
+    <store>/images/cc3m/data-1f2e3d4c/part-00000.parquet
+    <store>/images/cc3m/data-1f2e3d4c/_part-00000.json      what that file holds; resume reads it
+
+Until the commit exists no reader sees the dataset; afterwards it never changes. Object stores have
+no rename, so files are written where they will stay, and the commit is the only atomic step: it is
+put with "only if absent", which S3 and POSIX both offer. Credentials come from the ordinary AWS
+chain (environment, profile, instance role) and `AWS_ENDPOINT_URL`; none is ever stored.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import posixpath
+import subprocess
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+FORMAT_VERSION = 1
+ROW_GROUP_ROWS = 256  # small enough to seek in: about 8 MB of 256-pixel JPEGs
+
+
+class StoreError(Exception):
+    """A store or dataset can't be used as asked. The message names it and the way out."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One Parquet file of a commit. `path` is relative to the dataset's folder."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a dataset is: its files, and where they came from."""
+
+    dataset: str
+    job: str
+    fingerprint: str
+    created: str
+    files: list[FileRecord]
+    schema: str
+    set_aside: list[FileRecord] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def rows(self) -> int:
+        return sum(f.rows for f in self.files)
+
+    @property
+    def identity(self) -> str:
+        """Content hash: equal for two commits with the same files in the same order."""
+        names = [[posixpath.basename(f.path), f.rows, f.sha256] for f in self.files]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def fingerprint(job: str, config: Any, inputs: Iterable[str] = ()) -> str:
+    """Hash of everything that decides a job's output: its name, configuration and inputs."""
+    payload = {"format": FORMAT_VERSION, "job": job, "config": config, "inputs": list(inputs)}
+    text = json.dumps(payload, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """Package version and, in a checkout, the git revision; recorded in every commit."""
+    version = {"beit3-ray": "unknown"}
+    try:
+        version["beit3-ray"] = importlib.metadata.version("beit3-ray")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    here = Path(__file__).resolve().parent
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+        if revision.returncode == 0:
+            version["git"] = revision.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    return version
+
+
+class Store:
+    """A place for datasets, checkpoints and models, named by one URI.
+
+    Raises:
+        StoreError: the URI's scheme is unknown.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        text = str(uri)
+        if "://" not in text:
+            text = Path(text).absolute().as_uri()
+        self.uri = text.rstrip("/")
+        try:
+            self.fs, self.root = _filesystem(self.uri)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StoreError(f"store {uri!s}: {error}") from error
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.uri,)
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri!r})"
+
+    def path(self, *names: str) -> str:
+        """The path of an object as this store's pyarrow filesystem wants it."""
+        return posixpath.join(self.root, *names)
+
+    def check_writable(self) -> None:
+        """Write and delete a probe.
+
+        Raises:
+            StoreError: the store can't be reached or written.
+        """
+        probe = f"_probe-{uuid.uuid4().hex}"
+        try:
+            self.write(probe, b"probe")
+            self.delete(probe)
+        except OSError as error:
+            raise StoreError(
+                f"store {self.uri}: can't write there ({error}). Check the URI, the bucket's name, "
+                "AWS credentials and AWS_ENDPOINT_URL, or the folder's permissions."
+            ) from error
+
+    def exists(self, name: str) -> bool:
+        return self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+
+    def list(self, folder: str, *, recursive: bool = False) -> list[str]:
+        """Names of the files and folders below `folder`, sorted, relative to it; [] if absent."""
+        base = self.path(folder)
+        selector = pafs.FileSelector(base, recursive=recursive, allow_not_found=True)
+        return sorted(posixpath.relpath(i.path, base) for i in self.fs.get_file_info(selector))
+
+    def read(self, name: str) -> bytes:
+        with self.fs.open_input_stream(self.path(name)) as stream:
+            return stream.read()
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole object; readers see all of it or nothing."""
+        path = self.path(name)
+        if not isinstance(self.fs, pafs.LocalFileSystem):
+            with self.fs.open_output_stream(path) as stream:  # an S3 upload appears when complete
+                stream.write(data)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        draft.write_bytes(data)
+        os.replace(draft, target)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=1, default=str) + "\n").encode())
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Create an object unless there is one already; False when there was."""
+        if isinstance(self.fs, pafs.LocalFileSystem):
+            target = Path(self.path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            draft.write_bytes(data)
+            try:
+                os.link(draft, target)  # atomic, and fails if the target exists
+                return True
+            except FileExistsError:
+                return False
+            finally:
+                draft.unlink()
+        if isinstance(self.fs, pafs.S3FileSystem):
+            return _s3_put_if_absent(self.path(name), data)
+        if self.exists(name):
+            return False
+        self.write(name, data)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder; nothing happens if there is none."""
+        info = self.fs.get_file_info(self.path(name))
+        if info.type == pafs.FileType.Directory:
+            self.fs.delete_dir(info.path)
+        elif info.type == pafs.FileType.File:
+            self.fs.delete_file(info.path)
+
+    def upload(self, local: Path, name: str) -> FileRecord:
+        """Copy a local file to the store; the record's `rows` is 0."""
+        data = local.read_bytes()
+        self.write(name, data)
+        return FileRecord(name, 0, len(data), hashlib.sha256(data).hexdigest())
+
+    def download(self, folder: str, to: Path) -> Path:
+        """Copy every file below `folder` to a local directory, and return that directory."""
+        for name in self.list(folder, recursive=True):
+            source = posixpath.join(folder, name)
+            if self.fs.get_file_info(self.path(source)).type == pafs.FileType.File:
+                target = to / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(self.read(source))
+        return to
+
+    def dataset(self, name: str) -> Dataset:
+        return Dataset(self, name)
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What one finished part holds; kept beside it until, and after, the commit names it."""
+
+    name: str
+    file: FileRecord
+    set_aside: FileRecord | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+class Dataset:
+    """A named dataset of a store: parts while it is being made, a commit when it is whole."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store = store
+        self.name = name
+
+    @property
+    def uri(self) -> str:
+        return f"{self.store.uri}/{self.name}"
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def find_commit(self) -> Commit | None:
+        """The newest commit, or None."""
+        versions = self.store.list(f"{self.name}/_commits")
+        versions = [v for v in versions if v.endswith(".json")]
+        if not versions:
+            return None
+        raw = self.store.read_json(f"{self.name}/_commits/{versions[-1]}")
+        if raw["format_version"] > FORMAT_VERSION:
+            raise StoreError(
+                f"{self.uri}: written by a newer beit3-ray; update this one to read it"
+            )
+        raw["files"] = [FileRecord(**f) for f in raw["files"]]
+        raw["set_aside"] = [FileRecord(**f) for f in raw["set_aside"]]
+        return Commit(**raw)
+
+    def commit(self) -> Commit:
+        """The newest commit.
+
+        Raises:
+            StoreError: there is none, so the dataset is missing or half written.
+        """
+        found = self.find_commit()
+        if found is None:
+            state = "is half written" if self.store.list(self.name) else "does not exist"
+            raise StoreError(f"dataset {self.uri} {state}: run the job that makes it (again)")
+        return found
+
+    def paths(self) -> list[str]:
+        """Paths of the committed Parquet files, for this store's filesystem."""
+        return [self.store.path(self.name, f.path) for f in self.commit().files]
+
+    def read_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The whole dataset in memory: for small ones."""
+        commit = self.commit()
+        tables = [
+            pq.read_table(self.store.path(self.name, f.path), columns, filesystem=self.store.fs)
+            for f in commit.files
+            if f.rows
+        ]
+        return pa.concat_tables(tables) if tables else pa.table({})
+
+    def read_set_aside(self) -> list[dict[str, Any]]:
+        """Rows that were set aside, each with its `reason`."""
+        rows: list[dict[str, Any]] = []
+        for record in self.commit().set_aside:
+            path = self.store.path(self.name, record.path)
+            rows += pq.read_table(path, filesystem=self.store.fs).to_pylist()
+        return rows
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def finished(self, fingerprint: str) -> Commit | None:
+        """The commit, if this very dataset was made already; None if it is still to be made.
+
+        Raises:
+            StoreError: the name is taken by a dataset made from other inputs or options.
+        """
+        found = self.find_commit()
+        if found is not None and found.fingerprint != fingerprint:
+            raise StoreError(
+                f"dataset {self.uri} exists and was made by {found.job!r} from other inputs or "
+                "options: choose another name or store, or delete that folder first"
+            )
+        return found
+
+    def finished_parts(self, fingerprint: str) -> dict[str, PartRecord]:
+        """Parts that an earlier, interrupted run of the same job left complete, by name."""
+        folder = f"{self.name}/data-{fingerprint[:8]}"
+        parts = {}
+        for entry in self.store.list(folder):
+            if entry.startswith("_part-") and entry.endswith(".json"):
+                raw = self.store.read_json(f"{folder}/{entry}")
+                aside = raw["set_aside"]
+                parts[raw["name"]] = PartRecord(
+                    name=raw["name"],
+                    file=FileRecord(**raw["file"]),
+                    set_aside=FileRecord(**aside) if aside else None,
+                    stats=raw["stats"],
+                )
+        return parts
+
+    def write_part(
+        self,
+        fingerprint: str,
+        name: str,
+        table: pa.Table,
+        *,
+        set_aside: Sequence[dict[str, Any]] = (),
+        stats: dict[str, Any] | None = None,
+    ) -> PartRecord:
+        """Write one part: its Parquet file, its set-aside rows, and last the record of both."""
+        folder = f"data-{fingerprint[:8]}"
+        data = self._write_table(f"{folder}/part-{name}.parquet", table)
+        aside = None
+        if set_aside:
+            aside_table = pa.Table.from_pylist(list(set_aside))
+            aside = self._write_table(f"{folder}/_set-aside-{name}.parquet", aside_table)
+        record = PartRecord(name, data, aside, stats or {})
+        self.store.write_json(f"{self.name}/{folder}/_part-{name}.json", asdict(record))
+        return record
+
+    def _write_table(self, relative: str, table: pa.Table) -> FileRecord:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+        data = sink.getvalue().to_pybytes()
+        self.store.write(f"{self.name}/{relative}", data)
+        return FileRecord(relative, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+
+    def publish(
+        self,
+        fingerprint: str,
+        parts: Iterable[PartRecord],
+        *,
+        job: str,
+        schema: pa.Schema,
+        stats: dict[str, Any],
+        config: Any,
+        inputs: Sequence[dict[str, Any]] = (),
+    ) -> Commit:
+        """Commit the parts, in the order of their names: from now on readers see the dataset.
+
+        Raises:
+            StoreError: somebody else committed another dataset under this name meanwhile.
+        """
+        ordered = sorted(parts, key=lambda part: part.name)
+        commit = Commit(
+            dataset=self.name,
+            job=job,
+            fingerprint=fingerprint,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            files=[part.file for part in ordered],
+            set_aside=[part.set_aside for part in ordered if part.set_aside],
+            schema=str(schema),
+            stats=stats,
+            lineage={"inputs": list(inputs), "config": config, "code": code_version()},
+        )
+        body = json.dumps(asdict(commit), indent=1, default=str).encode()
+        if not self.store.put_if_absent(f"{self.name}/_commits/00000000.json", body):
+            found = self.finished(
+                fingerprint
+            )  # an equal job may have won the race: then all is well
+            assert found is not None
+            return found
+        return commit
+
+
+def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    if uri.startswith("s3://") and "?" not in uri:
+        # A bare endpoint addresses buckets as virtual hosts unless it goes through the URI's
+        # options, so AWS_ENDPOINT_URL is spelled out here.
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            parsed = urlparse(endpoint)
+            uri += f"?endpoint_override={parsed.netloc}&scheme={parsed.scheme}"
+    return pafs.FileSystem.from_uri(uri)
+
+
+def _s3_put_if_absent(path: str, data: bytes) -> bool:
+    import boto3  # here, because most processes never commit
+    from botocore.exceptions import ClientError
+
+    bucket, key = path.split("/", 1)
+    try:
+        boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        return True
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in {"PreconditionFailed", "412"}:
+            return False
+        raise StoreError(f"s3://{path}: {error}") from error
