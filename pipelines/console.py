@@ -18,7 +18,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def bar(label: str, total: int, *, done: int = 0, unit: str = "") -> Iterator[tqdm]:
-    """A progress bar with rate and time left; calm (a line every ten seconds) where no one watches."""
+    """A progress bar with rate and time left; off a terminal, a line every ten seconds."""
     watched = sys.stdout.isatty()
     with tqdm(
         total=total,

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pyarrow as pa
 
@@ -78,7 +78,7 @@ def run_parts(
                 stream = stream.map_batches(_PartActor, **options)
             else:
                 options["fn_args"] = (dataset, fingerprint, make_worker)
-                stream = stream.map_batches(_part_task, **options)
+                stream = stream.map_batches(cast(Any, _part_task), **options)
             for row in stream.iter_rows():
                 record = row["record"]
                 records[record.name] = record

@@ -16,6 +16,7 @@ chain (environment, profile, instance role) and `AWS_ENDPOINT_URL`; none is ever
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -90,10 +91,8 @@ def fingerprint(job: str, config: Any, inputs: Iterable[str] = ()) -> str:
 def code_version() -> dict[str, str]:
     """Package version and, in a checkout, the git revision; recorded in every commit."""
     version = {"beit3-ray": "unknown"}
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version["beit3-ray"] = importlib.metadata.version("beit3-ray")
-    except importlib.metadata.PackageNotFoundError:
-        pass
     here = Path(__file__).resolve().parent
     try:
         revision = subprocess.run(
@@ -176,7 +175,7 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         draft.write_bytes(data)
-        os.replace(draft, target)
+        draft.replace(target)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=1, default=str) + "\n").encode())
@@ -288,7 +287,7 @@ class Dataset:
         """The whole dataset in memory: for small ones."""
         commit = self.commit()
         tables = [
-            pq.read_table(self.store.path(self.name, f.path), columns, filesystem=self.store.fs)
+            pq.read_table(self.store.path(self.name, f.path), columns=columns, filesystem=self.store.fs)
             for f in commit.files
             if f.rows
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -114,7 +114,11 @@ def _paint_thing(image: Image.Image, thing: Thing) -> None:
 
 def _light(image: Image.Image, rng: random.Random) -> Image.Image:
     """Brighten one side and darken the other a little, as light does."""
-    angle, strength, level = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.12), rng.uniform(0.93, 1.0)
+    angle, strength, level = (
+        rng.uniform(0, 2 * math.pi),
+        rng.uniform(0, 0.12),
+        rng.uniform(0.93, 1.0),
+    )
     pixels = np.asarray(image, dtype=np.float32)
     rows = np.linspace(-1, 1, image.height, dtype=np.float32)[:, None] * math.sin(angle)
     columns = np.linspace(-1, 1, image.width, dtype=np.float32)[None, :] * math.cos(angle)
@@ -122,7 +126,7 @@ def _light(image: Image.Image, rng: random.Random) -> Image.Image:
     return Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tile(background: str) -> Image.Image:
     """Return a large square of a background, the same in every process."""
     rng = random.Random(f"background/{background}")
@@ -146,7 +150,9 @@ def _tile(background: str) -> Image.Image:
         for _ in range(420):
             x, y = spot()
             r = rng.choice((1, 1, 2))
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=_shade((235, 235, 205), rng.uniform(0.5, 1)))
+            pen.ellipse(
+                (x - r, y - r, x + r, y + r), fill=_shade((235, 235, 205), rng.uniform(0.5, 1))
+            )
     elif background == "snow":
         for _ in range(260):
             x, y = spot()

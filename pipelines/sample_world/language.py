@@ -148,9 +148,7 @@ def region_phrases(scene: Scene, rng: random.Random) -> list[tuple[str, tuple[in
     return regions
 
 
-def pixel_box(
-    scene: Scene, box: tuple[float, float, float, float]
-) -> tuple[int, int, int, int]:
+def pixel_box(scene: Scene, box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
     """Return left, top, right, bottom as whole-pixel x, y, width, height inside the picture."""
     left, top = max(0, int(box[0])), max(0, int(box[1]))
     right, bottom = min(scene.width, int(box[2]) + 1), min(scene.height, int(box[3]) + 1)

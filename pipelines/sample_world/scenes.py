@@ -82,7 +82,9 @@ class Thing:
         """Return the area inside the outline, in square pixels."""
         points = self.outline()
         following = points[1:] + points[:1]
-        return abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(points, following, strict=True)) / 2)
+        return abs(
+            sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(points, following, strict=True)) / 2
+        )
 
 
 @dataclass(frozen=True)

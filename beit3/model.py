@@ -1,0 +1,190 @@
+"""BEiT-3: embeddings and the Multiway encoder.
+
+One set of weights serves five modes, chosen by what is given:
+
+    vision encoder      model(images=...)
+    language encoder    model(text=..., lengths=...)
+    dual encoder        model(images=..., text=..., lengths=...)            nothing is paired
+    fusion encoder      model(images=..., text=..., lengths=..., pairs=n)
+    image-to-text       the same with causal_text=True; `beit3.generate` decodes with it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit3.config import ModelConfig
+from beit3.multiway import Encoder, Layout
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoder's output for a packed batch.
+
+    vision: `[images, 1 + patches, hidden]`, `[CLS]` first, or None.
+    text: `[text tokens, hidden]`, the texts one after another, or None.
+    text_starts: `[texts]` where each text begins in `text`.
+    """
+
+    vision: Tensor | None
+    text: Tensor | None
+    text_starts: Tensor
+
+    @property
+    def image_summary(self) -> Tensor:
+        """`[images, hidden]`: the `[CLS]` of each picture."""
+        assert self.vision is not None
+        return self.vision[:, 0]
+
+    @property
+    def text_summary(self) -> Tensor:
+        """`[texts, hidden]`: the `<s>` of each text."""
+        assert self.text is not None
+        return self.text[self.text_starts]
+
+
+class PatchEmbedding(nn.Module):
+    """Pictures to tokens: patches, the mask vector, `[CLS]`, learned positions.
+
+    Positions are interpolated (bicubic) when a picture's grid is not the table's.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.grid = config.grid
+        self.projection = nn.Conv2d(3, config.hidden, config.patch_size, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(config.hidden))
+        self.mask_token = nn.Parameter(torch.zeros(config.hidden))
+        self.positions = nn.Parameter(torch.empty(1 + config.patches, config.hidden))
+        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, images: Tensor, hidden_patches: Tensor | None = None) -> Tensor:
+        """`[images, 3, height, width] -> [images, 1 + patches, hidden]`.
+
+        Args:
+            hidden_patches: bool `[images, patches]`, True where the mask vector replaces a patch.
+
+        Raises:
+            ValueError: the size is not divisible by the patch, or the mask has another shape.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected [n, 3, height, width], got {list(images.shape)}")
+        rows, columns = (side // self.patch_size for side in images.shape[2:])
+        if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
+            raise ValueError(
+                f"images: {list(images.shape[2:])} is not divisible by the patch {self.patch_size}"
+            )
+        x = self.projection(images).flatten(2).transpose(1, 2)
+        if hidden_patches is not None:
+            if hidden_patches.shape != x.shape[:2]:
+                raise ValueError(
+                    f"hidden_patches: expected {list(x.shape[:2])}, "
+                    f"got {list(hidden_patches.shape)}"
+                )
+            x = torch.where(hidden_patches.bool()[..., None], self.mask_token.to(x.dtype), x)
+        cls = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
+        return torch.cat([cls, x], 1) + self._positions(rows, columns).to(x.dtype)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        if (rows, columns) == (self.grid, self.grid):
+            return self.positions
+        return interpolate_positions(self.positions, rows, columns)
+
+
+def interpolate_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Resample a `[1 + grid*grid, hidden]` table, `[CLS]` first, to another grid (bicubic)."""
+    grid = round((len(table) - 1) ** 0.5)
+    picture = table[1:].T.reshape(1, -1, grid, grid).float()
+    picture = F.interpolate(picture, (rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], picture[0].flatten(1).T.to(table.dtype)])
+
+
+class BEiT3(nn.Module):
+    """The BEiT-3 backbone, without heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_embedding = PatchEmbedding(config)
+        self.text_embedding = nn.Embedding(config.vocab_size, config.hidden)
+        self.text_positions = nn.Parameter(torch.empty(config.max_text_length, config.hidden))
+        self.encoder = Encoder(config)
+        nn.init.normal_(self.text_embedding.weight, std=config.hidden**-0.5)
+        nn.init.normal_(self.text_positions, std=0.02)
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        text: Tensor | None = None,
+        lengths: Sequence[int] = (),
+        *,
+        pairs: int = 0,
+        hidden_patches: Tensor | None = None,
+        causal_text: bool = False,
+    ) -> Encoded:
+        """Encode pictures, texts and pairs in one pass.
+
+        Args:
+            images: `[images, 3, height, width]`; the last `pairs` of them belong to pairs.
+            text: `[sum(lengths)]` token ids, the texts one after another, unpadded; the first
+                `pairs` of them belong to pairs, in the pictures' order.
+            lengths: Tokens of each text.
+            pairs: How many pictures and texts are read together.
+            hidden_patches: bool `[images, patches]`, True where a patch is masked.
+            causal_text: Use the mask of image-to-text generation.
+
+        Raises:
+            ValueError: an argument's shape or value is impossible; the message names it.
+        """
+        tokens: list[Tensor] = []
+        image_count = image_tokens = 0
+        if images is not None and len(images):
+            embedded = self.vision_embedding(images, hidden_patches)
+            image_count, image_tokens = embedded.shape[:2]
+            tokens.append(embedded.flatten(0, 1))
+        lengths = list(lengths)
+        device = self.text_positions.device
+        if text is not None and len(text):
+            tokens.append(self._embed_text(text, lengths))
+        elif lengths:
+            raise ValueError(f"lengths: {len(lengths)} texts are announced, but text is empty")
+        layout = Layout.build(
+            image_count, image_tokens, lengths, pairs, causal_text=causal_text, device=device
+        )
+        hidden = self.encoder(torch.cat(tokens), layout)
+        starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)[: len(lengths)]
+        vision, language = hidden[: layout.vision], hidden[layout.vision :]
+        return Encoded(
+            vision=vision.view(image_count, image_tokens, -1) if image_count else None,
+            text=language if lengths else None,
+            text_starts=starts,
+        )
+
+    def _embed_text(self, text: Tensor, lengths: list[int]) -> Tensor:
+        if text.ndim != 1 or len(text) != sum(lengths):
+            raise ValueError(
+                f"text: expected [{sum(lengths)}] packed ids (the sum of lengths), "
+                f"got {list(text.shape)}"
+            )
+        longest = max(lengths)
+        if longest > self.config.max_text_length:
+            raise ValueError(
+                f"text: a text has {longest} tokens; the position table ends at "
+                f"{self.config.max_text_length}"
+            )
+        if text.device.type == "cpu" and len(text):  # a check on GPU would wait for the device
+            low, high = int(text.min()), int(text.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"text: ids span {low}..{high}, the vocabulary 0..{self.config.vocab_size - 1}"
+                )
+        places = torch.cat([torch.arange(n) for n in lengths]).to(text.device)
+        return self.text_embedding(text) + self.text_positions[places]

@@ -1,0 +1,72 @@
+"""The text tokenizer: SentencePiece with the released BEiT-3's ids.
+
+    <s> 0   <pad> 1   </s> 2   <unk> 3   piece p of the SentencePiece model p + 1   <mask> last
+
+as transformers' XLMRobertaTokenizer numbers them, so the released `beit3.spm` (64000 pieces) gives
+`<mask>` = 64001.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+BOS, PAD, EOS, UNK = 0, 1, 2, 3
+
+
+class TextTokenizer:
+    """Text to ids and back.
+
+    Raises:
+        ValueError: the bytes are no SentencePiece model, or its special pieces are not the first.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self.model = model
+        self.pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self.pieces.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise ValueError(f"not a SentencePiece model: {error}") from error
+        if [self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id()] != [0, 1, 2]:
+            raise ValueError("SentencePiece model: expected unk, bos, eos as pieces 0, 1, 2")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TextTokenizer:
+        return cls(Path(path).read_bytes())
+
+    def __reduce__(self) -> tuple[type[TextTokenizer], tuple[bytes]]:
+        return TextTokenizer, (self.model,)
+
+    @property
+    def mask_id(self) -> int:
+        return self.pieces.GetPieceSize() + 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, `<mask>` included."""
+        return self.mask_id + 1
+
+    @property
+    def identity(self) -> str:
+        """Content hash; names the tokenizer in everything made with it."""
+        return hashlib.sha256(self.model).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without `<s>` and `</s>`."""
+        return [p + 1 if p else UNK for p in self.pieces.EncodeAsIds(text)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[p + 1 if p else UNK for p in ids] for ids in self.pieces.EncodeAsIds(list(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special tokens are left out."""
+        size = self.pieces.GetPieceSize()
+        return self.pieces.DecodeIds([i - 1 for i in ids if i > UNK and i - 1 < size])
+
+    def wrap(self, ids: Sequence[int], max_length: int) -> list[int]:
+        """`<s> ids </s>`, the ids cut so that the whole has at most `max_length` tokens."""
+        return [BOS, *ids[: max_length - 2], EOS]

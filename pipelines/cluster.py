@@ -1,0 +1,40 @@
+"""Joining a Ray cluster: the one at RAY_ADDRESS, or a local one that starts by itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+def start(*, cpus: int | None = None) -> None:
+    """Connect to Ray unless this process is connected already.
+
+    `ray job submit` and a head node set RAY_ADDRESS; without it a private local cluster starts,
+    with its dashboard off and every port on loopback. `cpus` counts logical CPUs of the local cluster
+    only (default: the machine's).
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # img2dataset's resizer phones home
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # the jobs show their own
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import ray
+    import ray.data
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=bool(os.environ.get("BEIT3_RAY_LOGS")),
+                logging_level=logging.ERROR,
+                object_store_memory=1 << 30,
+                _metrics_export_port=None,
+            )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
