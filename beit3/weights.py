@@ -126,10 +126,10 @@ def _pairs(config: ModelConfig) -> list[tuple[str, list[str]]]:
         ("text_embedding.weight", ["beit3.text_embed.weight"]),
     ]
     for x, modality in _MODALITY.items():
-        for kind in ("weight", "bias"):
-            pairs.append(
-                (f"encoder.norm.{modality}.{kind}", [f"beit3.encoder.layer_norm.{x}.{kind}"])
-            )
+        pairs += [
+            (f"encoder.norm.{modality}.{kind}", [f"beit3.encoder.layer_norm.{x}.{kind}"])
+            for kind in ("weight", "bias")
+        ]
     templates = {
         "attention.qkv.{m}": [f"self_attn.{p}_proj.{{x}}" for p in "qkv"],
         "attention.out.{m}": ["self_attn.out_proj.{x}"],

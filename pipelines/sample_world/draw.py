@@ -89,7 +89,7 @@ def _paint_thing(image: Image.Image, thing: Thing) -> None:
     size = (right - left, bottom - top)
     outline = [(x * _SCALE - left, y * _SCALE - top) for x, y in thing.outline()]
     colour = COLOURS[thing.kind.colour]
-    ink = _shade(colour, 0.4)
+    ink = _shade(colour, 0.45)
     layer = Image.new("RGB", size, colour)
     pen = ImageDraw.Draw(layer)
     # Few and broad marks: they must survive a reduction to 48 pixels.

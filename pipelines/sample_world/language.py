@@ -116,7 +116,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
             body = f"{first} {rng.choice(_RELATION_WORDS[how])} {second}"
         else:
             body = f"{second} with {first} {_RELATION_TAILS[how]}"
-    elif style < 0.62:
+    elif 0.55 <= style < 0.62:
         n = len(scene.things)
         body = f"{NUMBERS[n]} object{'s' if n > 1 else ''}"
     else:

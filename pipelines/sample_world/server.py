@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -121,10 +122,8 @@ class _Http(ThreadingHTTPServer):
         with self._lock:
             connections = list(self._open)
         for connection in connections:
-            try:
+            with contextlib.suppress(OSError):  # its handler was quicker
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:  # its handler was quicker
-                pass
 
     def handle_error(self, request: object, client_address: object) -> None:  # type: ignore[override]
         """Say nothing: clients that leave early are part of the game."""

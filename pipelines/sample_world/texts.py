@@ -1,4 +1,4 @@
-"""Plain text about the drawn world: short articles, news and stories in the captions' vocabulary."""
+"""Plain text about the drawn world: articles, news and stories in the captions' vocabulary."""
 
 from __future__ import annotations
 
@@ -87,9 +87,10 @@ def _sentence(words: str) -> str:
 
 
 def _example(rng: random.Random) -> str:
-    opening = rng.choice(("In one picture there was this:", "Another one shows", "Look:", ""))
-    sight = _sight(rng)
-    return f"{opening} {sight}." if opening else _sentence(sight)
+    opening = rng.choice(("In one picture there was", "Another one showed", "Look:", ""))
+    if opening in ("Look:", ""):
+        return f"{opening} {_sight(rng)}." if opening else _sentence(_sight(rng))
+    return f"{opening} {_thing_seen(rng)}."
 
 
 def _fact(rng: random.Random) -> str:

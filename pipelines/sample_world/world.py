@@ -37,7 +37,8 @@ class WorldSize:
     """How much of each source to make; the defaults suit a demo.
 
     Counts are images, except `text` (documents), `nlvr2` (statements: two to each pair of images)
-    and `vg`, about half of whose images are COCO's. `bad_share` is the share of URLs that misbehave.
+    and `vg`, about half of whose images are COCO's. `bad_share` is the share of URLs that
+    misbehave.
     """
 
     cc3m: int = 500

@@ -1,0 +1,215 @@
+"""Published datasets, one module each: what its files are called and how a record reads.
+
+A source is a module of this package; `load(name)` finds it, so adding one is adding a file. Its
+`KIND` says which functions it has:
+
+- `"pairs"`: images at URLs, with captions. `files(root, options)` lists the annotation files in the
+  local folder `root`, and `read(root, options)` yields their records in published order.
+- `"images"`: archives of images. `UNITS` are the archives' name patterns, and
+  `read_file(stream, name, options)` yields the records of one of them.
+- `"text"`: files of text; `UNITS` and `read_file` as above.
+
+A bad record never raises: it is yielded as `Malformed`. A missing file raises `FileNotFoundError`
+that says what was expected and where one gets it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MAX_LINE_BYTES = 1 << 20
+MISSING_IMAGE = "annotation names a missing image"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may choose about reading; each source takes what concerns it."""
+
+    max_captions: int = 50
+    """Captions kept of one image, the first ones (Visual Genome has about 50 phrases an image)."""
+    coco_split: Path | None = None
+    """Karpathy's dataset_coco.json; by default looked for beside the annotations."""
+    document_chars: int = 4_000
+    """Plain text is cut at paragraphs into documents of about so many characters."""
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An image of a source: at a `url`, or, for sources that are archives, its `data`."""
+
+    id: str
+    """`source/published id or line number`: unique, and the same at every reading."""
+    url: str | None
+    captions: list[str] = field(default_factory=list)
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """A document."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A sound record that pretraining must not see, because a benchmark tests on it."""
+
+    record: ImageRecord
+    reason: str
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A record that can't be used; `where` is its id, or the file and line."""
+
+    reason: str
+    detail: str
+    where: str
+    url: str | None = None
+
+
+ImageItem = ImageRecord | HeldOut | Malformed
+TextItem = TextRecord | Malformed
+
+
+def names() -> list[str]:
+    """The sources there are."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> ModuleType:
+    """The module of a source.
+
+    Raises:
+        ValueError: there is none of this name; the message lists those there are.
+    """
+    if name not in names():
+        raise ValueError(f"source {name!r}: unknown; one of {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+# -- what the readers share -----------------------------------------------------------------------
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SPACES = re.compile(r"\s+")
+
+
+def clean_text(text: str) -> str:
+    """One line without control characters, half surrogates or runs of spaces; may end up ""."""
+    return _SPACES.sub(" ", no_surrogates(_CONTROL.sub(" ", text))).strip()
+
+
+def no_surrogates(text: str) -> str:
+    """The text without half surrogates: JSON and file names may hold them, UTF-8 may not."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def need(file: Path, origin: str) -> Path:
+    """`file`, if it exists.
+
+    Raises:
+        FileNotFoundError: it doesn't; says where to get it.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing. Get it from {origin}")
+    return file
+
+
+def lines(file: Path) -> Iterator[tuple[int, str | Malformed]]:
+    """The lines of a UTF-8 file and their numbers, from 1, in constant memory."""
+    with file.open("rb") as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES):
+            number += 1
+            where = f"{file.name}:{number}"
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(MAX_LINE_BYTES)
+                yield number, Malformed("line too long", f"over {MAX_LINE_BYTES} bytes", where)
+                continue
+            try:
+                yield number, line.rstrip(b"\r\n").decode()
+            except UnicodeDecodeError as error:
+                yield number, Malformed("not UTF-8", str(error)[:200], where)
+
+
+def tsv_pairs(file: Path, prefix: str, *, url_first: bool) -> Iterator[ImageRecord | Malformed]:
+    """Records of a headerless file of two columns, a tab between; ids: `prefix` + line number."""
+    for number, line in lines(file):
+        where = f"{file.name}:{number}"
+        if isinstance(line, Malformed):
+            yield line
+            continue
+        # A caption may hold a tab; a URL can't.
+        first, tab, second = line.partition("\t") if url_first else line.rpartition("\t")
+        if not tab:
+            yield Malformed("missing tab" if line.strip() else "blank line", line[:200], where)
+            continue
+        url, caption = (first, second) if url_first else (second, first)
+        yield pair(f"{prefix}{number:09d}", url, [caption], where)
+
+
+def pair(id: str, url: object, captions: list[Any], where: str = "") -> ImageRecord | Malformed:
+    """A record with cleaned captions, or why it can't be one."""
+    where = where or id
+    address = no_surrogates(url.strip()) if isinstance(url, str) else ""
+    if not address:
+        return Malformed("empty url", repr(url)[:200], where)
+    cleaned = [clean_text(c) for c in captions if isinstance(c, str)]
+    cleaned = list(dict.fromkeys(c for c in cleaned if c))
+    if not cleaned:
+        return Malformed("empty caption", repr(captions)[:200], where, address)
+    return ImageRecord(id, address, cleaned)
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is not JSON; names the file.
+    """
+    try:
+        with file.open("rb") as stream:
+            return json.load(stream)
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); download it again") from error
+
+
+KARPATHY = "held out: COCO Karpathy val/test"
+KARPATHY_FILE = "dataset_coco.json"
+
+
+def karpathy_file(root: Path, options: Options) -> Path | None:
+    """The split file: the one chosen, or one in the annotations' folder or a `coco` beside it.
+
+    Raises:
+        FileNotFoundError: one was chosen and isn't there.
+    """
+    if options.coco_split is not None:
+        return need(options.coco_split, "Karpathy's caption_datasets.zip (cs.stanford.edu)")
+    places = (root, root.parent / "coco")
+    return next((p / KARPATHY_FILE for p in places if (p / KARPATHY_FILE).is_file()), None)
+
+
+def karpathy_held_out(file: Path | None) -> frozenset[int]:
+    """COCO image ids of the Karpathy val and test splits; none, with a warning, without a file."""
+    if file is None:
+        warnings.warn(
+            f"no {KARPATHY_FILE} found: COCO's Karpathy val and test images are NOT held out",
+            stacklevel=2,
+        )
+        return frozenset()
+    images = read_json(file)["images"]
+    return frozenset(int(i["cocoid"]) for i in images if i["split"] in ("val", "test"))

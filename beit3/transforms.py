@@ -1,0 +1,75 @@
+"""Pictures to model inputs: decoding, and views (crop and flip) that can be replayed exactly."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+@dataclass(frozen=True)
+class View:
+    """A crop of a picture and whether it is mirrored.
+
+    box: left, top, right, bottom as shares of the picture's width and height (0..1), so that a view
+    drawn for one copy of a picture holds for a resized one.
+    """
+
+    box: tuple[float, float, float, float]
+    flip: bool = False
+
+
+WHOLE = View((0.0, 0.0, 1.0, 1.0))
+
+
+def decode(data: bytes) -> Image.Image:
+    """Encoded bytes to an upright RGB picture.
+
+    Raises:
+        OSError: the bytes are no picture, or a broken one.
+    """
+    with Image.open(io.BytesIO(data)) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def sample_view(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    *,
+    scale: tuple[float, float],
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float,
+) -> View:
+    """A random resized crop, as BEiT draws it.
+
+    Args:
+        scale: Least and largest share of the picture's area.
+        aspect: Least and largest ratio of the crop's width to its height.
+        flip: Probability of mirroring.
+    """
+    flipped = bool(rng.random() < flip)
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            box = (left / width, top / height, (left + w) / width, (top + h) / height)
+            return View(tuple(round(v, 6) for v in box), flipped)  # type: ignore[arg-type]
+    return View(WHOLE.box, flipped)
+
+
+def apply_view(picture: Image.Image, view: View, size: int) -> np.ndarray:
+    """Crop, resize to a square (bicubic) and perhaps mirror: uint8 `[3, size, size]`."""
+    width, height = picture.size
+    left, top, right, bottom = view.box
+    box = (left * width, top * height, right * width, bottom * height)
+    resized = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    pixels = np.asarray(resized)
+    if view.flip:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,0 +1,63 @@
+"""Bundles: a folder of files in the store that is there whole or not at all.
+
+Models and checkpoints are bundles. The files go first and `_bundle.json`, which lists each with its
+size and SHA-256, goes last; a folder without it, or whose files don't match it, is no bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pipelines.storage import Store, StoreError
+
+MANIFEST = "_bundle.json"
+
+
+def save(store: Store, name: str, folder: Path, info: dict[str, Any]) -> None:
+    """Upload every file of a local folder, then the manifest with `info`."""
+    store.delete(f"{name}/{MANIFEST}")
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        relative = path.relative_to(folder).as_posix()
+        record = store.upload(path, f"{name}/{relative}")
+        files[relative] = {"bytes": record.bytes, "sha256": record.sha256}
+    store.write_json(f"{name}/{MANIFEST}", {"files": files, "info": info})
+
+
+def exists(store: Store, name: str) -> bool:
+    return store.exists(f"{name}/{MANIFEST}")
+
+
+def info(store: Store, name: str) -> dict[str, Any]:
+    """What was said of a bundle when it was saved.
+
+    Raises:
+        StoreError: there is none.
+    """
+    if not exists(store, name):
+        raise StoreError(
+            f"{store.uri}/{name}: missing or half written; run the job that makes it (again)"
+        )
+    return store.read_json(f"{name}/{MANIFEST}")["info"]
+
+
+def load(store: Store, name: str, to: Path) -> dict[str, Any]:
+    """Copy a bundle to a local folder, verified; returns its info.
+
+    Raises:
+        StoreError: it is missing, or a file is missing or damaged.
+    """
+    found = info(store, name)
+    for relative, expected in store.read_json(f"{name}/{MANIFEST}")["files"].items():
+        try:
+            data = store.read(f"{name}/{relative}")
+        except OSError as error:
+            raise StoreError(f"{store.uri}/{name}/{relative}: {error}") from error
+        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise StoreError(f"{store.uri}/{name}/{relative}: damaged (checksum differs)")
+        target = to / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    return found

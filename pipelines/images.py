@@ -1,0 +1,176 @@
+"""One image, from bytes off the web to bytes worth storing: checked, upright, RGB, small enough.
+
+The format and the number of pixels are read from the header before anything is decoded, so that a
+small file can't unpack into gigabytes. Only JPEG, PNG, WEBP, GIF (first frame) and BMP are opened,
+each by its magic number, whatever the server called it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps
+
+JPEG_QUALITY = 92
+_ORIENTATION = 0x0112  # EXIF tag
+_MAX_JPEG_SIDE = 65_500
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+)
+_KNOWN_BUT_REFUSED = (
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"%PDF", "PDF"),
+    (b"\x00\x00\x01\x00", "ICO"),
+    (b"8BPS", "PSD"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+)
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """What is kept, and how large."""
+
+    short_side: int = 288
+    """Images are shrunk (never enlarged) so that their shorter side is at most so many pixels."""
+    min_side: int = 32
+    """Images whose shorter side has fewer pixels, as published, are set aside."""
+    max_aspect: float = 10.0
+    """Images whose longer side is more than so many times the shorter one are set aside."""
+    max_pixels: int = 100_000_000
+    """Images with more pixels, by their header, are never decoded."""
+
+
+@dataclass(frozen=True)
+class CleanImage:
+    """An upright RGB image of `width` x `height` pixels; `sha256` is that of `data`."""
+
+    data: bytes
+    width: int
+    height: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Why an image isn't kept: one of few stable reasons, and whatever else is known."""
+
+    reason: str
+    detail: str = ""
+    stage: str = "decode"
+
+
+def clean_image(data: bytes, policy: ImagePolicy | None = None) -> CleanImage | Rejected:
+    """Check an image, turn it upright, make it RGB and small; deterministic, never raises.
+
+    A JPEG that needs no change keeps its bytes; all else becomes a JPEG of quality 92.
+    """
+    policy = policy or ImagePolicy()
+    if not data:
+        return Rejected("empty body")
+    kind = _sniff(data)
+    if isinstance(kind, Rejected):
+        return kind
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns above a limit of its own; ours decides.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=(kind,))
+    except Image.DecompressionBombError as error:
+        return Rejected("too many pixels", str(error))
+    except Exception as error:  # Pillow's decoders raise nearly anything on a bad header
+        return Rejected(_decode_reason(error), _say(error))
+
+    with image:
+        width, height = image.size
+        if width * height > policy.max_pixels:
+            return Rejected("too many pixels", f"{width}x{height}")
+        if min(width, height) < max(policy.min_side, 1):
+            return Rejected("too small", f"{width}x{height}", stage="filter")
+        if max(width, height) > policy.max_aspect * min(width, height):
+            return Rejected("aspect ratio", f"{width}x{height}", stage="filter")
+        try:
+            return _convert(image, data, policy)
+        except Exception as error:  # as above
+            return Rejected(_decode_reason(error), _say(error))
+
+
+def _sniff(data: bytes) -> str | Rejected:
+    """The Pillow format of an image we take, by its first bytes."""
+    for magic, name in _MAGIC:
+        if data.startswith(magic):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        # libwebp only says that it can't, so compare with the size that the file declares.
+        whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)
+        return "WEBP" if whole else Rejected("truncated image")
+    if data[4:8] == b"ftyp":
+        return Rejected("unsupported format", "AVIF, HEIF or video")
+    for magic, name in _KNOWN_BUT_REFUSED:
+        if data.startswith(magic):
+            return Rejected("unsupported format", name)
+    start = data[:2048].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if b"<svg" in start:
+        return Rejected("unsupported format", "SVG")
+    if start.startswith(b"<!doctype html") or b"<html" in start:
+        return Rejected("not an image (HTML)")
+    return Rejected("not an image", repr(data[:16]))
+
+
+def _convert(image: Image.Image, data: bytes, policy: ImagePolicy) -> CleanImage:
+    width, height = image.size
+    scale = min(1.0, policy.short_side / min(width, height))
+    if scale < 1.0 and image.format == "JPEG":
+        # libjpeg may decode at a half, a quarter or an eighth; twice the final size loses nothing.
+        image.draft(None, (round(2 * scale * width), round(2 * scale * height)))
+    image.load()
+    turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    if image.format == "JPEG" and image.mode == "RGB" and not turned and scale == 1.0:
+        return _clean(data, width, height)
+    upright = ImageOps.exif_transpose(image) if turned else image
+    if turned and upright.size != image.size:  # a quarter turn
+        width, height = height, width
+    rgb = _to_rgb(upright)
+    target = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if rgb.size != target:
+        rgb = rgb.resize(target, Image.Resampling.LANCZOS)
+    if max(target) > _MAX_JPEG_SIDE:
+        raise ValueError(f"{target[0]}x{target[1]} is too long for a JPEG")
+    out = io.BytesIO()
+    rgb.save(out, "JPEG", quality=JPEG_QUALITY)
+    return _clean(out.getvalue(), *target)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if (
+        image.mode.startswith("I;16") or image.mode == "I"
+    ):  # 16-bit greyscale PNG: keep the high byte
+        image = image.convert("I").point(lambda v: v / 256).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _clean(data: bytes, width: int, height: int) -> CleanImage:
+    return CleanImage(data, width, height, hashlib.sha256(data).hexdigest())
+
+
+def _decode_reason(error: Exception) -> str:
+    text = str(error).lower()
+    cut = "truncated" in text or "not processed" in text or "unexpected end" in text
+    return "truncated image" if cut or isinstance(error, EOFError) else "broken image"
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]

@@ -1,0 +1,174 @@
+"""Committed Parquet to deterministic batches.
+
+The order of samples is a function of (commits, seed, epoch), never of timing or of the number of
+workers. An epoch's row groups are shuffled and laid end to end; that sequence is cut into a fixed
+number of equal *streams*, each shuffled within windows; sample `g` of the run is the next row of
+stream `g mod streams`. Workers share the streams out, so each reads few row groups, each row group
+once, and a run resumed on another number of workers sees the same batches.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import posixpath
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.storage import ROW_GROUP_ROWS, Dataset, StoreError
+
+STREAMS = 64
+WINDOW = 4 * ROW_GROUP_ROWS  # rows among which a stream is shuffled
+CACHED_GROUPS = 2 * STREAMS
+
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a dataset's file: the unit of reading."""
+
+    dataset: int
+    path: str
+    index: int
+    rows: int
+
+
+class ParquetRows:
+    """Random access to the rows of committed datasets, one row group at a time, with a cache."""
+
+    def __init__(self, datasets: Sequence[Dataset], columns: Sequence[str] | None = None) -> None:
+        self.datasets = list(datasets)
+        self.columns = list(columns) if columns else None
+        self.groups: list[RowGroup] = []
+        for number, dataset in enumerate(self.datasets):
+            for file in dataset.commit().files:
+                full = divmod(file.rows, ROW_GROUP_ROWS)
+                sizes = [ROW_GROUP_ROWS] * full[0] + ([full[1]] if full[1] else [])
+                self.groups += [RowGroup(number, file.path, i, n) for i, n in enumerate(sizes)]
+        if not self.groups:
+            names = ", ".join(d.uri for d in self.datasets) or "none given"
+            raise StoreError(f"no rows to train on: the datasets are empty ({names})")
+        self.rows = sum(group.rows for group in self.groups)
+        self._cache: OrderedDict[tuple[int, str, int], pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def row(self, group: RowGroup, index: int) -> dict[str, Any]:
+        table = self.table(group.dataset, group.path, group.index)
+        return table.slice(index, 1).to_pylist()[0]
+
+    def table(self, dataset: int, path: str, index: int) -> pa.Table:
+        key = (dataset, path, index)
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+            source = self.datasets[dataset]
+            full = posixpath.join(source.store.path(source.name), path)
+            file = pq.ParquetFile(full, filesystem=source.store.fs)
+            columns = self.columns and [c for c in self.columns if c in file.schema_arrow.names]
+            table = file.read_row_group(index, columns=columns)
+            self._cache[key] = table
+            while len(self._cache) > CACHED_GROUPS:
+                self._cache.popitem(last=False)
+            return table
+
+
+class Order:
+    """Which row stands at each place of a run: `locate(g)` for sample number `g`."""
+
+    def __init__(self, groups: Sequence[RowGroup], seed: int) -> None:
+        self.groups = list(groups)
+        self.seed = seed
+        self.rows = sum(group.rows for group in self.groups)
+        self.streams = STREAMS
+        while self.streams > self.rows:
+            self.streams //= 2
+        self.stream_rows = self.rows // self.streams
+        self._epoch = functools.lru_cache(maxsize=2)(self._plan)
+        self._window = functools.lru_cache(maxsize=4 * STREAMS)(self._shuffle)
+
+    def locate(self, sample: int) -> tuple[RowGroup, int]:
+        """The row group and the row in it of the run's sample number `sample`."""
+        stream, place = sample % self.streams, sample // self.streams
+        epoch, place = divmod(place, self.stream_rows)
+        window, inside = divmod(place, WINDOW)
+        place = window * WINDOW + int(self._window(epoch, stream, window)[inside])
+        permutation, ends = self._epoch(epoch)
+        position = stream * self.stream_rows + place
+        slot = bisect.bisect_right(ends, position)
+        group = self.groups[permutation[slot]]
+        return group, position - (ends[slot] - group.rows)
+
+    def epoch_of(self, sample: int) -> int:
+        return sample // self.streams // self.stream_rows
+
+    def _plan(self, epoch: int) -> tuple[list[int], list[int]]:
+        rng = np.random.default_rng((self.seed, epoch))
+        permutation = rng.permutation(len(self.groups)).tolist()
+        ends = np.cumsum([self.groups[i].rows for i in permutation]).tolist()
+        return permutation, ends
+
+    def _shuffle(self, epoch: int, stream: int, window: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, epoch, stream, window))
+        return rng.permutation(min(WINDOW, self.stream_rows - window * WINDOW))
+
+
+def share(step: int, batch: int, rank: int, world: int) -> list[int]:
+    """The sample numbers of a global batch that fall to one worker.
+
+    Raises:
+        ValueError: the batch can't be shared equally.
+    """
+    if batch % world:
+        raise ValueError(f"batch {batch} is not divisible by the number of workers {world}")
+    return [g for g in range(step * batch, (step + 1) * batch) if g % world == rank]
+
+
+class Prefetcher(Generic[B]):
+    """Makes the batches of coming steps in the background, in order."""
+
+    def __init__(self, make: Callable[[int], B], steps: range, depth: int = 2) -> None:
+        self._queue: queue.Queue[tuple[B | None, BaseException | None]] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(make, steps), daemon=True)
+        self._thread.start()
+
+    def _run(self, make: Callable[[int], B], steps: range) -> None:
+        try:
+            for step in steps:
+                if self._closed.is_set():
+                    return
+                self._put((make(step), None))
+        except BaseException as error:  # handed to the consumer, who raises it
+            self._put((None, error))
+
+    def _put(self, item: tuple[B | None, BaseException | None]) -> None:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def __iter__(self) -> Iterator[B]:
+        return self
+
+    def __next__(self) -> B:
+        batch, error = self._queue.get()
+        if error is not None:
+            raise error
+        assert batch is not None
+        return batch
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(timeout=10)

@@ -1,0 +1,83 @@
+"""COCO captions: 123 thousand photos with five captions each.
+
+From cocodataset.org/#download ("Train/Val annotations"): every `captions_*.json` in the folder;
+`images` [{id, coco_url, ...}] and `annotations` [{id, image_id, caption}]. With Karpathy's
+`dataset_coco.json` beside them, the images of his val and test splits are held out, because
+captioning and retrieval are tested on them. Annotations CC BY 4.0; the photos have Flickr licences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.sources import (
+    KARPATHY,
+    MISSING_IMAGE,
+    HeldOut,
+    ImageItem,
+    ImageRecord,
+    Malformed,
+    Options,
+    clean_text,
+    karpathy_file,
+    karpathy_held_out,
+    need,
+    pair,
+    read_json,
+)
+
+KIND = "pairs"
+
+
+def files(root: Path, options: Options) -> list[Path]:
+    found = sorted(root.glob("captions_*.json"))
+    if not found:
+        need(root / "captions_train2017.json", "https://cocodataset.org/#download")
+    split = karpathy_file(root, options)
+    return [*found, split] if split else found
+
+
+def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # noqa: B008 (frozen)
+    """Yield the images in published order with all their captions, then what was malformed."""
+    annotations = [f for f in files(root, options) if f.name.startswith("captions_")]
+    held_out = karpathy_held_out(karpathy_file(root, options))
+    urls: dict[int, Any] = {}
+    captions: dict[int, dict[Any, str]] = {}
+    bad: list[Malformed] = []
+    for file in annotations:
+        raw = read_json(file)
+        for image in raw["images"]:
+            if isinstance(image, dict) and isinstance(image.get("id"), int):
+                urls.setdefault(image["id"], image.get("coco_url"))
+            else:
+                bad.append(Malformed("image without an id", repr(image)[:200], file.name))
+        for row in raw["annotations"]:
+            problem = _add(row, urls, captions, file.name)
+            if problem:
+                bad.append(problem)
+    for image_id, url in urls.items():
+        texts = list(captions.get(image_id, {}).values())[: options.max_captions]
+        record = pair(f"coco/{image_id:012d}", url, texts)
+        if isinstance(record, ImageRecord) and image_id in held_out:
+            yield HeldOut(record, KARPATHY)
+        else:
+            yield record
+    yield from bad
+
+
+def _add(
+    row: Any, urls: dict[int, Any], captions: dict[int, dict[Any, str]], file: str
+) -> Malformed | None:
+    """File an annotation under its image, by its own id: 2014's and 2017's files share them."""
+    if not isinstance(row, dict) or "image_id" not in row:
+        return Malformed("annotation without an image", repr(row)[:200], file)
+    where = f"{file}: annotation {row.get('id')}"
+    if row["image_id"] not in urls:
+        return Malformed(MISSING_IMAGE, f"image {row['image_id']}", where)
+    caption = row.get("caption")
+    if not isinstance(caption, str) or not clean_text(caption):
+        return Malformed("empty caption", repr(caption)[:200], where)
+    captions.setdefault(row["image_id"], {}).setdefault(row.get("id"), caption)
+    return None

@@ -1,0 +1,227 @@
+"""MLflow: parameters, curves, pictures; one run per job, resumed by the job that resumes.
+
+The tracking URI is MLFLOW_TRACKING_URI, or a SQLite file in the (local) store. Metrics go through a
+buffer and a background thread, so that a slow or absent server never holds up training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.storage import Store, StoreError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+    from PIL.Image import Image
+
+EXPERIMENT = "beit3-ray"
+BATCH = 500  # metrics per request; the server refuses more than 1000
+PARAM_CHARS = 6000  # longest value of a parameter that MLflow keeps
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """An MLflow run, as other processes can find it again."""
+
+    uri: str
+    run_id: str
+    experiment_id: str
+
+
+def tracking_uri(store: Store) -> str:
+    """Where runs are tracked: MLFLOW_TRACKING_URI, or a SQLite file beside the data."""
+    configured = os.environ.get("MLFLOW_TRACKING_URI")
+    if configured:
+        return configured
+    folder = Path(store.root) if store.uri.startswith("file:") else Path.cwd()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def client(uri: str) -> MlflowClient:
+    """A client for this URI; MLflow is imported here, since it takes seconds."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def start_run(
+    store: Store,
+    name: str,
+    parameters: Mapping[str, Any],
+    *,
+    key: str | None = None,
+    parent: str | None = None,
+) -> RunHandle:
+    """Open a run, or the one that an earlier, interrupted job of the same `key` opened.
+
+    Args:
+        key: Where in the store to remember the run, e.g. `runs/base`; None: always a new run.
+        parent: Run id under which this one is nested.
+
+    Raises:
+        StoreError: the tracking server can't be reached.
+    """
+    uri = tracking_uri(store)
+    note = f"{key}/mlflow.json" if key else None
+    try:
+        tracker = client(uri)
+        if note and store.exists(note):
+            handle = RunHandle(**store.read_json(note))
+            if handle.uri == uri:
+                with contextlib.suppress(Exception):  # deleted meanwhile: open a new one
+                    if tracker.get_run(handle.run_id).info.lifecycle_stage == "active":
+                        tracker.set_terminated(handle.run_id, status="RUNNING")
+                        return handle
+        experiment = tracker.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            location = f"{store.uri}/mlflow-artifacts" if uri.startswith("sqlite:") else None
+            experiment_id = tracker.create_experiment(EXPERIMENT, artifact_location=location)
+        else:
+            experiment_id = experiment.experiment_id
+        tags = {"mlflow.runName": name} | ({"mlflow.parentRunId": parent} if parent else {})
+        run = tracker.create_run(experiment_id, tags=tags, run_name=name)
+        from mlflow.entities import Param
+
+        values = [Param(k, str(v)[:PARAM_CHARS]) for k, v in parameters.items()]
+        for start in range(0, len(values), 100):
+            tracker.log_batch(run.info.run_id, params=values[start : start + 100])
+    except Exception as error:
+        raise StoreError(
+            f"tracking {uri}: {error}. Start that server, or unset MLFLOW_TRACKING_URI to track in "
+            "a local file."
+        ) from error
+    handle = RunHandle(uri, run.info.run_id, experiment_id)
+    if note:
+        store.write_json(note, asdict(handle))
+    return handle
+
+
+def finish_run(handle: RunHandle, status: str = "FINISHED") -> None:
+    client(handle.uri).set_terminated(handle.run_id, status=status)
+
+
+class Logger:
+    """Writes a run's metrics and pictures in the background. Use as a context manager.
+
+    Metrics of steps that the run already holds are not written again, so that a run resumed from an
+    older checkpoint has no doubled step.
+    """
+
+    def __init__(self, handle: RunHandle | None) -> None:
+        self.handle = handle
+        self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
+        self._logged: dict[str, int] = {}
+        self._thread: threading.Thread | None = None
+        if handle is not None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log scalars of a step."""
+        now = int(time.time() * 1000)
+        for name, value in values.items():
+            self._queue.put(("metric", (name, float(value), now, step)))
+
+    def picture(self, path: str, image: Image) -> None:
+        """Log a picture as an artifact, e.g. `masked/step-000100.png`."""
+        self._queue.put(("picture", (path, image)))
+
+    def json(self, path: str, value: Any) -> None:
+        """Log a JSON artifact."""
+        self._queue.put(("text", (path, json.dumps(value, indent=1, default=str))))
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """Log a local file as an artifact."""
+        self._queue.put(("file", (str(path), folder)))
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Wait until all is delivered, at most `timeout` seconds."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout)
+            self._thread = None
+
+    def _run(self) -> None:
+        assert self.handle is not None
+        tracker = client(self.handle.uri)
+        closing = False
+        while not closing:
+            items = [self._queue.get()]
+            time.sleep(0.2)  # let a batch gather
+            while not self._queue.empty():
+                items.append(self._queue.get())
+            closing = None in items
+            metrics = [item[1] for item in items if item and item[0] == "metric"]
+            for start in range(0, len(metrics), BATCH):
+                self._retry(lambda s=start: self._metrics(tracker, metrics[s : s + BATCH]))
+            for item in items:
+                if item and item[0] != "metric":
+                    self._retry(lambda i=item: self._artifact(tracker, *i))
+
+    def _metrics(self, tracker: MlflowClient, metrics: list[tuple[str, float, int, int]]) -> None:
+        assert self.handle is not None
+        from mlflow.entities import Metric
+
+        fresh = []
+        for name, value, when, step in metrics:
+            if name not in self._logged:
+                history = tracker.get_metric_history(self.handle.run_id, name)
+                self._logged[name] = max((m.step for m in history), default=-1)
+            if step > self._logged[name]:
+                fresh.append(Metric(name, value, when, step))
+        if fresh:
+            tracker.log_batch(self.handle.run_id, metrics=fresh)
+            for metric in fresh:
+                self._logged[metric.key] = max(self._logged[metric.key], metric.step)
+
+    def _artifact(self, tracker: MlflowClient, kind: str, content: tuple[Any, Any]) -> None:
+        assert self.handle is not None
+        if kind == "file":
+            tracker.log_artifact(self.handle.run_id, content[0], artifact_path=content[1])
+            return
+        path, value = content
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / Path(path).name
+            if kind == "picture":
+                value.save(local)
+            else:
+                local.write_text(value)
+            parent = str(Path(path).parent)
+            tracker.log_artifact(
+                self.handle.run_id, str(local), artifact_path=None if parent == "." else parent
+            )
+
+    def _retry(self, send: Any) -> None:
+        """Try until it is delivered, with growing pauses; training goes on meanwhile."""
+        pause = 1.0
+        while True:
+            try:
+                send()
+                return
+            except Exception as error:
+                logging.getLogger(__name__).warning("tracking: %s; trying again", error)
+                time.sleep(pause)
+                pause = min(30.0, pause * 2)

@@ -1,0 +1,383 @@
+"""Ingestion, end to end, over a web that misbehaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines import ingest, sources
+from pipelines.images import CleanImage, Rejected
+from pipelines.ingest import IngestConfig, failure_reason, fetch_images, plan, refuse, run
+from pipelines.sample_world import Server, World, WorldSize, generate, serve
+from pipelines.storage import Store, StoreError
+
+REASONS = {
+    "404": "http 404",
+    "403": "http 403",
+    "timeout": "timed out",
+    "html": "not an image (HTML)",
+    "truncated": "truncated image",
+    "zero": "empty body",
+}
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Server]]:
+    root = tmp_path_factory.mktemp("world")
+    with serve(root) as server:
+        yield generate(root, size=WorldSize.tiny(), base_url=server.url), server
+
+
+def config(world: World, source: str, store: str | Path, **changes: Any) -> IngestConfig:
+    folder = {"text_files": "text", "imagenet21k": "imagenet"}.get(source, source)
+    # The timeout is what a busy machine needs; only the URLs that never answer wait so long.
+    settings: dict[str, Any] = {"threads": 16, "timeout": 3.0, "retries": 0, "shard_size": 10}
+    return IngestConfig(
+        source=source,
+        annotations=str(world.annotations(folder)),
+        store=str(store),
+        allow_loopback=True,
+        **(settings | changes),
+    )
+
+
+def expected_failures(world: World, source: str) -> dict[str, int]:
+    return {REASONS[k]: n for k, n in world.expected_failures.get(source, {}).items()}
+
+
+def good_items(cfg: IngestConfig) -> list[sources.ImageRecord]:
+    items = sources.load(cfg.source).read(Path(cfg.annotations), cfg.options)
+    return [i for i in items if isinstance(i, sources.ImageRecord)]
+
+
+# -- end to end -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_pairs(
+    kind: str, web: tuple[World, Server], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    world, server = web
+    uri = str(tmp_path / "store") if kind == "local" else request.getfixturevalue("s3_store")
+    cfg = config(world, "cc3m", uri)
+    commit = run(cfg)
+    dataset = Store(uri).dataset("images/cc3m")
+
+    # What failed: each kind of failure, exactly as often as the world knows of.
+    malformed = {"missing tab": 1, "blank line": 1, "empty caption": 1}
+    failures = expected_failures(world, "cc3m")
+    assert set(failures) == set(REASONS.values())
+    assert commit.stats["set_aside"] == failures | malformed
+    aside = dataset.read_set_aside()
+    assert Counter(row["reason"] for row in aside) == failures | malformed
+    assert all(row.keys() == {"id", "url", "reason", "detail", "stage"} for row in aside)
+    assert commit.stats["stages"] == dict(Counter(row["stage"] for row in aside))
+    assert {r["stage"] for r in aside if r["reason"] == "http 404"} == {"download"}
+
+    # What is there: everything else, redirects too, in the published order.
+    table = dataset.read_table()
+    assert table.schema.equals(ingest.IMAGE_SCHEMA)
+    rows = table.to_pylist()
+    records = good_items(cfg)
+    bad = {row["id"] for row in aside}
+    assert [row["id"] for row in rows] == [r.id for r in records if r.id not in bad]
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    captions = {r.id: r.captions for r in records}
+    assert all(row["captions"] == captions[row["id"]] for row in rows)
+    for row in rows:
+        with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+            image.load()
+            assert (image.format, image.mode) == ("JPEG", "RGB")
+            assert image.size == (row["width"], row["height"])
+    behaviour = json.loads((world.web / "behaviour.json").read_text())
+    moved = [row for row in rows if behaviour.get(row["url"][len(server.url) :]) == "redirect"]
+    assert len(moved) == world.redirects["cc3m"] > 0
+    assert commit.rows == commit.stats["images"] == len(rows)
+    assert commit.stats["read"] == len(rows) + len(aside)
+    assert commit.stats["bytes"] == sum(len(row["image"]["bytes"]) for row in rows)
+    (described,) = commit.lineage["inputs"]
+    assert described["file"] == "Train_GCC-training.tsv" and len(described["sha256"]) == 64
+
+    # A second run does nothing.
+    before = server.requests
+    assert run(cfg) == commit
+    assert server.requests == before
+
+    # A run that was killed goes on: one of the three parts is made again, and only that.
+    folder = f"images/cc3m/data-{commit.fingerprint[:8]}"
+    store = Store(uri)
+    store.delete("images/cc3m/_commits/00000000.json")
+    store.delete(f"{folder}/_part-00001.json")
+    store.delete(f"{folder}/part-00001.parquet")
+    shard = pq.read_table(io.BytesIO(store.read(f"{folder}/_urls-00001.parquet"))).to_pylist()
+    urls = {row["url"] for row in shard if row["reason"] is None}
+    hops = sum(behaviour.get(url[len(server.url) :]) == "redirect" for url in urls)
+    again = run(cfg)
+    assert server.requests - before == len(urls) + hops
+    assert again.identity == commit.identity
+    assert again.files == commit.files and again.stats == commit.stats
+
+    # The name is taken for other options.
+    with pytest.raises(StoreError, match="other inputs or options"):
+        run(config(world, "cc3m", uri, short_side=64))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_held_out_images_are_never_fetched(web: tuple[World, Server], tmp_path: Path) -> None:
+    world, _ = web
+    commit = run(config(world, "coco", tmp_path))
+    dataset = Store(tmp_path).dataset("images/coco")
+    held = [r for r in dataset.read_set_aside() if r["reason"].startswith("held out")]
+    assert len(held) == world.size.coco_val + world.size.coco_test
+    splits = json.loads((world.annotations("coco") / "dataset_coco.json").read_text())["images"]
+    tested = {f"coco/{i['cocoid']:012d}" for i in splits if i["split"] in ("val", "test")}
+    assert {r["id"] for r in held} == tested
+    assert not tested & set(dataset.read_table(["id"])["id"].to_pylist())
+    fails = expected_failures(world, "coco")
+    extra = {"held out: COCO Karpathy val/test": len(held), "annotation names a missing image": 1}
+    assert commit.stats["set_aside"] == fails | extra
+    assert len(commit.lineage["inputs"]) == 3
+    assert commit.stats["captions"] > 4 * commit.rows
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_archives_and_texts(web: tuple[World, Server], tmp_path: Path, s3_store: str) -> None:
+    world, _ = web
+    images = run(config(world, "imagenet21k", tmp_path))
+    assert images.rows == world.counts["imagenet"] and images.stats["set_aside"] == {}
+    rows = Store(tmp_path).dataset("images/imagenet21k").read_table().to_pylist()
+    assert all(row["captions"] == [] and row["url"] is None for row in rows)
+    assert rows[0]["id"].startswith("imagenet21k/n")
+
+    # Texts from a bucket, to a bucket.
+    bucket = Store(s3_store)
+    for file in world.annotations("text").rglob("*.*"):
+        bucket.upload(file, f"raw/{file.relative_to(world.annotations('text')).as_posix()}")
+    cfg = IngestConfig("text_files", f"{s3_store}/raw", s3_store, name="small")
+    texts = run(cfg)
+    table = bucket.dataset("text/small").read_table()
+    assert table.schema.equals(ingest.TEXT_SCHEMA)
+    assert texts.rows == table.num_rows >= world.counts["text"] + world.counts["books"]
+    assert len(set(table["id"].to_pylist())) == table.num_rows
+    assert table["id"][0].as_py() == "small/books/book_01.txt:000000001"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_annotations_in_a_bucket_give_the_same_dataset(
+    web: tuple[World, Server], tmp_path: Path, s3_store: str
+) -> None:
+    world, _ = web
+    file = world.annotations("sbu") / "sbu-captions-all.json"
+    Store(s3_store).upload(file, f"raw/{file.name}")
+    from_bucket = config(world, "sbu", s3_store)
+    from_bucket = replace(from_bucket, annotations=f"{s3_store}/raw")
+    local = config(world, "sbu", tmp_path, limit=None, processes=1)
+    assert run(from_bucket).identity == run(local).identity
+
+
+# -- before anything starts -----------------------------------------------------------------------
+
+
+def test_a_plan_fetches_nothing(web: tuple[World, Server], tmp_path: Path) -> None:
+    world, server = web
+    before = server.requests
+    found = plan(config(world, "cc3m", tmp_path / "store", dry_run=True))
+    assert server.requests == before and not (tmp_path / "store").exists()
+    assert found["images"] == world.counts["cc3m"] + 1  # the line with a NUL is cleaned
+    assert found["set_aside"] == {"missing tab": 1, "blank line": 1, "empty caption": 1}
+    assert found["shards"] == 3
+    assert plan(config(world, "cc3m", tmp_path, limit=3))["images"] == 3
+    assert plan(config(world, "imagenet21k", tmp_path))["files"] == world.size.synsets
+
+
+def test_what_cant_work_stops_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def started() -> None:
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.setattr(ingest.cluster, "start", started)
+
+    def main(*args: str) -> str:
+        monkeypatch.setattr("sys.argv", ["ingest.py", "--store", str(tmp_path / "store"), *args])
+        with pytest.raises(SystemExit) as stopped:
+            ingest.main()
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    folder = str(tmp_path)
+    assert "cc3m" in main("--source", "laion")
+    assert "Train_GCC-training.tsv is missing" in main("--annotations", folder)
+    assert "no *.tar there" in main("--source", "imagenet21k", "--annotations", folder)
+    assert "shard_size" in main("--shard-size", "0")
+    (tmp_path / "file").write_text("")
+    assert "can't write there" in main("--store", str(tmp_path / "file"), "--annotations", folder)
+
+
+# -- the web --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://example.org/a b/é.jpg?x=%20", None),
+        ("https://bücher.example/1.jpg", None),
+        ("http://8.8.8.8/x.jpg", None),
+        ("ftp://example.org/x.jpg", "unsupported scheme"),
+        ("file:///etc/passwd", "unsupported scheme"),
+        ("x.jpg", "unsupported scheme"),
+        ("http:///x.jpg", "bad url"),
+        ("http://[::1/x.jpg", "bad url"),
+        ("http://example.org:99999/x.jpg", "bad url"),
+        ("http://localhost/x.jpg", "private address"),
+        ("http://LOCALHOST./x.jpg", "private address"),
+        ("http://127.0.0.1/x.jpg", "private address"),
+        ("http://127.1/x.jpg", "private address"),
+        ("http://2130706433/x.jpg", "private address"),
+        ("http://[::1]/x.jpg", "private address"),
+        ("http://[::ffff:10.0.0.1]/x.jpg", "private address"),
+        ("http://10.1.2.3/x.jpg", "private address"),
+        ("http://192.168.0.1/x.jpg", "private address"),
+        ("http://169.254.169.254/latest/meta-data", "private address"),
+        ("http://0.0.0.0/x.jpg", "private address"),
+    ],
+)
+def test_urls_that_are_never_fetched(url: str, reason: str | None) -> None:
+    found = refuse(url)
+    assert (found.reason if found else None) == reason
+
+
+def test_loopback_may_be_allowed_and_private_networks_not() -> None:
+    assert refuse("http://127.0.0.1:8000/x.jpg", allow_loopback=True) is None
+    assert refuse("http://localhost/x.jpg", allow_loopback=True) is None
+    assert refuse("http://169.254.169.254/", allow_loopback=True) is not None
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("HTTP Error 404: Not Found", "http 404"),
+        ("HTTP Error 503: Service Unavailable", "http 503"),
+        ("<urlopen error timed out>", "timed out"),
+        ("The read operation timed out", "timed out"),
+        ("<urlopen error [Errno -2] Name or service not known>", "host not found"),
+        ("<urlopen error [Errno 111] Connection refused>", "connection failed"),
+        ("[Errno 104] Connection reset by peer", "connection failed"),
+        ("Remote end closed connection without response", "connection failed"),
+        ("<urlopen error [SSL: CERTIFICATE_VERIFY_FAILED] certificate has expired>", "tls failed"),
+        ("Use of image disallowed by X-Robots-Tag directive", "robots: disallowed"),
+        ("IncompleteRead(3 bytes read, 9 more expected)", "incomplete download"),
+        ("no host given", "download failed"),
+    ],
+)
+def test_reasons_are_few(said: str, reason: str) -> None:
+    assert failure_reason(said) == reason
+
+
+class _Odd(BaseHTTPRequestHandler):
+    """Answers that the sample world's server doesn't give."""
+
+    hits: ClassVar[Counter[str]] = Counter()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.hits[self.path] += 1
+        body = io.BytesIO()
+        Image.new("RGB", (64, 64), "red").save(body, "JPEG")
+        headers: dict[str, str] = {}
+        status, data, promised = 200, body.getvalue(), None
+        if self.path == "/robots":
+            headers["X-Robots-Tag"] = "beit3-ray: noai"
+        elif self.path == "/other-robot":
+            headers["X-Robots-Tag"] = "otherbot: noai"
+        elif self.path == "/inside":
+            status, headers["Location"] = 302, "http://169.254.169.254/latest"
+        elif self.path == "/to-file":
+            status, headers["Location"] = 302, "file:///etc/passwd"
+        elif self.path == "/loop":
+            status, headers["Location"] = 302, "/loop"
+        elif self.path == "/large":
+            data = data.ljust(3 << 20, b"\0")
+        elif self.path == "/cut":
+            promised = len(data) + 100
+        self.send_response(status)
+        self.send_header("Content-Length", str(promised or len(data)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.path == "/slow":
+            for i in range(40):  # never silent for long, and never done
+                try:
+                    self.wfile.write(data[i : i + 1])
+                    self.wfile.flush()
+                except OSError:
+                    return
+                time.sleep(0.1)
+        else:
+            self.wfile.write(data)
+
+
+@pytest.fixture(scope="module")
+def odd() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Odd)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+FETCH = IngestConfig(allow_loopback=True, timeout=10, max_megabytes=2, retries=0, threads=8)
+
+
+def test_odd_answers(odd: str) -> None:
+    paths = ["/ok", "/robots", "/other-robot", "/inside", "/to-file", "/loop", "/large", "/cut"]
+    paths += ["/with space/é.jpg"]
+    outcomes = fetch_images([odd + p for p in (*paths, "/ok")] + ["http://10.0.0.1/"], FETCH)
+    found = {
+        url.removeprefix(odd): r.reason if isinstance(r, Rejected) else ""
+        for url, r in outcomes.items()
+    }
+    assert found == {
+        "/ok": "",
+        "/robots": "robots: disallowed",
+        "/other-robot": "",
+        "/inside": "private address",
+        "/to-file": "unsupported scheme",
+        "/loop": "redirect loop",
+        "/large": "too large",
+        "/cut": "incomplete download",
+        "/with space/é.jpg": "",
+        "http://10.0.0.1/": "private address",
+    }
+    assert _Odd.hits["/ok"] == 1  # though it was asked for twice
+    assert isinstance(outcomes[odd + "/ok"], CleanImage)
+
+
+def test_a_trickle_ends(odd: str) -> None:
+    impatient = replace(FETCH, max_seconds=0.3)
+    (outcome,) = fetch_images([odd + "/slow"], impatient).values()
+    assert isinstance(outcome, Rejected) and outcome.reason == "timed out"
+    assert outcome.detail == "<urlopen error too slow: over 0.3 s>"
+
+
+def test_a_network_that_is_down_ends_the_job_rather_than_emptying_the_dataset() -> None:
+    urls = [f"http://127.0.0.1:9/{i}.jpg" for i in range(60)]
+    few = fetch_images(urls[:3], FETCH)
+    assert {r.reason for r in few.values() if isinstance(r, Rejected)} == {"connection failed"}
+    with pytest.raises(ConnectionError, match="not one of 60 URLs"):
+        fetch_images(urls, FETCH)
