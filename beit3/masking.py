@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -61,3 +63,45 @@ def token_mask(length: int, ratio: float, rng: np.random.Generator) -> np.ndarra
     count = min(inner, max(1, count))
     mask[1 + rng.choice(inner, count, replace=False)] = True
     return mask
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How much is hidden, and of pairs which side ("Image as a Foreign Language" section 2.3)."""
+
+    image: float = 0.4
+    """Share of patches hidden, of pictures alone and in pairs."""
+    text: float = 0.15
+    """Share of tokens hidden in texts alone."""
+    pair_text: float = 0.5
+    """Share of tokens hidden in captions."""
+    pairs: Literal["separate", "joint"] = "separate"
+    """joint: both sides of a pair are corrupted at once. separate: of each pair only one is, in
+    turns, so that every prediction sees an intact partner."""
+    pair_text_share: float = 0.5
+    """With separate masking, the share of pairs whose caption, not picture, is corrupted."""
+    min_block: int = 16
+    """Least patches of a block."""
+
+    def __post_init__(self) -> None:
+        for name in ("image", "text", "pair_text", "pair_text_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"masking.{name}: expected a share, got {getattr(self, name)}")
+
+    def of_image(self, grid: int, rng: np.random.Generator) -> np.ndarray:
+        """bool `[grid * grid]`, always the same number of patches."""
+        count = round(self.image * grid * grid)
+        return block_mask(grid, count, rng, min_block=self.min_block).ravel()
+
+    def of_pair(
+        self, grid: int, length: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Masks of a pair's picture `[grid * grid]` and caption `[length]`."""
+        both = self.pairs == "joint"
+        caption_turn = rng.random() < self.pair_text_share
+        no_patches, no_tokens = np.zeros(grid * grid, bool), np.zeros(length, bool)
+        hide_text, hide_image = both or caption_turn, both or not caption_turn
+        return (
+            self.of_image(grid, rng) if hide_image else no_patches,
+            token_mask(length, self.pair_text, rng) if hide_text else no_tokens,
+        )

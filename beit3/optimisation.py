@@ -15,7 +15,9 @@ from torch import nn
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 
-def cosine_schedule(step: int, *, peak: float, warmup: int, steps: int, floor: float = 0.0) -> float:
+def cosine_schedule(
+    step: int, *, peak: float, warmup: int, steps: int, floor: float = 0.0
+) -> float:
     """Learning rate of a step: linear warm-up from 0, then a half cosine down to `floor`."""
     if step < warmup:
         return peak * (step + 1) / warmup

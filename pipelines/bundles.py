@@ -7,6 +7,7 @@ size and SHA-256, goes last; a folder without it, or whose files don't match it,
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def info(store: Store, name: str) -> dict[str, Any]:
             f"{store.uri}/{name}: missing or half written; run the job that makes it (again)"
         )
     return store.read_json(f"{name}/{MANIFEST}")["info"]
+
+
+def identity(store: Store, name: str) -> str:
+    """Content hash of a bundle: equal for equal files.
+
+    Raises:
+        StoreError: there is none.
+    """
+    info(store, name)
+    files = store.read_json(f"{name}/{MANIFEST}")["files"]
+    text = json.dumps({path: record["sha256"] for path, record in files.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load(store: Store, name: str, to: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def restore(store: Store, run: str, engine: Any) -> int:
             try:
                 bundles.load(store, folder(run, step), Path(temporary))
             except StoreError as error:
-                console.say(f"checkpoint of step {step} is unusable, trying the one before: {error}")
+                console.say(f"checkpoint of step {step} is damaged, trying an older: {error}")
                 continue
             engine.module.load_state_dict(load_file(Path(temporary) / "model.safetensors"))
             optimizer = load_file(Path(temporary) / "optimizer.safetensors")

@@ -10,8 +10,8 @@ def start(*, cpus: int | None = None) -> None:
     """Connect to Ray unless this process is connected already.
 
     `ray job submit` and a head node set RAY_ADDRESS; without it a private local cluster starts,
-    with its dashboard off and every port on loopback. `cpus` counts logical CPUs of the local cluster
-    only (default: the machine's).
+    with its dashboard off and every port on loopback. `cpus` is the number of logical CPUs of that
+    local cluster (default: the machine's).
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # img2dataset's resizer phones home
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # the jobs show their own

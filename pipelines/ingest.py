@@ -8,8 +8,9 @@ the images (`pipelines.images`), and writes one part to the store. A URL that fa
 aside with a reason; it fails nothing else. Archives and text files: one task per file, so a corpus
 in one huge file uses one core.
 
-The dataset `images/<name>` has the columns of `IMAGE_SCHEMA`, `text/<name>` those of `TEXT_SCHEMA`;
-rows set aside have `id`, `url`, `reason`, `detail`, and the `stage` that refused them.
+The dataset `images/<name>` has the columns of `IMAGE_SCHEMA`, `text/<name>` of `TEXT_SCHEMA`; rows
+set aside have `id`, `url`, `reason`, `detail`, and the `stage` that refused them. Pictures that a
+dataset of `held_out` has too, at whatever size and quality, are set aside (`pipelines.leaks`).
 """
 
 from __future__ import annotations
@@ -17,16 +18,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import ipaddress
-import os
 import re
-import socket
-import ssl
-import string
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,14 +29,14 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
-from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines import cluster, console, sources
+from pipelines import cluster, console, leaks, sources
 from pipelines.config import cli, stop, to_dict
+from pipelines.fetch import FetchPolicy, fetch_images, refuse
 from pipelines.images import CleanImage, ImagePolicy, Rejected, clean_image
 from pipelines.parts import PartOutput, Resources, make_dataset
 from pipelines.sources import HeldOut, ImageItem, ImageRecord, Malformed
@@ -125,6 +118,8 @@ class IngestConfig:
     """Captions kept of one image, the first ones."""
     coco_split: Path | None = None
     """Karpathy's dataset_coco.json; by default in the annotations' folder or in ../coco."""
+    held_out: tuple[str, ...] = ()
+    """Datasets of the store, such as tasks/vqa/test, whose pictures must never be kept."""
     document_chars: int = 4_000
     """Plain text files are cut at paragraphs into documents of about so many characters."""
 
@@ -156,6 +151,19 @@ class IngestConfig:
         return ImagePolicy(self.short_side, self.min_side, self.max_aspect, self.max_pixels)
 
     @property
+    def fetch(self) -> FetchPolicy:
+        return FetchPolicy(
+            threads=self.threads,
+            timeout=self.timeout,
+            max_seconds=self.max_seconds,
+            max_megabytes=self.max_megabytes,
+            retries=self.retries,
+            user_agent_token=self.user_agent_token,
+            respect_robots=self.respect_robots,
+            allow_loopback=self.allow_loopback,
+        )
+
+    @property
     def options(self) -> sources.Options:
         return sources.Options(self.max_captions, self.coco_split, self.document_chars)
 
@@ -185,18 +193,20 @@ def run(config: IngestConfig) -> Commit:
     store = Store(config.store)
     store.check_writable()
     dataset = store.dataset(config.dataset)
+    held_out = () if source.KIND == "text" else tuple(leaks.sources(store, config.held_out))
     if source.KIND == "pairs":
         with _local(config.annotations) as root:
             inputs = [_describe_local(f, root) for f in source.files(root, config.options)]
-            mark = _fingerprint(config, inputs)
+            mark = _fingerprint(config, inputs, held_out)
             items = partial(_items, source, root, config)
             units = partial(_url_shards, dataset, mark, items, config.shard_size)
-            commit = _make(config, dataset, mark, inputs, units, _PairWorker(config, store))
+            worker = _PairWorker(config, store, held_out)
+            commit = _make(config, dataset, mark, inputs, units, worker)
     else:
         files, inputs = _unit_files(config, source)
-        mark = _fingerprint(config, inputs)
+        mark = _fingerprint(config, inputs, held_out)
         listed = [{"name": f"{i:05d}", "file": file} for i, file in enumerate(files)]
-        worker = _FileWorker(config, config.name or config.source)
+        worker = _FileWorker(config, config.name or config.source, held_out)
         commit = _make(config, dataset, mark, inputs, lambda: listed, worker)
     _report(commit)
     return commit
@@ -244,6 +254,7 @@ def _make(
 
     def start_and_list() -> Sequence[dict[str, Any]]:
         listed = units()  # first: bad annotations should be said before a cluster starts
+        leaks.prepare(dataset.store, worker.held_out)
         cluster.start()
         return listed
 
@@ -252,7 +263,7 @@ def _make(
         job="ingest",
         fingerprint=mark,
         config=to_dict(config),
-        inputs=inputs,
+        inputs=inputs + [{"dataset": s.dataset, "commit": s.commit} for s in worker.held_out],
         units=start_and_list,
         make_worker=partial(_same, worker),
         schema=TEXT_SCHEMA if text else IMAGE_SCHEMA,
@@ -274,10 +285,14 @@ def _report(commit: Commit) -> None:
     )
 
 
-def _fingerprint(config: IngestConfig, inputs: Iterable[dict[str, Any]]) -> str:
+def _fingerprint(
+    config: IngestConfig, inputs: Iterable[dict[str, Any]], held_out: Sequence[leaks.Source]
+) -> str:
     decides = {name: getattr(config, name) for name in _DECIDES_OUTPUT}
     if sources.load(config.source).KIND == "text":
         decides["name"] = config.name or config.source  # it is in the ids
+    if held_out:
+        decides["held_out"] = sorted([s.dataset, s.commit] for s in held_out)
     return fingerprint(
         "ingest", decides, [f"{i['file']}:{i.get('sha256', i['bytes'])}" for i in inputs]
     )
@@ -406,7 +421,16 @@ class _Part:
             self.batches.append(pa.RecordBatch.from_pylist(self.rows, self.schema))
             self.rows = []
 
-    def add_image(self, record: ImageRecord, image: CleanImage, source: str) -> None:
+    def add_image(
+        self, record: ImageRecord, image: CleanImage, source: str, pictures: leaks.HeldOutPictures
+    ) -> None:
+        """Add a row, or set it aside if its picture is a held-out one."""
+        same = pictures.find(image.data)
+        if same:
+            reason = f"held out: same picture as {same.dataset}"
+            detail = f"{same.id}: {same.bits} bits and {same.colour} levels of colour differ"
+            self.set_aside(record.id, record.url, reason, detail, "filter")
+            return
         row = {
             "id": record.id,
             "image": {"bytes": image.data, "path": f"{record.id.replace('/', '-')}.jpg"},
@@ -426,11 +450,13 @@ class _PairWorker:
 
     config: IngestConfig
     store: Store
+    held_out: tuple[leaks.Source, ...] = ()
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         rows = pq.read_table(io.BytesIO(self.store.read(unit["urls"]))).to_pylist()
         uses = Counter(r["url"] for r in rows if r["reason"] is None)
-        outcomes = fetch_images(uses, self.config)
+        outcomes = fetch_images(uses, self.config.fetch, self.config.policy)
+        pictures = leaks.load(self.store.uri, self.held_out)
         part = _Part(IMAGE_SCHEMA)
         for row in rows:
             if row["reason"] is not None:
@@ -442,7 +468,7 @@ class _PairWorker:
                 part.set_aside(row["id"], row["url"], image.reason, image.detail, image.stage)
             else:
                 record = ImageRecord(row["id"], row["url"], row["captions"])
-                part.add_image(record, image, self.config.source)
+                part.add_image(record, image, self.config.source, pictures)
         return part.output()
 
 
@@ -452,11 +478,13 @@ class _FileWorker:
 
     config: IngestConfig
     name: str
+    held_out: tuple[leaks.Source, ...] = ()
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         config = self.config
         source = sources.load(config.source)
         folder = Store(config.annotations)
+        pictures = leaks.load(Store(config.store).uri, self.held_out)
         part = _Part(TEXT_SCHEMA if source.KIND == "text" else IMAGE_SCHEMA)
         with folder.fs.open_input_file(folder.path(unit["file"])) as native:
             stream = io.BufferedReader(cast(io.RawIOBase, native), 1 << 20)
@@ -470,212 +498,11 @@ class _FileWorker:
                     if isinstance(image, Rejected):
                         part.set_aside(item.id, "", image.reason, image.detail, image.stage)
                     else:
-                        part.add_image(item, image, config.source)
+                        part.add_image(item, image, config.source, pictures)
                 else:
                     row = {"id": f"{self.name}/{item.id}", "text": item.text, "source": self.name}
                     part.add(row, bytes=len(item.text.encode()))
         return part.output()
-
-
-# -- the web --------------------------------------------------------------------------------------
-
-_UNREACHED = ("connection failed", "host not found", "timed out")
-_MANY = 50
-_ROBOTS = ["noai", "noimageai", "noindex", "noimageindex"]
-_REASONS = (  # the first that matches what the downloader said
-    (r"X-Robots-Tag", "robots: disallowed"),
-    (r"redirect: (private address|unsupported scheme|bad url)", "{}"),
-    (r"Redirection to url .* is not allowed", "unsupported scheme"),
-    (r"too large: ", "too large"),
-    (r"redirect error", "redirect loop"),
-    (r"HTTP Error (\d{3})", "http {}"),
-    (r"timed out|too slow: ", "timed out"),
-    (r"getaddrinfo|Name or service|No address associated|name resolution", "host not found"),
-    (r"SSL|certificate", "tls failed"),
-    (r"IncompleteRead", "incomplete download"),
-    (r"Connection|unreachable|closed connection|No route|Errno|BadStatusLine", "connection failed"),
-    (r"URL|url|port|codec|label", "bad url"),
-)
-
-
-def fetch_images(urls: Iterable[str], config: IngestConfig) -> dict[str, CleanImage | Rejected]:
-    """Download and clean images; every URL, each fetched once, gets an image or a reason.
-
-    Raises:
-        ConnectionError: of many URLs not one host answered, so that it must be our network.
-    """
-    outcomes: dict[str, CleanImage | Rejected] = {}
-    wanted: list[str] = []
-    for url in dict.fromkeys(urls):
-        refused = refuse(url, allow_loopback=config.allow_loopback)
-        if refused:
-            outcomes[url] = refused
-        else:
-            wanted.append(url)
-    lost = Rejected("download failed", "the downloader lost it", "download")
-    fetched: dict[str, CleanImage | Rejected] = dict.fromkeys(wanted, lost)
-    for index, data, error in _download([_wire_url(url) for url in wanted], config):
-        if data is None:
-            fetched[wanted[index]] = Rejected(failure_reason(error), error[:200], "download")
-        else:
-            fetched[wanted[index]] = clean_image(data, config.policy)
-    if len(fetched) >= _MANY and all(
-        isinstance(r, Rejected) and r.reason in _UNREACHED for r in fetched.values()
-    ):
-        raise ConnectionError(
-            f"not one of {len(fetched)} URLs could be reached: is the network up?"
-        )
-    return outcomes | fetched
-
-
-def refuse(url: str, *, allow_loopback: bool = False) -> Rejected | None:
-    """Why a URL must not be fetched: its scheme, or a host on this machine or a private network.
-
-    Looks at the URL only: a public name may still resolve to a private address.
-    """
-    try:
-        parts = urlsplit(_wire_url(url))
-        host, _ = (parts.hostname or "").rstrip("."), parts.port
-    except ValueError as error:  # UnicodeError, of a host name, is one
-        return Rejected("bad url", str(error)[:200], "annotations")
-    if parts.scheme not in ("http", "https"):
-        return Rejected("unsupported scheme", parts.scheme, "annotations")
-    if not host:
-        return Rejected("bad url", "no host", "annotations")
-    address = _literal(host)
-    if host == "localhost" or host.endswith(".localhost") or (address and address.is_loopback):
-        return None if allow_loopback else Rejected("private address", host, "annotations")
-    if address and not address.is_global:
-        return Rejected("private address", host, "annotations")
-    return None
-
-
-def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        try:  # the old spellings that resolvers take too: 127.1, 2130706433, 0x7f000001
-            return ipaddress.IPv4Address(socket.inet_aton(host))
-        except (OSError, ValueError):
-            return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def _wire_url(url: str) -> str:
-    """The URL as HTTP wants it: international names and letters encoded, the rest untouched."""
-    if url.isascii() and url.isprintable() and " " not in url:
-        return url
-    scheme, slashes, rest = url.partition("://")
-    netloc, slash, path = rest.partition("/")
-    if not netloc.isascii():
-        netloc = netloc.encode("idna").decode()
-    return f"{scheme}{slashes}{netloc}{slash}{quote(path, safe=string.punctuation)}"
-
-
-def failure_reason(error: str) -> str:
-    """One of few stable reasons for what the downloader said."""
-    for pattern, reason in _REASONS:
-        found = re.search(pattern, error)
-        if found:
-            return reason.format(*found.groups())
-    return "download failed"
-
-
-def _download(urls: Sequence[str], config: IngestConfig) -> Iterator[tuple[int, bytes | None, str]]:
-    """Download with img2dataset; yields, in any order, index, bytes or None, what went wrong."""
-    if not urls:
-        return
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    # Here, because these imports take seconds: once in each worker process.
-    from img2dataset.downloader import Downloader
-    from img2dataset.resizer import Resizer
-    from img2dataset.writer import ParquetSampleWriter
-
-    with tempfile.TemporaryDirectory(prefix="beit3-ingest-") as folder:
-        shard = Path(folder, "urls.arrow")
-        table = pa.table({"url": pa.array(urls, pa.string())})
-        with pa.OSFile(str(shard), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        downloader = Downloader(
-            sample_writer_class=ParquetSampleWriter,
-            resizer=Resizer(
-                image_size=config.short_side,
-                resize_mode="no",
-                resize_only_if_bigger=False,
-                disable_all_reencoding=True,  # the bytes as they came: clean_image decides
-            ),
-            thread_count=min(config.threads, len(urls)),
-            save_caption=False,
-            extract_exif=False,
-            output_folder=folder,
-            column_list=["url"],
-            timeout=config.timeout,
-            number_sample_per_shard=len(urls),
-            oom_shard_count=1,
-            compute_hash=None,
-            verify_hash_type=None,
-            encode_format="jpg",
-            retries=config.retries,
-            user_agent_token=config.user_agent_token,
-            disallowed_header_directives=_ROBOTS if config.respect_robots else None,
-        )
-        urllib.request.install_opener(_opener(config))
-        try:
-            downloader.download_shard((0, str(shard)))
-        finally:
-            urllib.request.install_opener(None)  # type: ignore[arg-type]  # the default again
-        with pq.ParquetFile(Path(folder, "0.parquet")) as file:
-            columns = ["key", "status", "error_message", "jpg"]
-            for batch in file.iter_batches(batch_size=64, columns=columns):
-                for row in batch.to_pylist():
-                    good = row["status"] == "success"
-                    yield int(row["key"]), row["jpg"] if good else None, row["error_message"] or ""
-
-
-def _opener(config: IngestConfig) -> urllib.request.OpenerDirector:
-    """What img2dataset opens URLs with: redirects are checked as URLs are, and bodies bounded."""
-    # One TLS context for all: making one reads the whole list of authorities.
-    secure = urllib.request.HTTPSHandler(context=ssl.create_default_context())
-    bounded = _Bounded(config.max_megabytes << 20, config.max_seconds)
-    return urllib.request.build_opener(secure, _Redirects(config.allow_loopback), bounded)
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    def __init__(self, allow_loopback: bool) -> None:
-        self.allow_loopback = allow_loopback
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
-        refused = refuse(newurl, allow_loopback=self.allow_loopback)
-        if refused:
-            raise urllib.error.URLError(f"redirect: {refused.reason}: {refused.detail}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-class _Bounded(urllib.request.BaseHandler):
-    """Ends a body that is too large, or too slow as a whole: a timeout only ends silence."""
-
-    def __init__(self, most_bytes: int, most_seconds: float) -> None:
-        self.most_bytes, self.most_seconds = most_bytes, most_seconds
-
-    def http_response(self, request: Any, response: Any) -> Any:
-        deadline = time.monotonic() + self.most_seconds
-
-        def read() -> bytes:
-            body = bytearray()
-            while chunk := response.read1(1 << 16):
-                body += chunk
-                if len(body) > self.most_bytes:
-                    raise urllib.error.URLError(f"too large: over {self.most_bytes} bytes")
-                if time.monotonic() > deadline:
-                    raise urllib.error.URLError(f"too slow: over {self.most_seconds} s")
-            if response.length:  # what Content-Length promised and did not come
-                raise urllib.error.URLError(f"IncompleteRead: {response.length} bytes are missing")
-            return bytes(body)
-
-        response.read = read
-        return response
-
-    https_response = http_response
 
 
 def main() -> None:

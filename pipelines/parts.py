@@ -80,7 +80,7 @@ def run_parts(
                 options["fn_args"] = (dataset, fingerprint, make_worker)
                 stream = stream.map_batches(cast(Any, _part_task), **options)
             for row in stream.iter_rows():
-                record = row["record"]
+                record = PartRecord.from_json(row["record"])
                 records[record.name] = record
                 bar.update(1)
     return [records[name] for name in names]
@@ -88,13 +88,13 @@ def run_parts(
 
 def _write(
     dataset: Dataset, fingerprint: str, worker: Worker, batch: dict[str, Any]
-) -> dict[str, list[PartRecord]]:
+) -> dict[str, list[str]]:
     unit = json.loads(str(batch["unit"][0]))
     output = worker(unit)
     record = dataset.write_part(
         fingerprint, unit["name"], output.table, set_aside=output.set_aside, stats=output.stats
     )
-    return {"record": [record]}
+    return {"record": [record.to_json()]}
 
 
 class _PartActor:
@@ -103,13 +103,13 @@ class _PartActor:
     ) -> None:
         self.dataset, self.fingerprint, self.worker = dataset, fingerprint, make_worker()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[PartRecord]]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         return _write(self.dataset, self.fingerprint, self.worker, batch)
 
 
 def _part_task(
     batch: dict[str, Any], dataset: Dataset, fingerprint: str, make_worker: Callable[[], Worker]
-) -> dict[str, list[PartRecord]]:
+) -> dict[str, list[str]]:
     return _write(dataset, fingerprint, make_worker(), batch)
 
 

@@ -164,7 +164,7 @@ class Store:
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Write a whole object; readers see all of it or nothing."""
         path = self.path(name)
         if not isinstance(self.fs, pafs.LocalFileSystem):
@@ -238,6 +238,17 @@ class PartRecord:
     set_aside: FileRecord | None = None
     stats: dict[str, Any] = field(default_factory=dict)
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> PartRecord:
+        raw = json.loads(text)
+        aside = raw["set_aside"]
+        raw["file"] = FileRecord(**raw["file"])
+        raw["set_aside"] = FileRecord(**aside) if aside else None
+        return PartRecord(**raw)
+
 
 class Dataset:
     """A named dataset of a store: parts while it is being made, a commit when it is whole."""
@@ -287,7 +298,9 @@ class Dataset:
         """The whole dataset in memory: for small ones."""
         commit = self.commit()
         tables = [
-            pq.read_table(self.store.path(self.name, f.path), columns=columns, filesystem=self.store.fs)
+            pq.read_table(
+                self.store.path(self.name, f.path), columns=columns, filesystem=self.store.fs
+            )
             for f in commit.files
             if f.rows
         ]
@@ -323,14 +336,8 @@ class Dataset:
         parts = {}
         for entry in self.store.list(folder):
             if entry.startswith("_part-") and entry.endswith(".json"):
-                raw = self.store.read_json(f"{folder}/{entry}")
-                aside = raw["set_aside"]
-                parts[raw["name"]] = PartRecord(
-                    name=raw["name"],
-                    file=FileRecord(**raw["file"]),
-                    set_aside=FileRecord(**aside) if aside else None,
-                    stats=raw["stats"],
-                )
+                part = PartRecord.from_json(self.store.read(f"{folder}/{entry}"))
+                parts[part.name] = part
         return parts
 
     def write_part(
@@ -350,15 +357,15 @@ class Dataset:
             aside_table = pa.Table.from_pylist(list(set_aside))
             aside = self._write_table(f"{folder}/_set-aside-{name}.parquet", aside_table)
         record = PartRecord(name, data, aside, stats or {})
-        self.store.write_json(f"{self.name}/{folder}/_part-{name}.json", asdict(record))
+        self.store.write(f"{self.name}/{folder}/_part-{name}.json", record.to_json().encode())
         return record
 
     def _write_table(self, relative: str, table: pa.Table) -> FileRecord:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd")
-        data = sink.getvalue().to_pybytes()
+        data = memoryview(sink.getvalue())  # no copy: a part may be hundreds of megabytes
         self.store.write(f"{self.name}/{relative}", data)
-        return FileRecord(relative, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+        return FileRecord(relative, table.num_rows, data.nbytes, hashlib.sha256(data).hexdigest())
 
     def publish(
         self,

@@ -14,8 +14,9 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,10 +177,10 @@ class Logger:
             closing = None in items
             metrics = [item[1] for item in items if item and item[0] == "metric"]
             for start in range(0, len(metrics), BATCH):
-                self._retry(lambda s=start: self._metrics(tracker, metrics[s : s + BATCH]))
+                self._retry(partial(self._metrics, tracker, metrics[start : start + BATCH]))
             for item in items:
                 if item and item[0] != "metric":
-                    self._retry(lambda i=item: self._artifact(tracker, *i))
+                    self._retry(partial(self._artifact, tracker, *item))
 
     def _metrics(self, tracker: MlflowClient, metrics: list[tuple[str, float, int, int]]) -> None:
         assert self.handle is not None
@@ -214,7 +215,7 @@ class Logger:
                 self.handle.run_id, str(local), artifact_path=None if parent == "." else parent
             )
 
-    def _retry(self, send: Any) -> None:
+    def _retry(self, send: Callable[[], None]) -> None:
         """Try until it is delivered, with growing pauses; training goes on meanwhile."""
         pause = 1.0
         while True:

@@ -1,0 +1,195 @@
+"""Downstream tasks, one file each: `beit3/tasks/<name>.py` defines a class `Task`.
+
+A task knows its published files, its batches, its head and loss, how to predict, its metric, and
+its published recipe. Adding one means adding one file; `load(name)` finds it. Files whose names
+start with an underscore are shared helpers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from torch import nn
+
+from beit3.config import ModelConfig
+from beit3.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, a caption, a pair...: one thing to learn from or to score.
+
+    target: what the task compares a prediction with; JSON values only.
+    """
+
+    id: str
+    text: str | None
+    target: Any = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One or a few images and every example about them.
+
+    images: paths relative to the images' folder, with `/`.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in the published files that is no record, and where it stands."""
+
+    reason: str
+    detail: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record ready for a batch: decoded images, and one (training) or all of its examples.
+
+    images: each uint8 `[3, size, size]`.
+    """
+
+    images: tuple[np.ndarray, ...]
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Published finetuning hyperparameters of one model size; `source` says where they stand."""
+
+    source: str
+    image_size: int
+    batch_size: int
+    steps: int
+    warmup: int
+    learning_rate: float
+    layer_decay: float
+    drop_path: float
+    weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    head_scale: float = 1.0
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Least and largest share of the picture that a training view shows."""
+    flip: float = 0.5
+
+
+class Task(Protocol):
+    """A downstream task. Its dataclass fields other than `labels` are its options, all numbers."""
+
+    labels: tuple[str, ...]
+    """The classes of the head; empty for tasks without."""
+
+    @staticmethod
+    def read(root: Path, split: str) -> Iterator[Record | Problem]:
+        """The records of a split, from the published files, in their order.
+
+        Raises:
+            FileNotFoundError: a published file is missing.
+            ValueError: the split is unknown, or a file is not what it should be.
+        """
+        ...
+
+    @staticmethod
+    def read_labels(root: Path, min_count: int) -> list[str]:
+        """The head's classes, from the training files; empty for tasks without."""
+        ...
+
+    @staticmethod
+    def recipes() -> dict[str, Recipe]:
+        """Published recipes by model size: `base`, `large`."""
+        ...
+
+    def build(self, config: ModelConfig) -> nn.Module:
+        """The model: attribute `backbone`; `module(batch)` gives `loss` and other scalars."""
+        ...
+
+    def trainable(self, example: Example) -> bool:
+        """Whether there is something to learn from an example."""
+        ...
+
+    def collate(
+        self,
+        samples: Sequence[Sample],
+        tokenizer: TextTokenizer,
+        rngs: Sequence[np.random.Generator] = (),
+        *,
+        training: bool = False,
+    ) -> Any:
+        """A batch (a dataclass of tensors on CPU) of every sample's examples.
+
+        Args:
+            rngs: One per sample, for training: what is drawn for a sample then does not depend on
+                which worker draws it.
+        """
+        ...
+
+    def predict(self, module: nn.Module, batch: Any, tokenizer: TextTokenizer) -> list[Any]:
+        """JSON-able predictions, one for each example of the batch, in order."""
+        ...
+
+    def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        """Metrics of aligned predictions and examples; a prediction of None counts as wrong."""
+        ...
+
+    def submission(
+        self, predictions: Sequence[Any], examples: Sequence[Example]
+    ) -> list[dict[str, Any]] | None:
+        """The predictions as the benchmark's server takes them; None where there is no server."""
+        ...
+
+
+def names() -> list[str]:
+    """The tasks that there are."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+def load(name: str) -> type[Task]:
+    """A task's class.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if name not in names():
+        raise ValueError(f"task: {name!r} is none of {', '.join(names())}")
+    return cast("type[Task]", importlib.import_module(f"{__name__}.{name}").Task)
+
+
+def create(
+    name: str, *, labels: Sequence[str] = (), options: Mapping[str, float] | None = None
+) -> Task:
+    """A task with its labels and options.
+
+    Raises:
+        ValueError: there is no such task, it has no such option, or a value is impossible.
+    """
+    kind = load(name)
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, kind)) if f.name != "labels"}
+    unknown = sorted(set(options or {}) - set(fields))
+    if unknown:
+        there = ", ".join(fields) or "none"
+        raise ValueError(f"options: {name} has no {', '.join(unknown)}; it has {there}")
+    values = {k: type(fields[k].default)(v) for k, v in (options or {}).items()}
+    return cast(Any, kind)(labels=tuple(labels), **values)
+
+
+def options_of(task: Task) -> dict[str, float]:
+    """A task's options, as `create` takes them."""
+    return {
+        f.name: getattr(task, f.name)
+        for f in dataclasses.fields(cast(Any, task))
+        if f.name != "labels"
+    }

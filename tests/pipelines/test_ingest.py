@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from pipelines import ingest, sources
+from pipelines.fetch import FetchPolicy, failure_reason, fetch_images, refuse
 from pipelines.images import CleanImage, Rejected
-from pipelines.ingest import IngestConfig, failure_reason, fetch_images, plan, refuse, run
+from pipelines.ingest import IngestConfig, plan, run
 from pipelines.sample_world import Server, World, WorldSize, generate, serve
 from pipelines.storage import Store, StoreError
 
@@ -341,7 +342,7 @@ def odd() -> Iterator[str]:
     server.server_close()
 
 
-FETCH = IngestConfig(allow_loopback=True, timeout=10, max_megabytes=2, retries=0, threads=8)
+FETCH = FetchPolicy(allow_loopback=True, timeout=10, max_megabytes=2, retries=0, threads=8)
 
 
 def test_odd_answers(odd: str) -> None:

@@ -1,0 +1,33 @@
+"""What the tasks' batches share: images stacked, texts packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from beit3.tasks import Sample
+from beit3.text import TextTokenizer
+
+
+def stack_images(samples: Sequence[Sample]) -> Tensor:
+    """The first image of each sample: uint8 `[samples, 3, size, size]`."""
+    return torch.from_numpy(np.stack([sample.images[0] for sample in samples]))
+
+
+def owners(samples: Sequence[Sample]) -> Tensor:
+    """`[examples]`: the sample that each example belongs to."""
+    counts = torch.tensor([len(sample.examples) for sample in samples])
+    return torch.arange(len(samples)).repeat_interleave(counts)
+
+
+def pack_texts(
+    texts: Sequence[str | None], tokenizer: TextTokenizer, max_length: int
+) -> tuple[Tensor, list[int]]:
+    """Texts as `<s> ids </s>`, cut to `max_length` tokens, one after another; and their lengths."""
+    encoded = tokenizer.encode_batch([text or "" for text in texts])
+    wrapped = [tokenizer.wrap(ids, max_length) for ids in encoded]
+    packed = torch.tensor([i for ids in wrapped for i in ids], dtype=torch.long)
+    return packed, [len(ids) for ids in wrapped]

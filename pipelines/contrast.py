@@ -1,0 +1,195 @@
+"""The contrastive stage: images and captions apart, pulled together in one space.
+
+    python pipelines/contrast.py --store store --images cc3m cc12m --name teacher
+
+From random weights it makes a small CLIP-like teacher for VQ-KD, for whoever has no CLIP at hand;
+from a pretrained model it is the paper's intermediate stage before retrieval (appendix A).
+Leaves the bundle `models/<name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from beit3 import weights
+from beit3.config import PRESETS as MODELS
+from beit3.config import ModelConfig
+from beit3.objectives import DualEncoder
+from beit3.text import TextTokenizer
+from pipelines import cluster, config, models, train_text_tokenizer
+from pipelines.samples import Pictures, Samples, ViewConfig
+from pipelines.storage import Store, fingerprint
+from pipelines.tracking import Logger
+from pipelines.trainer import TrainConfig, fit
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """Train a dual encoder on image-text pairs."""
+
+    store: str = "store"
+    """Where datasets and models live: a folder or an s3:// URI."""
+    name: str = "contrast"
+    """The model becomes `models/<name>`."""
+    images: tuple[str, ...] = ("cc3m",)
+    """Image datasets with captions (`images/<name>`)."""
+    init: str = ""
+    """Model bundle to start from (`models/<name>`); empty: random weights of `model`."""
+    text_tokenizer: str = "sentencepiece"
+    """Tokenizer of a random start (`tokenizers/text/<name>`)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of a random start."""
+    batch_size: int = 256
+    """Pairs of a batch, over all workers."""
+    max_text_length: int = 64
+    view: ViewConfig = field(default_factory=ViewConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("images: name at least one dataset")
+
+
+PRESETS = {
+    # The paper's appendix A: 5 epochs of 21M pairs at batch 16k, one epoch of warm-up.
+    "base": ContrastConfig(
+        init="models/pretrained",
+        batch_size=16384,
+        train=TrainConfig(
+            steps=6500,
+            warmup=1300,
+            learning_rate=3e-5,
+            layer_decay=0.95,
+            betas=(0.9, 0.999),
+            precision="bf16",
+            workers=8,
+            gpus_per_worker=1,
+        ),
+    ),
+    "tiny": ContrastConfig(
+        name="teacher",
+        model=MODELS["tiny"],
+        batch_size=32,
+        max_text_length=48,
+        view=ViewConfig(scale=(0.8, 1.0), flip=0.0),
+        train=TrainConfig(steps=200, warmup=20, learning_rate=2e-3, workers=0),
+    ),
+}
+
+
+@dataclass
+class ContrastBatch:
+    """uint8 `images` `[n, 3, size, size]`, and `n` packed texts."""
+
+    images: Tensor
+    text: Tensor
+    lengths: list[int]
+
+
+class _Module(nn.Module):
+    """A dual encoder whose forward takes a batch."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ContrastBatch) -> dict[str, Tensor]:
+        return self.model(batch.images, batch.text, batch.lengths)
+
+
+@dataclass(frozen=True)
+class ContrastRecipe:
+    cfg: ContrastConfig
+    model: ModelConfig
+    tokenizer: TextTokenizer
+
+    def build(self) -> nn.Module:
+        encoder = DualEncoder(self.model)
+        if self.cfg.init:
+            with models.opened(Store(self.cfg.store), self.cfg.init) as folder:
+                models.load_backbone(encoder, folder)
+        return _Module(encoder)
+
+    def layers(self) -> int:
+        return self.model.layers
+
+    def samples_per_batch(self) -> int:
+        return self.cfg.batch_size
+
+    def batches(self, rank: int, world: int) -> Callable[[int], ContrastBatch]:
+        store = Store(self.cfg.store)
+        samples = Samples(
+            [store.dataset(f"images/{name}") for name in self.cfg.images],
+            columns=["id", "image", "captions"],
+            seed=self.cfg.train.seed,
+            batch=self.cfg.batch_size,
+            rank=rank,
+            world=world,
+        )
+        pictures = Pictures()
+
+        def batch(step: int) -> ContrastBatch:
+            pixels, texts = [], []
+            for sample in samples(step):
+                picture = pictures(sample.row["id"], sample.row["image"]["bytes"])
+                pixels.append(self.cfg.view.pixels(picture, sample.rng, self.model.image_size))
+                captions = sample.row["captions"] or [""]
+                caption = captions[int(sample.rng.integers(len(captions)))]
+                ids = self.tokenizer.encode(caption)
+                texts.append(self.tokenizer.wrap(ids, self.cfg.max_text_length))
+            return ContrastBatch(
+                torch.from_numpy(np.stack(pixels)),
+                torch.tensor([i for text in texts for i in text]),
+                [len(text) for text in texts],
+            )
+
+        return batch
+
+    def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
+        return {}
+
+    def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
+        assert isinstance(module, _Module)
+        weights.save(folder, module.model, self.model, kind="dual_encoder")
+        models.add_tokenizer(folder, self.tokenizer)
+        return {"kind": "dual_encoder", "text_tokenizer": self.tokenizer.identity}
+
+
+def run(cfg: ContrastConfig) -> dict[str, Any]:
+    """Train, or skip what is trained; returns the bundle's info."""
+    store = Store(cfg.store)
+    model = cfg.model
+    if cfg.init:
+        with models.opened(store, cfg.init) as folder:
+            model, _ = weights.load_config(folder)
+            tokenizer = models.tokenizer_of(folder)
+    else:
+        tokenizer = train_text_tokenizer.load(store, cfg.text_tokenizer)
+        models.check_vocabulary(tokenizer, model)
+    inputs = [store.dataset(f"images/{name}").commit().identity for name in cfg.images]
+    if cfg.train.workers:
+        cluster.start()
+    return fit(
+        store,
+        name=cfg.name,
+        output=f"models/{cfg.name}",
+        fingerprint=fingerprint("contrast", models.decisive(cfg), [*inputs, tokenizer.identity]),
+        recipe=ContrastRecipe(cfg, model, tokenizer),
+        config=cfg.train,
+        parameters=config.flatten(cfg),
+    )
+
+
+def main() -> None:
+    run(config.cli(PRESETS, description=__doc__ or ""))
+
+
+if __name__ == "__main__":
+    main()

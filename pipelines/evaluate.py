@@ -1,0 +1,385 @@
+"""Evaluation: a finetuned model and a prepared split -> predictions, scores, a submission file.
+
+    python pipelines/evaluate.py --model models/vqa-base --data tasks/vqa/val
+
+The split is cut into parts; each is predicted by an actor that keeps the model loaded, and written
+to `predictions/<name>`, so an evaluation killed anywhere goes on where it was. Then the whole is
+scored: `scores/<name>.json`, and `scores/<name>.submission.json` in the format of the benchmark's
+server where there is one. An example that can't be predicted is recorded with its reason and counts
+as wrong; it never ends the evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from beit3 import tasks, weights
+from beit3.tasks import Example, Sample, Task
+from beit3.text import TextTokenizer
+from beit3.transforms import WHOLE, apply_view, decode
+from pipelines import bundles, cluster, console, models, tracking
+from pipelines.config import cli, flatten, to_dict
+from pipelines.loader import ParquetRows
+from pipelines.parts import PartOutput, Resources, make_dataset
+from pipelines.prepare_task import make_here, read_examples
+from pipelines.storage import Commit, Store, StoreError, fingerprint
+from pipelines.trainer import to_device
+
+TASK_FILE = "task.json"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),  # of the record
+        ("example", pa.string()),
+        ("prediction", pa.string()),  # JSON; null where there is none
+        ("target", pa.string()),  # JSON
+    ]
+)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which model to evaluate on which data."""
+
+    store: str = "store"
+    """Where models and data live: a folder or an s3:// URI."""
+    model: str = "models/vqa"
+    """Bundle of a finetuned model."""
+    data: str = "tasks/vqa/val"
+    """A prepared split."""
+    name: str = ""
+    """The scores become scores/<name>.json; by default made of model and data."""
+    batch_size: int = 32
+    """Records predicted at once."""
+    limit: int | None = None
+    """Only the first so many records."""
+    options: dict[str, float] = field(default_factory=dict)
+    """The task's options to change, e.g. `--options beams 5 length_penalty 0.8`."""
+    part_records: int = 256
+    """Records of one part, at most 256: what is done again after a kill."""
+    resources: Resources = field(default_factory=lambda: Resources(actors=1))
+    """Actors, and the CPUs and GPUs of each; one GPU each makes it run there."""
+    in_process: bool = False
+    """Predict in the job's own process instead of on Ray: for small data."""
+    track: bool = True
+    """Log the scores to MLflow."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: must be at least 1, not {self.batch_size}")
+        if not 1 <= self.part_records <= 256:
+            raise ValueError(f"part_records: {self.part_records} is not within 1..256")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: must be at least 1, not {self.limit}")
+
+    @property
+    def output(self) -> str:
+        """The name of predictions and scores."""
+        default = f"{self.model.removeprefix('models/')}-{self.data.removeprefix('tasks/')}"
+        return self.name or re.sub(r"[^\w.-]+", "-", default)
+
+
+PRESETS: dict[str, EvaluateConfig] = {
+    "cpu": EvaluateConfig(),
+    "gpu": EvaluateConfig(batch_size=64, resources=Resources(actors=1, gpus=1)),
+    "tiny": EvaluateConfig(in_process=True, batch_size=64),
+}
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A finetuned model, ready to predict."""
+
+    name: str
+    task_name: str
+    task: Task
+    module: nn.Module
+    tokenizer: TextTokenizer
+    image_size: int
+    info: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def predict(self, samples: Sequence[Sample]) -> list[Any]:
+        """Predictions of every example of the samples, in order."""
+        return predict(self.task, self.module, self.tokenizer, samples)
+
+
+def load(
+    store: Store, name: str, options: dict[str, float] | None = None, device: str = "cpu"
+) -> Finetuned:
+    """Load a finetuned model.
+
+    Raises:
+        StoreError: there is no such bundle, or it is damaged, or no finetuned model.
+        ValueError: the task has no such option.
+    """
+    with models.opened(store, name) as folder:
+        if not (folder / TASK_FILE).exists():
+            raise StoreError(f"{store.uri}/{name}: not finetuned for a task; run finetune.py on it")
+        notes = json.loads((folder / TASK_FILE).read_text())
+        config, _ = weights.load_config(folder)
+        task = tasks.create(
+            notes["task"], labels=notes["labels"], options={**notes["options"], **(options or {})}
+        )
+        module = task.build(config)
+        weights.load_into(module, weights.load_tensors(folder))
+        tokenizer = models.tokenizer_of(folder)
+    module.to(device).eval()
+    info = bundles.info(store, name)
+    return Finetuned(name, notes["task"], task, module, tokenizer, notes["image_size"], info)
+
+
+@torch.no_grad()
+def predict(
+    task: Task, module: nn.Module, tokenizer: TextTokenizer, samples: Sequence[Sample]
+) -> list[Any]:
+    """Predictions of every example of the samples, in order."""
+    device = next(module.parameters()).device
+    return task.predict(module, to_device(task.collate(samples, tokenizer), device), tokenizer)
+
+
+def whole_image(data: bytes, size: int) -> np.ndarray:
+    """Encoded bytes to the whole picture, squeezed to a square: uint8 `[3, size, size]`."""
+    return apply_view(decode(data), WHOLE, size)
+
+
+def row_sample(row: dict[str, Any], size: int) -> Sample:
+    """A dataset's row with all of its examples.
+
+    Raises:
+        OSError: an image is broken.
+    """
+    images = tuple(whole_image(image["bytes"], size) for image in row["images"])
+    return Sample(images, read_examples(row))
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate, or find it done; returns what `scores/<name>.json` holds.
+
+    Raises:
+        StoreError: model or data are missing, or the name is taken by another evaluation.
+        ValueError: the task has no such option.
+    """
+    store = Store(config.store)
+    data = store.dataset(config.data).commit()
+    manifest = bundles.info(store, config.model)
+    files = store.read_json(f"{config.model}/{bundles.MANIFEST}")["files"]
+    decides = [config.options, config.limit, config.part_records]
+    mark = fingerprint("evaluate", decides, [json.dumps(files, sort_keys=True), data.identity])
+    scores = f"scores/{config.output}.json"
+    if store.exists(scores):
+        found = store.read_json(scores)
+        if found["fingerprint"] == mark:
+            console.say(f"{scores}: already there, skipped")
+            _show(found)
+            return found
+    start = time.monotonic()
+    commit = _predictions(config, store, mark, data)
+    seconds = time.monotonic() - start
+    result, submission = _score(config, store, commit, manifest)
+    result |= {"fingerprint": mark, "seconds": round(seconds, 3)}
+    result["records_per_second"] = round(result["records"] / max(1e-9, seconds), 2)
+    if submission is not None:
+        result["submission"] = f"scores/{config.output}.submission.json"
+        store.write_json(result["submission"], submission)
+    if config.track:
+        result["mlflow_run"] = _track(config, store, result, submission)
+    store.write_json(scores, result)
+    _show(result)
+    return result
+
+
+def _predictions(config: EvaluateConfig, store: Store, mark: str, data: Commit) -> Commit:
+    dataset = store.dataset(f"predictions/{config.output}")
+    arguments: dict[str, Any] = {
+        "job": "evaluate",
+        "fingerprint": mark,
+        "config": to_dict(config),
+        "inputs": [{"dataset": config.data, "commit": data.identity}, {"model": config.model}],
+        "units": partial(_units, config, store),
+        "make_worker": partial(_worker, config),
+        "schema": SCHEMA,
+    }
+    if config.in_process:
+        return make_here(dataset, **arguments)
+    return make_dataset(dataset, resources=config.resources, **arguments)
+
+
+def _units(config: EvaluateConfig, store: Store) -> list[dict[str, Any]]:
+    """Slices of the split's row groups."""
+    if not config.in_process:
+        cluster.start()
+    units: list[dict[str, Any]] = []
+    left = config.limit if config.limit is not None else float("inf")
+    for group in ParquetRows([store.dataset(config.data)]).groups:
+        for start in range(0, group.rows, config.part_records):
+            stop = int(min(start + config.part_records, group.rows, start + left))
+            if stop > start:
+                place = {"path": group.path, "group": group.index, "start": start, "stop": stop}
+                units.append({"name": f"{len(units):06d}", **place})
+                left -= stop - start
+    return units
+
+
+@lru_cache(maxsize=1)
+def _cached_worker(config: str) -> _Predictor:
+    return _Predictor(_from_json(config))
+
+
+def _worker(config: EvaluateConfig) -> _Predictor:
+    # Plain Ray tasks ask for a worker per part; the model is loaded once per process.
+    return _cached_worker(json.dumps(to_dict(config)))
+
+
+def _from_json(text: str) -> EvaluateConfig:
+    raw = json.loads(text)
+    return EvaluateConfig(**{**raw, "resources": Resources(**raw["resources"])})
+
+
+class _Predictor:
+    """A slice of a split -> a prediction per example."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self.config = config
+        store = Store(config.store)
+        device = "cuda" if config.resources.gpus else "cpu"
+        self.model = load(store, config.model, config.options, device)
+        self.rows = ParquetRows([store.dataset(config.data)])
+
+    def __call__(self, unit: dict[str, Any]) -> PartOutput:
+        table = self.rows.table(0, unit["path"], unit["group"])
+        rows = table.slice(unit["start"], unit["stop"] - unit["start"]).to_pylist()
+        out: list[dict[str, Any]] = []
+        aside: list[dict[str, Any]] = []
+        for start in range(0, len(rows), self.config.batch_size):
+            good, bad = predict_rows(self.model, rows[start : start + self.config.batch_size])
+            out += good
+            aside += bad
+        stats = {"records": len(rows), "examples": len(out), "failed": len(aside)}
+        return PartOutput(pa.Table.from_pylist(out, SCHEMA), aside, stats)
+
+
+def predict_rows(
+    model: Finetuned, rows: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Predict a batch of rows; rows that fail are tried alone, and set aside if they fail again.
+
+    Returns rows of `SCHEMA` for every example, and the rows set aside with their reason.
+    """
+    samples: list[Sample | None] = []
+    aside: list[dict[str, Any]] = []
+    for row in rows:
+        try:
+            samples.append(row_sample(row, model.image_size))
+        except Exception as error:  # decoders raise nearly anything
+            samples.append(None)
+            aside.append(_failure(row, "broken record", error))
+    sound = [(row, s) for row, s in zip(rows, samples, strict=True) if s is not None and s.examples]
+    predictions: dict[str, list[Any]] = {}
+    try:
+        if sound:
+            found = iter(model.predict([sample for _, sample in sound]))
+            for row, sample in sound:
+                predictions[row["id"]] = [next(found) for _ in sample.examples]
+    except Exception as error:
+        if len(rows) == 1:
+            aside.append(_failure(rows[0], "prediction failed", error))
+        else:
+            pairs = [predict_rows(model, [row]) for row in rows]
+            return [p for good, _ in pairs for p in good], [p for _, bad in pairs for p in bad]
+    out = []
+    for row in rows:
+        found = predictions.get(row["id"], [None] * len(row["examples"]))
+        for example, prediction in zip(row["examples"], found, strict=True):
+            text = None if prediction is None else json.dumps(prediction)
+            out.append(
+                {
+                    "id": row["id"],
+                    "example": example["id"],
+                    "prediction": text,
+                    "target": example["target"],
+                }
+            )
+    return out, aside
+
+
+def _failure(row: dict[str, Any], reason: str, error: Exception) -> dict[str, Any]:
+    return {
+        "id": row["id"],
+        "reason": reason,
+        "detail": f"{type(error).__name__}: {error}"[:200],
+    }
+
+
+def _score(
+    config: EvaluateConfig, store: Store, commit: Commit, info: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    table = store.dataset(commit.dataset).read_table()
+    task = tasks.create(info["task"], labels=(), options=None)
+    examples, predictions = [], []
+    for row in table.to_pylist():
+        examples.append(Example(row["example"], None, json.loads(row["target"])))
+        predictions.append(None if row["prediction"] is None else json.loads(row["prediction"]))
+    result = {
+        "task": info["task"],
+        "model": config.model,
+        "data": config.data,
+        "metrics": task.score(predictions, examples),
+        "records": commit.stats.get("records", 0),
+        "examples": len(examples),
+        "failed": commit.stats.get("failed", 0),
+        "predictions": commit.dataset,
+    }
+    return result, task.submission(predictions, examples)
+
+
+def _track(
+    config: EvaluateConfig,
+    store: Store,
+    result: dict[str, Any],
+    submission: list[dict[str, Any]] | None,
+) -> str:
+    handle = tracking.start_run(store, f"evaluate/{config.output}", flatten(config))
+    with tempfile.TemporaryDirectory() as folder, tracking.Logger(handle) as logger:
+        logger.metrics(0, {**result["metrics"], "failed": result["failed"]})
+        logger.json("scores.json", result)
+        if submission is not None:
+            file = Path(folder) / "submission.json"
+            file.write_text(json.dumps(submission))
+            logger.file(file)
+        logger.close()
+    tracking.finish_run(handle)
+    return handle.run_id
+
+
+def _show(result: dict[str, Any]) -> None:
+    failed = f", {result['failed']} failed" if result["failed"] else ""
+    console.say(
+        f"{result['model']} on {result['data']}: {result['records']:,} records, "
+        f"{result['examples']:,} examples{failed}"
+    )
+    for name, value in result["metrics"].items():
+        console.say(f"  {name:<24} {value:8.4f}")
+
+
+def main() -> None:
+    run(cli(PRESETS, description=__doc__ or ""))
+
+
+if __name__ == "__main__":
+    main()

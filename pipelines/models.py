@@ -1,0 +1,82 @@
+"""Model bundles: weights, configuration and tokenizer of a trained model, in the store."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from beit3 import weights
+from beit3.config import ModelConfig
+from beit3.text import TextTokenizer
+from pipelines import bundles, config
+from pipelines.storage import Store
+from pipelines.train_text_tokenizer import TOKENIZER_FILE
+
+# Where and how fast a job runs does not change what it makes, to rounding.
+INDIFFERENT = {
+    "store": "",
+    "workers": 0,
+    "gpus_per_worker": 0,
+    "cpus_per_worker": 0,
+    "threads": 0,
+    "max_failures": 0,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 0,
+    "log_every": 0,
+    "evaluate_every": 0,
+    "zero_stage": 0,
+}
+
+
+@contextmanager
+def opened(store: Store, name: str) -> Iterator[Path]:
+    """A bundle as a local folder, verified, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundles.load(store, name, Path(folder))
+        yield Path(folder)
+
+
+def load_backbone(module: nn.Module, folder: Path, *also: str) -> None:
+    """Load a bundle's backbone, and the modules named in `also`, where the module has them.
+
+    Raises:
+        ValueError: shapes differ, or nothing of the bundle fits.
+    """
+    prefixes = ("backbone.", *(f"{name}." for name in also))
+    tensors = {k: v for k, v in weights.load_tensors(folder).items() if k.startswith(prefixes)}
+    if not any(key.startswith("backbone.") for key in tensors):
+        raise ValueError(f"{folder}: holds no backbone")
+    weights.load_into(module, tensors, partial=True)
+
+
+def add_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
+    (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
+
+
+def tokenizer_of(folder: Path) -> TextTokenizer:
+    return TextTokenizer.from_file(folder / TOKENIZER_FILE)
+
+
+def check_vocabulary(tokenizer: TextTokenizer, model: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: the tokenizer has ids that the model's embedding lacks.
+    """
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size} ids: set model.vocab_size to at least that"
+        )
+
+
+def decisive(cfg: Any) -> dict[str, Any]:
+    """A job's configuration without what only says where and how fast it runs."""
+    plain = config.to_dict(cfg)
+    for part in (plain, plain.get("train", {})):
+        part.update({k: v for k, v in INDIFFERENT.items() if k in part})
+    return plain

@@ -1,0 +1,111 @@
+"""A worker's share of each batch: rows of committed datasets in the run's order, and pictures."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from beit3.transforms import View, apply_view, decode, sample_view
+from pipelines.loader import Order, ParquetRows, RowGroup, share
+from pipelines.storage import Dataset
+
+PICTURE_CACHE_BYTES = 256 << 20  # decoded pictures kept by a worker; a small dataset fits whole
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row, where it stands, and the random numbers that belong to this drawing of it."""
+
+    number: int
+    group: RowGroup
+    index: int
+    row: dict[str, Any]
+    rng: np.random.Generator
+    epoch: int
+
+
+class Samples:
+    """Calls give a worker's samples of a batch, as a function of the batch's number."""
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        *,
+        columns: Sequence[str] | None,
+        seed: int,
+        batch: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.rows = ParquetRows(datasets, columns)
+        self.order = Order(self.rows.groups, seed)
+        self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
+
+    def __call__(self, step: int) -> list[Sample]:
+        return [self.sample(g) for g in share(step, self.batch, self.rank, self.world)]
+
+    def sample(self, number: int) -> Sample:
+        group, index = self.order.locate(number)
+        return Sample(
+            number=number,
+            group=group,
+            index=index,
+            row=self.rows.row(group, index),
+            rng=np.random.default_rng((self.seed, number)),
+            epoch=self.order.epoch_of(number),
+        )
+
+
+class Pictures:
+    """Decoded pictures, kept while they fit into `PICTURE_CACHE_BYTES`."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, Image.Image] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, key: str, data: bytes) -> Image.Image:
+        if key in self._kept:
+            return self._kept[key]
+        picture = decode(data)
+        size = picture.width * picture.height * 3
+        if self._bytes + size <= PICTURE_CACHE_BYTES:
+            self._kept[key] = picture
+            self._bytes += size
+        return picture
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How a view (crop and flip) of a picture is drawn."""
+
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Least and largest share of the picture's area."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and largest ratio of the crop's width to its height."""
+    flip: float = 0.5
+    """Probability of mirroring. Captions that say left and right want 0."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"view.scale: expected 0 < least <= largest <= 1, got {self.scale}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"view.flip: expected a probability, got {self.flip}")
+
+    def draw(self, picture: Image.Image, rng: np.random.Generator) -> View:
+        return sample_view(
+            rng,
+            picture.width,
+            picture.height,
+            scale=self.scale,
+            aspect=self.aspect,
+            flip=self.flip,
+        )
+
+    def pixels(self, picture: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
+        """A random view as uint8 `[3, size, size]`."""
+        return apply_view(picture, self.draw(picture, rng), size)

@@ -1,0 +1,179 @@
+"""Train the text tokenizer: SentencePiece on a sample of texts and captions.
+
+    python pipelines/train_text_tokenizer.py --store store --texts wiki --images cc3m cc12m
+
+Reads committed `text/*` and `images/*` datasets with Ray Data and leaves the bundle
+`tokenizers/text/<name>` with `tokenizer.spm`. Ids are the released BEiT-3's (`beit3.text`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+
+from beit3.text import TextTokenizer
+from pipelines import bundles, cluster, config, console
+from pipelines.storage import Dataset, Store, StoreError, fingerprint
+
+TOKENIZER_FILE = "tokenizer.spm"
+
+
+@dataclass(frozen=True)
+class TextTokenizerConfig:
+    """Train a SentencePiece tokenizer."""
+
+    store: str = "store"
+    """Where datasets and tokenizers live: a folder or an s3:// URI."""
+    name: str = "sentencepiece"
+    """The tokenizer becomes `tokenizers/text/<name>`."""
+    texts: tuple[str, ...] = ()
+    """Text datasets to learn from (`text/<name>`)."""
+    images: tuple[str, ...] = ()
+    """Image datasets whose captions to learn from (`images/<name>`)."""
+    vocab_size: int = 64002
+    """Ids of the tokenizer, the special ones and `<mask>` included."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    character_coverage: float = 0.9995
+    byte_fallback: bool = False
+    """Spell unknown characters as bytes instead of `<unk>`."""
+    sample: float = 1.0
+    """Share of the texts to learn from, drawn by their hash."""
+    max_sentences: int = 10_000_000
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.texts and not self.images:
+            raise ValueError("texts, images: name at least one dataset to learn from")
+        if not 0 < self.sample <= 1:
+            raise ValueError(f"sample: expected a share above 0 and up to 1, got {self.sample}")
+
+
+PRESETS = {"released": TextTokenizerConfig(images=("cc3m",))}
+
+
+def run(cfg: TextTokenizerConfig) -> TextTokenizer:
+    """Train, or read the tokenizer that is there.
+
+    Raises:
+        StoreError: a dataset is missing, or the name is taken by another tokenizer.
+        ValueError: the corpus is empty, or too small for the vocabulary.
+    """
+    store = Store(cfg.store)
+    output = f"tokenizers/text/{cfg.name}"
+    names = [f"text/{n}" for n in cfg.texts] + [f"images/{n}" for n in cfg.images]
+    datasets = [store.dataset(name) for name in names]
+    inputs = [dataset.commit().identity for dataset in datasets]
+    options = config.to_dict(cfg) | {"store": "", "threads": 0}
+    print_of = fingerprint("train_text_tokenizer", options, inputs)
+    if bundles.exists(store, output):
+        if bundles.info(store, output)["fingerprint"] != print_of:
+            raise StoreError(
+                f"{store.uri}/{output} was trained from other inputs or options: choose another "
+                "--name, or delete that folder first"
+            )
+        console.say(f"{output}: already trained, skipped")
+        return load(store, cfg.name)
+    cluster.start()
+    sentences = sorted(
+        {s for dataset in datasets for s in _sentences(dataset, cfg.sample)},
+        key=lambda s: hashlib.sha1(s.encode()).digest(),
+    )[: cfg.max_sentences]
+    if not sentences:
+        raise ValueError(f"no text in {', '.join(names)}: nothing to learn a tokenizer from")
+    model = train(sentences, cfg)
+    tokenizer = TextTokenizer(model)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / TOKENIZER_FILE).write_bytes(model)
+        info = {
+            "fingerprint": print_of,
+            "identity": tokenizer.identity,
+            "vocab_size": tokenizer.vocab_size,
+            "sentences": len(sentences),
+            "inputs": dict(zip(names, inputs, strict=True)),
+        }
+        bundles.save(store, output, Path(folder), info)
+    console.say(f"{output}: {tokenizer.vocab_size:,} ids from {len(sentences):,} sentences")
+    return tokenizer
+
+
+def train(sentences: list[str], cfg: TextTokenizerConfig) -> bytes:
+    """A serialised SentencePiece model.
+
+    Raises:
+        ValueError: the corpus is too small for the vocabulary.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=cfg.vocab_size - 2,  # <pad> and <mask> are ours, not SentencePiece's
+            model_type=cfg.model_type,
+            character_coverage=cfg.character_coverage,
+            byte_fallback=cfg.byte_fallback,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=cfg.threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"vocab_size {cfg.vocab_size}: SentencePiece can't learn so many pieces from "
+            f"{len(sentences):,} sentences ({str(error).splitlines()[-1]}); lower vocab_size or "
+            "add text"
+        ) from error
+    return model.getvalue()
+
+
+def load(store: Store, name: str) -> TextTokenizer:
+    """Read a trained tokenizer of the store, verified."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundles.load(store, f"tokenizers/text/{name}", Path(folder))
+        return TextTokenizer.from_file(Path(folder) / TOKENIZER_FILE)
+
+
+def _sentences(dataset: Dataset, share: float) -> Iterator[str]:
+    import ray.data
+
+    column = "text" if dataset.name.startswith("text/") else "captions"
+    paths = dataset.paths()
+    if not paths or not dataset.commit().rows:
+        return
+    rows = ray.data.read_parquet(paths, filesystem=dataset.store.fs, columns=[column])
+    lines: Any = rows.map_batches(
+        cast(Any, _lines), batch_format="pyarrow", fn_args=(column, share)
+    )
+    for batch in lines.iter_batches(batch_format="pyarrow", batch_size=None):
+        yield from batch["line"].to_pylist()
+
+
+def _lines(table: pa.Table, column: str, share: float) -> pa.Table:
+    """Sentences of texts or captions whose hash falls into the sample."""
+    values = table[column].to_pylist()
+    texts = [t for v in values for t in (v if isinstance(v, list) else v.split("\n"))]
+    limit = int(share * 2**32)
+    kept = [
+        text
+        for text in (t.strip() for t in texts)
+        if text and int.from_bytes(hashlib.sha1(text.encode()).digest()[:4], "big") < limit
+    ]
+    return pa.table({"line": pa.array(kept, pa.string())})
+
+
+def main() -> None:
+    run(config.cli(PRESETS, description=__doc__ or ""))
+
+
+if __name__ == "__main__":
+    main()
