@@ -66,8 +66,8 @@ PRESETS: dict[str, ModelConfig] = {
     # For a CPU: seconds per hundred steps on pictures of 48 pixels.
     "tiny": ModelConfig(
         layers=4,
-        hidden=128,
-        mlp=512,
+        hidden=64,
+        mlp=256,
         heads=4,
         patch_size=8,
         image_size=48,

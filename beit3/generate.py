@@ -10,6 +10,7 @@ Source: microsoft/unilm `beit3/` (captioning); "Image as a Foreign Language" sec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from beit3.objectives import normalise
 from beit3.text import BOS, EOS, PAD, UNK, TextTokenizer
 
 CANDIDATES_PER_BEAM = 3
+_NEVER: tuple[tuple[int, ...], float] = ((), -math.inf)
 
 
 @dataclass(frozen=True)
@@ -76,110 +78,138 @@ def generate(
     config = backbone.config
     forbidden = torch.zeros(config.vocab_size, dtype=torch.bool, device=images.device)
     forbidden[[*never_emitted(tokenizer, config.vocab_size), *banned]] = True
-    decoder = _Decoder(backbone, text_head, images, tokenizer.mask_id, forbidden)
+    decoder = _Decoder(
+        backbone,
+        text_head,
+        images,
+        mask=tokenizer.mask_id,
+        forbidden=forbidden,
+        beams=beams,
+        max_length=max_length,
+    )
     search = _BeamSearch(len(images), beams, length_penalty)
-    last = torch.full((len(images),), BOS, device=images.device)
+    last = torch.full((len(images), beams), BOS, device=images.device)
     for _ in range(max_length - 2):
         parents, words = search.step(decoder.step(last))
         if search.done:
             break
-        decoder.keep(torch.tensor(parents, device=images.device))
-        last = torch.tensor(words, device=images.device)
+        decoder.keep(parents.to(images.device))
+        last = words.to(images.device)
     return search.best()
 
 
+class _Memory:
+    """Keys and values of one block: of each picture, once, and behind them of its beams' words.
+
+    keys, values: `[pictures, heads, image tokens + beams * slots, head width]`.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, beams: int, slots: int) -> None:
+        self.image_tokens, self.beams, self.slots = keys.shape[2], beams, slots
+        room = (0, 0, 0, beams * slots)
+        self.keys, self.values = F.pad(keys, room), F.pad(values, room)
+
+    def words(self) -> tuple[Tensor, Tensor]:
+        """The words' part, as views `[pictures, heads, beams, slots, head width]`."""
+        both = (x[:, :, self.image_tokens :] for x in (self.keys, self.values))
+        k, v = (x.unflatten(2, (self.beams, self.slots)) for x in both)
+        return k, v
+
+    def put(self, place: int, keys: Tensor, values: Tensor) -> None:
+        """Store two tokens of each beam, `[pictures, heads, beams * 2, head width]`."""
+        for kept, new in zip(self.words(), (keys, values), strict=True):
+            kept[:, :, :, place : place + 2] = new.unflatten(2, (self.beams, 2))
+
+    def keep(self, length: int, parents: Tensor) -> None:
+        """Give each beam the first `length` words of its parent; parents: `[pictures, beams]`."""
+        picture = torch.arange(len(parents), device=parents.device)[:, None]
+        for kept in self.words():
+            chosen = kept[picture, :, parents, :length]  # [pictures, beams, heads, length, width]
+            kept[:, :, :, :length] = chosen.transpose(1, 2)
+
+
 class _Decoder:
-    """Log probabilities of the next word for rows of captions; rows of a picture stand together."""
+    """Log probabilities of the next word, for the same number of beams of every picture."""
 
     def __init__(
-        self, backbone: BEiT3, text_head: nn.Module, images: Tensor, mask: int, forbidden: Tensor
+        self,
+        backbone: BEiT3,
+        text_head: nn.Module,
+        images: Tensor,
+        *,
+        mask: int,
+        forbidden: Tensor,
+        beams: int,
+        max_length: int,
     ) -> None:
         self.backbone, self.text_head = backbone, text_head
-        self.mask, self.forbidden = mask, forbidden
-        self.pictures: list[tuple[Tensor, Tensor]] = []
-        self.words: list[tuple[Tensor, Tensor]] = []
+        self.mask, self.forbidden, self.beams = mask, forbidden, beams
         self.length = 0
+        self.memories: list[_Memory] = []
         x = backbone.vision_embedding(normalise(images))
-        nothing = x.new_zeros(len(images), backbone.config.heads, 0, _head_width(backbone))
         for block in _blocks(backbone):
-            x, own = _block(block, x, vision=True)
-            self.pictures.append(own)
-            self.words.append((nothing, nothing))
+            q, k, v = _project(block, x, vision=True)
+            self.memories.append(_Memory(k, v, beams, max_length + 1))
+            x = _finish(block, x, F.scaled_dot_product_attention(q, k, v), vision=True)
 
     def step(self, last: Tensor) -> Tensor:
-        """Last words `[rows]` to log probabilities `[rows, vocabulary]`."""
+        """Last words `[pictures, beams]` to log probabilities `[pictures, beams, vocabulary]`."""
         backbone, place = self.backbone, self.length
-        pair = torch.stack([last, torch.full_like(last, self.mask)], 1)
+        pair = torch.stack([last, torch.full_like(last, self.mask)], 2)
         x = backbone.text_embedding(pair) + backbone.text_positions[place : place + 2]
-        picture_length = self.pictures[0][0].shape[2]
-        seen = torch.ones(2, picture_length + place + 2, dtype=torch.bool, device=x.device)
-        seen[0, -1] = False  # the word does not see the <mask> behind it
-        for layer, block in enumerate(_blocks(backbone)):
-            before = [
-                torch.cat([_repeat(picture, len(x)), word], 2)
-                for picture, word in zip(self.pictures[layer], self.words[layer], strict=True)
-            ]
-            x, own = _block(block, x, vision=False, before=before, seen=seen)
-            k, v = (
-                torch.cat([word, new[:, :, :1]], 2)
-                for word, new in zip(self.words[layer], own, strict=True)
-            )
-            self.words[layer] = (k, v)
+        x = x.flatten(1, 2)
+        seen = self._seen(place).to(x.device)
+        for block, memory in zip(_blocks(backbone), self.memories, strict=True):
+            q, k, v = _project(block, x, vision=False)
+            memory.put(place, k, v)
+            mixed = F.scaled_dot_product_attention(q, memory.keys, memory.values, attn_mask=seen)
+            x = _finish(block, x, mixed, vision=False)
         self.length += 1
-        hidden = backbone.encoder.norm(x[:, 1], 0)
-        logits = self.text_head(hidden).float()
-        return F.log_softmax(logits.masked_fill(self.forbidden, -torch.inf), -1)
+        hidden = backbone.encoder.norm(x[:, 1::2].flatten(0, 1), 0)
+        logits = self.text_head(hidden).float().masked_fill(self.forbidden, -torch.inf)
+        return F.log_softmax(logits, -1).view(len(last), self.beams, -1)
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order: parents of the next step's captions."""
-        self.words = [(k[rows], v[rows]) for k, v in self.words]
+    def keep(self, parents: Tensor) -> None:
+        """Go on from these beams, `[pictures, beams]`."""
+        for memory in self.memories:
+            memory.keep(self.length, parents)
+
+    def _seen(self, place: int) -> Tensor:
+        """bool `[beams * 2, image tokens + beams * slots]`: what a step's tokens attend to."""
+        memory = self.memories[0]
+        slots = torch.arange(memory.slots)
+        # The word sees up to itself, the <mask> behind it itself too; neither sees other beams.
+        own = torch.stack([slots <= place, slots <= place + 1])
+        words = torch.eye(self.beams, dtype=torch.bool)[:, None, :, None] & own[None, :, None]
+        picture = torch.ones(2 * self.beams, memory.image_tokens, dtype=torch.bool)
+        return torch.cat([picture, words.flatten(2).flatten(0, 1)], 1)
 
 
 def _blocks(backbone: BEiT3) -> list[Block]:
     return [block for block in backbone.encoder.blocks if isinstance(block, Block)]
 
 
-def _head_width(backbone: BEiT3) -> int:
-    return backbone.config.hidden // backbone.config.heads
+def _project(block: Block, x: Tensor, *, vision: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`[samples, length, hidden]` of one modality to queries, keys and values
+    `[samples, heads, length, head width]`."""
+    split = x.shape[0] * x.shape[1] if vision else 0
+    qkv = block.attention.qkv(block.norm1(x.flatten(0, 1), split), split)
+    qkv = qkv.view(*x.shape[:2], 3, block.attention.heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
-def _repeat(pictures: Tensor, rows: int) -> Tensor:
-    """`[pictures, ...]` to `[rows, ...]`, each picture for its neighbouring rows."""
-    return pictures.repeat_interleave(rows // len(pictures), 0)
-
-
-def _block(
-    block: Block,
-    x: Tensor,
-    *,
-    vision: bool,
-    before: Sequence[Tensor] = (),
-    seen: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One block over `[rows, length, hidden]` tokens of one modality of pairs.
-
-    Returns the new hidden states, and these tokens' keys and values
-    `[rows, heads, length, head width]`.
-    """
-    rows, length, hidden = x.shape
+def _finish(block: Block, x: Tensor, mixed: Tensor, *, vision: bool) -> Tensor:
+    """The rest of a block, from what attention mixed: `[samples, length, hidden]` of pairs."""
+    attention, experts = block.attention, block.experts
     flat = x.flatten(0, 1)
     split = len(flat) if vision else 0
-    attention = block.attention
-    qkv = attention.qkv(block.norm1(flat, split), split)
-    qkv = qkv.view(rows, length, 3, attention.heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    keys = torch.cat([before[0], k], 2) if before else k
-    values = torch.cat([before[1], v], 2) if before else v
-    mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
-    mixed = mixed.transpose(1, 2).reshape(-1, hidden)
+    mixed = mixed.transpose(1, 2).reshape(flat.shape)
     flat = flat + attention.out(attention.norm(mixed, split), split)
-    experts = block.experts
-    expert = experts.fusion_expert
-    if expert is None:
-        own = experts.vision_expert if vision else experts.language_expert
-        expert = own or experts.vision_expert  # a standard Transformer has only one
-    flat = flat + expert(block.norm2(flat, split))
-    return flat.view(rows, length, hidden), (k, v)
+    own = experts.vision_expert if vision else experts.language_expert
+    # The fusion expert reads whatever belongs to a pair; a standard Transformer has one network.
+    expert = experts.fusion_expert or own or experts.vision_expert
+    return (flat + expert(block.norm2(flat, split))).view(x.shape)
 
 
 class _BeamSearch:
@@ -187,8 +217,9 @@ class _BeamSearch:
 
     def __init__(self, pictures: int, beams: int, length_penalty: float) -> None:
         self.beams, self.length_penalty = beams, length_penalty
-        # Before the first word each picture has one row; afterwards `beams`.
-        self.alive: list[list[tuple[tuple[int, ...], float]]] = [[((), 0.0)]] * pictures
+        # At first all beams are the same empty caption: only one of them may be extended.
+        start = [((), 0.0), *[_NEVER] * (beams - 1)]
+        self.alive: list[list[tuple[tuple[int, ...], float]]] = [start] * pictures
         self.finished: list[list[Caption]] = [[] for _ in range(pictures)]
         self.complete = [False] * pictures
 
@@ -196,50 +227,52 @@ class _BeamSearch:
     def done(self) -> bool:
         return all(self.complete)
 
-    def step(self, logprobs: Tensor) -> tuple[list[int], list[int]]:
-        """Extend every beam by a word; returns each new row's parent row and last word."""
-        pictures, vocabulary = len(self.alive), logprobs.shape[1]
-        width = len(self.alive[0])
-        past = torch.tensor([[beam[1] for beam in alive] for alive in self.alive])
-        total = past.to(logprobs)[:, :, None] + logprobs.view(pictures, width, vocabulary)
-        count = min(CANDIDATES_PER_BEAM * self.beams, width * vocabulary)
+    def step(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """Extend the beams by a word, given `[pictures, beams, vocabulary]`.
+
+        Returns each new beam's parent and its last word, both `[pictures, beams]`.
+        """
+        past = torch.tensor([[score for _, score in alive] for alive in self.alive])
+        total = past.to(logprobs)[:, :, None] + logprobs
+        count = min(CANDIDATES_PER_BEAM * self.beams, total[0].numel())
         values, places = total.flatten(1).topk(count, 1)
-        parents: list[int] = []
-        words: list[int] = []
-        for picture, (scores, choices) in enumerate(
-            zip(values.tolist(), places.tolist(), strict=True)
-        ):
-            alive = self.alive[picture]
-            new: list[tuple[tuple[int, ...], float]] = []
-            if not self.complete[picture]:
-                for score, choice in zip(scores, choices, strict=True):
-                    parent, word = divmod(choice, vocabulary)
-                    ids = alive[parent][0]
-                    if score == -float("inf"):
-                        break
-                    if word == EOS:
-                        self.finished[picture].append(self._caption(ids, score, finished=True))
-                    else:
-                        new.append(((*ids, word), score))
-                        parents.append(picture * width + parent)
-                        words.append(word)
-                    if len(new) == self.beams:
-                        break
-                self._judge(picture, new)
-            # Rows must stay rectangular: a picture that is complete, or short of candidates, is
-            # filled with rows that can't win.
-            while len(new) < self.beams:
-                new.append(((), -float("inf")))
-                parents.append(picture * width)
-                words.append(EOS)
-            self.alive[picture] = new
-        return parents, words
+        chosen = [
+            self._extend(picture, scores, choices, logprobs.shape[2])
+            for picture, (scores, choices) in enumerate(
+                zip(values.tolist(), places.tolist(), strict=True)
+            )
+        ]
+        parents = torch.tensor([[parent for parent, _ in beams] for beams in chosen])
+        return parents, torch.tensor([[word for _, word in beams] for beams in chosen])
+
+    def _extend(
+        self, picture: int, scores: list[float], choices: list[int], vocabulary: int
+    ) -> list[tuple[int, int]]:
+        """Take a picture's best candidates, best first; returns parents and words."""
+        alive: list[tuple[tuple[int, ...], float]] = []
+        chosen: list[tuple[int, int]] = []
+        if not self.complete[picture]:
+            for score, choice in zip(scores, choices, strict=True):
+                parent, word = divmod(choice, vocabulary)
+                ids = self.alive[picture][parent][0]
+                if score == -math.inf or len(alive) == self.beams:
+                    break
+                if word == EOS:
+                    self.finished[picture].append(self._caption(ids, score, finished=True))
+                else:
+                    alive.append(((*ids, word), score))
+                    chosen.append((parent, word))
+            self._judge(picture, alive)
+        # A picture that is complete, or short of candidates, is filled with beams that never win.
+        missing = self.beams - len(alive)
+        self.alive[picture] = alive + [_NEVER] * missing
+        return chosen + [(0, EOS)] * missing
 
     def best(self) -> list[Caption]:
         """The best caption of each picture, finished or cut at the greatest length."""
         chosen = []
         for alive, finished in zip(self.alive, self.finished, strict=True):
-            cut = [self._caption(i, s, finished=False) for i, s in alive if s > -float("inf")]
+            cut = [self._caption(i, s, finished=False) for i, s in alive if s > -math.inf]
             # An unfinished caption is taken only where beams were still open at the end.
             pool = finished if len(finished) >= self.beams else finished + cut
             chosen.append(max(pool, key=lambda caption: caption.score))

@@ -45,7 +45,7 @@ class Encoded:
     def text_summary(self) -> Tensor:
         """`[texts, hidden]`: the `<s>` of each text."""
         assert self.text is not None
-        return self.text[self.text_starts]
+        return self.text.index_select(0, self.text_starts)
 
 
 class PatchEmbedding(nn.Module):
@@ -187,4 +187,4 @@ class BEiT3(nn.Module):
                     f"text: ids span {low}..{high}, the vocabulary 0..{self.config.vocab_size - 1}"
                 )
         places = torch.cat([torch.arange(n) for n in lengths]).to(text.device)
-        return self.text_embedding(text) + self.text_positions[places]
+        return self.text_embedding(text) + F.embedding(places, self.text_positions)

@@ -215,10 +215,12 @@ class Attention(nn.Module):
         qkv = self.qkv(x, layout.vision).view(tokens, 3, self.heads, hidden // self.heads)
         outputs = []
         for group in layout.groups:
-            q, k, v = qkv[group.index].permute(2, 0, 3, 1, 4)  # each [samples, heads, length, dim]
+            # index_select, not qkv[index]: its gradient is summed in a fixed order.
+            side = qkv.index_select(0, group.index.flatten()).unflatten(0, group.index.shape)
+            q, k, v = side.permute(2, 0, 3, 1, 4)  # each [samples, heads, length, dim]
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask)
             outputs.append(mixed.transpose(1, 2).reshape(-1, hidden))
-        mixed = torch.cat(outputs)[layout.restore]
+        mixed = torch.cat(outputs).index_select(0, layout.restore)
         return self.out(self.norm(mixed, layout.vision), layout.vision)
 
 

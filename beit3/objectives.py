@@ -89,7 +89,7 @@ class MaskedDataModelling(nn.Module):
         )
         hidden = self.text_head.weight.new_zeros(0, self.backbone.config.hidden)
         patches = out.vision[:, 1:][batch.hidden_patches] if out.vision is not None else hidden
-        tokens = out.text[batch.masked_tokens] if out.text is not None else hidden
+        tokens = out.text.index_select(0, batch.masked_tokens) if out.text is not None else hidden
         return self.image_head(patches), self.text_head(tokens)
 
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
@@ -125,7 +125,8 @@ class DualEncoder(nn.Module):
         self.backbone = BEiT3(config)
         self.vision_head = nn.Linear(config.hidden, config.hidden, bias=False)
         self.language_head = nn.Linear(config.hidden, config.hidden, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # One element, not a scalar: DeepSpeed broadcasts parameters as bytes, which scalars lack.
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         for head in (self.vision_head, self.language_head):
             nn.init.xavier_normal_(head.weight)
 

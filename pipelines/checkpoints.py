@@ -31,6 +31,7 @@ def save(store: Store, run: str, step: int, engine: Any, *, rank: int, keep: int
     Older checkpoints than the newest `keep` are deleted.
     """
     module: nn.Module = engine.module
+    _link_moments(engine)
     optimizer: dict[str, Tensor] = {}
     for name, parameter in _trainable(module):
         for part, value in _full_state(engine, parameter).items():
@@ -61,6 +62,8 @@ def restore(store: Store, run: str, engine: Any) -> int:
                 continue
             engine.module.load_state_dict(load_file(Path(temporary) / "model.safetensors"))
             optimizer = load_file(Path(temporary) / "optimizer.safetensors")
+        _create_moments(engine, step)
+        _link_moments(engine)
         for name, parameter in _trainable(engine.module):
             state = {k: optimizer[f"{name}:{k}"] for k in ("value", *MOMENTS)}
             _set_full_state(engine, parameter, state, step)
@@ -104,13 +107,33 @@ def _set_full_state(
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    base = engine.optimizer.optimizer
-    for group in base.param_groups:  # the flat partitions that DeepSpeed really optimises
-        for flat in group["params"]:
-            held = base.state[flat]
-            held.setdefault("exp_avg", torch.zeros_like(flat))
-            held.setdefault("exp_avg_sq", torch.zeros_like(flat))
-            held["step"] = torch.tensor(float(step))
     safe_set_full_fp32_param(parameter, state["value"].to(device))
     for k in MOMENTS:
         safe_set_full_optimizer_state(parameter, state[k].to(device), k)
+
+
+def _create_moments(engine: Any, step: int) -> None:
+    """Give the flat partitions that ZeRO optimises the moments that a first step would create."""
+    if engine.zero_optimization_stage() == 0:
+        return
+    base = engine.optimizer.optimizer
+    for group in base.param_groups:
+        for flat in group["params"]:
+            zeros = {k: torch.zeros_like(flat) for k in MOMENTS}
+            base.state[flat] = {"step": torch.tensor(float(step)), **zeros}
+
+
+def _link_moments(engine: Any) -> None:
+    """Tell each parameter where its moments lie in the flat partitions.
+
+    DeepSpeed links them after the first parameter group has stepped, when the others have none yet.
+    """
+    if engine.zero_optimization_stage() == 0:
+        return
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    zero = engine.optimizer
+    for parameters, flat in zip(
+        zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
+    ):
+        lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)

@@ -31,7 +31,7 @@ from beit3.tasks import Example, Sample, Task
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
 from pipelines import bundles, cluster, console, models, tracking
-from pipelines.config import cli, flatten, to_dict
+from pipelines.config import cli, flatten, stop, to_dict
 from pipelines.loader import ParquetRows
 from pipelines.parts import PartOutput, Resources, make_dataset
 from pipelines.prepare_task import make_here, read_examples
@@ -378,7 +378,11 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    run(cli(PRESETS, description=__doc__ or ""))
+    chosen = cli(PRESETS, description=__doc__ or "")
+    try:
+        run(chosen)
+    except (FileNotFoundError, StoreError, ValueError) as error:
+        stop(str(error))
 
 
 if __name__ == "__main__":

@@ -289,9 +289,7 @@ def _first_rows(store: Store, cfg: FinetuneConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def run(
-    cfg: FinetuneConfig, *, parent: str | None = None, tuned: bool = False
-) -> dict[str, Any]:
+def run(cfg: FinetuneConfig, *, parent: str | None = None, tuned: bool = False) -> dict[str, Any]:
     """Finetune, or skip what is finetuned, or go on with what was interrupted.
 
     `parent` is the MLflow run to nest under; with `tuned`, evaluations are reported to the Ray Tune
@@ -357,7 +355,11 @@ def _commits(store: Store, cfg: FinetuneConfig) -> Sequence[str]:
 
 
 def main() -> None:
-    run(config.cli(PRESETS, description=__doc__ or ""))
+    chosen = config.cli(PRESETS, description=__doc__ or "")
+    try:
+        run(chosen)
+    except (FileNotFoundError, StoreError, ValueError) as error:
+        config.stop(str(error))
 
 
 if __name__ == "__main__":

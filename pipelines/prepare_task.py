@@ -31,10 +31,10 @@ import pyarrow.fs as pafs
 from beit3 import tasks
 from beit3.tasks import Example
 from pipelines import cluster, console
-from pipelines.config import cli, to_dict
+from pipelines.config import cli, stop, to_dict
 from pipelines.images import ImagePolicy, Rejected, clean_image
 from pipelines.parts import PartOutput, Worker, make_dataset, sum_stats
-from pipelines.storage import Commit, Dataset, PartRecord, Store, fingerprint
+from pipelines.storage import Commit, Dataset, PartRecord, Store, StoreError, fingerprint
 
 SCHEMA = pa.schema(
     [
@@ -281,7 +281,11 @@ class _ImageWorker:
 
 
 def main() -> None:
-    run(cli(PRESETS, description=__doc__ or ""))
+    chosen = cli(PRESETS, description=__doc__ or "")
+    try:
+        run(chosen)
+    except (FileNotFoundError, StoreError, ValueError) as error:
+        stop(str(error))
 
 
 if __name__ == "__main__":

@@ -238,6 +238,10 @@ def _worker(arguments: dict[str, Any]) -> None:
     if world > 1:
         dist.barrier()
     engine.destroy()
+    if not run.config.workers:  # this process may train again: leave no group behind
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()
 
 
 def _steps(

@@ -208,7 +208,7 @@ def _sample_kinds(rng: random.Random, colours: list[str]) -> list[Kind]:
     if rng.random() < 0.25:
         counts = rng.choice(((2,), (3,), (2, 1)))
     else:
-        counts = (1,) * rng.choices((1, 2, 3), (6, 9, 5))[0]
+        counts = (1,) * rng.choices((1, 2, 3), (9, 9, 2))[0]
     shapes = rng.sample(SHAPES, len(counts))
     chosen = rng.sample(colours, len(counts))
     large = 0.6 if sum(counts) < 3 else 0.4

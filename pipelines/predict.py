@@ -1,0 +1,161 @@
+"""Try a finetuned model on one image or a folder of them.
+
+    python pipelines/predict.py --model models/vqa --path photo.jpg --question "what is this?"
+    python pipelines/predict.py --model models/captioning --path photos/
+    python pipelines/predict.py --model models/retrieval --path photos/ --query "two red circles"
+
+Answers a question, writes a caption, or ranks the images by a text, as the model was finetuned to.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit3.tasks import Example, Sample
+from beit3.tasks.retrieval import unpack
+from pipelines.config import cli, stop
+from pipelines.evaluate import Finetuned, load, whole_image
+from pipelines.storage import Store, StoreError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Which model to try on which images."""
+
+    path: str = "."
+    """An image, or a folder of images (with those in folders below it)."""
+    model: str = "models/vqa"
+    """Bundle of a finetuned model."""
+    store: str = "store"
+    """Where models live: a folder or an s3:// URI."""
+    question: str = ""
+    """For a model that answers questions."""
+    query: str = ""
+    """For a retrieval model: the text that the images are ranked by."""
+    top: int = 5
+    """How many of the ranked images to show."""
+    options: dict[str, float] = field(default_factory=dict)
+    """The task's options to change, e.g. `--options beams 5`."""
+    batch_size: int = 32
+    device: str = "cpu"
+    """Torch device: cpu, cuda."""
+    json: bool = False
+    """Print JSON instead of lines to read."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1 or self.batch_size < 1:
+            raise ValueError("top and batch_size must be at least 1")
+
+
+PRESETS: dict[str, PredictConfig] = {
+    "cpu": PredictConfig(),
+    "gpu": PredictConfig(device="cuda"),
+}
+
+
+def run(config: PredictConfig) -> list[dict[str, Any]]:
+    """A result per image: `image` and `prediction`, for retrieval `similarity`; or `error`.
+
+    Retrieval's results are the nearest images, best first, and after them those with an error.
+
+    Raises:
+        FileNotFoundError: there is no such image, or none in the folder.
+        StoreError: there is no such model.
+        ValueError: the model's task needs a question or a query, or can't be tried on images.
+    """
+    files = _files(Path(config.path))
+    model = load(Store(config.store), config.model, config.options, config.device)
+    text = _text(model, config)
+    results: list[dict[str, Any]] = []
+    for start in range(0, len(files), config.batch_size):
+        results += _predict(model, files[start : start + config.batch_size], text)
+    return _rank(results, config.top) if model.task_name == "retrieval" else results
+
+
+def _text(model: Finetuned, config: PredictConfig) -> str | None:
+    needs = {"vqa": ("question", config.question), "retrieval": ("query", config.query)}
+    if model.task_name not in needs:
+        return None
+    name, given = needs[model.task_name]
+    if not given:
+        raise ValueError(f"{name}: {config.model} is a model for {model.task_name}: give a {name}")
+    return given
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not found:
+            raise FileNotFoundError(f"path: no images in {path}")
+        return found
+    if not path.is_file():
+        raise FileNotFoundError(f"path: {path} does not exist")
+    return [path]
+
+
+def _predict(model: Finetuned, files: list[Path], text: str | None) -> list[dict[str, Any]]:
+    samples: list[Sample] = []
+    results: list[dict[str, Any]] = [{"image": str(file)} for file in files]
+    good: list[dict[str, Any]] = []
+    for file, result in zip(files, results, strict=True):
+        try:
+            pixels = whole_image(file.read_bytes(), model.image_size)
+        except OSError as error:
+            result["error"] = f"not a readable image: {error}"
+            continue
+        samples.append(Sample((pixels,), (Example(str(file), text, None),)))
+        good.append(result)
+    if samples:
+        for result, prediction in zip(good, model.predict(samples), strict=True):
+            result.update(_shown(prediction))
+    return results
+
+
+def _shown(prediction: Any) -> dict[str, Any]:
+    if isinstance(prediction, dict):  # retrieval's two vectors
+        similarity = float(np.dot(unpack(prediction["image"]), unpack(prediction["text"])))
+        return {"similarity": round(similarity, 4)}
+    return {"prediction": prediction}
+
+
+def _rank(results: list[dict[str, Any]], top: int) -> list[dict[str, Any]]:
+    good = [r for r in results if "similarity" in r]
+    good.sort(key=lambda r: -r["similarity"])
+    return good[:top] + [r for r in results if "error" in r]
+
+
+def lines(results: list[dict[str, Any]]) -> Iterator[str]:
+    """The results, to read."""
+    for result in results:
+        if "error" in result:
+            yield f"{result['image']}: {result['error']}"
+        elif "similarity" in result:
+            yield f"{result['similarity']:7.4f}  {result['image']}"
+        else:
+            yield f"{result['image']}: {result['prediction']}"
+
+
+def main() -> None:
+    config = cli(PRESETS, description=__doc__ or "")
+    try:
+        results = run(config)
+    except (FileNotFoundError, StoreError, ValueError) as error:
+        stop(str(error))
+    if config.json:
+        json.dump(results, sys.stdout, indent=1)
+        print()
+    else:
+        print("\n".join(lines(results)))
+
+
+if __name__ == "__main__":
+    main()
