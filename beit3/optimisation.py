@@ -66,7 +66,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         scale = layer_scale(name, layers, layer_decay) if layer_decay != 1.0 else 1.0
-        if not name.startswith("backbone."):
+        if "backbone." not in name:
             scale *= head_scale
         groups[(scale, weight_decay if decays(name, parameter) else 0.0)].append(parameter)
     return [

@@ -65,12 +65,14 @@ class EvaluateConfig:
     """Records predicted at once."""
     limit: int | None = None
     """Only the first so many records."""
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, float] = field(default_factory=dict, hash=False)
     """The task's options to change, e.g. `--options beams 5 length_penalty 0.8`."""
     part_records: int = 256
     """Records of one part, at most 256: what is done again after a kill."""
     resources: Resources = field(default_factory=lambda: Resources(actors=1))
     """Actors, and the CPUs and GPUs of each; one GPU each makes it run there."""
+    threads: int = 0
+    """Torch threads of an actor on CPU; 0: as torch chooses. Small models want 1."""
     in_process: bool = False
     """Predict in the job's own process instead of on Ray: for small data."""
     track: bool = True
@@ -94,7 +96,7 @@ class EvaluateConfig:
 PRESETS: dict[str, EvaluateConfig] = {
     "cpu": EvaluateConfig(),
     "gpu": EvaluateConfig(batch_size=64, resources=Resources(actors=1, gpus=1)),
-    "tiny": EvaluateConfig(in_process=True, batch_size=64),
+    "tiny": EvaluateConfig(in_process=True, batch_size=64, threads=1),
 }
 
 
@@ -212,7 +214,7 @@ def _predictions(config: EvaluateConfig, store: Store, mark: str, data: Commit) 
         "config": to_dict(config),
         "inputs": [{"dataset": config.data, "commit": data.identity}, {"model": config.model}],
         "units": partial(_units, config, store),
-        "make_worker": partial(_worker, config),
+        "make_worker": partial(_worker, config, mark),
         "schema": SCHEMA,
     }
     if config.in_process:
@@ -237,18 +239,9 @@ def _units(config: EvaluateConfig, store: Store) -> list[dict[str, Any]]:
 
 
 @lru_cache(maxsize=1)
-def _cached_worker(config: str) -> _Predictor:
-    return _Predictor(_from_json(config))
-
-
-def _worker(config: EvaluateConfig) -> _Predictor:
-    # Plain Ray tasks ask for a worker per part; the model is loaded once per process.
-    return _cached_worker(json.dumps(to_dict(config)))
-
-
-def _from_json(text: str) -> EvaluateConfig:
-    raw = json.loads(text)
-    return EvaluateConfig(**{**raw, "resources": Resources(**raw["resources"])})
+def _worker(config: EvaluateConfig, mark: str) -> _Predictor:
+    """Plain Ray tasks ask for a worker per part; the model is loaded once per process."""
+    return _Predictor(config)
 
 
 class _Predictor:
@@ -262,6 +255,14 @@ class _Predictor:
         self.rows = ParquetRows([store.dataset(config.data)])
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.config.threads or before)
+        try:
+            return self._predict(unit)
+        finally:
+            torch.set_num_threads(before)  # the process may be the job's own
+
+    def _predict(self, unit: dict[str, Any]) -> PartOutput:
         table = self.rows.table(0, unit["path"], unit["group"])
         rows = table.slice(unit["start"], unit["stop"] - unit["start"]).to_pylist()
         out: list[dict[str, Any]] = []

@@ -72,7 +72,7 @@ def line_chart(chart: Chart) -> Html:
     smoothed = False
     for (_, points), colour in zip(curves, _cycle(COLOURS, len(curves)), strict=True):
         shown = _thin(points)
-        if len(shown) >= _SMOOTH_FROM:
+        if chart.smooth and len(shown) >= _SMOOTH_FROM:
             smoothed = True
             marks.append(_path(shown, x, y, colour, 1, 0.28))
             shown = _smooth(shown)
@@ -92,10 +92,10 @@ def line_chart(chart: Chart) -> Html:
     entries = [
         (c, label) for (label, _), c in zip(curves, _cycle(COLOURS, len(curves)), strict=True)
     ]
-    keys = legend(entries)
+    dashed = None
     if chart.baseline is not None:
         dashed = f"{chart.baseline_label} ({number(chart.baseline, percent=chart.percent)})"
-        keys = el("div", keys, el("div", f"– – {dashed}", class_="legend"))
+    keys = legend(entries, dashed)
     words = chart.note + (" Strong lines: moving averages." if smoothed else "")
     below = el("p", words.strip(), class_="note") if words else None
     unit = f" ({chart.y_label})" if chart.y_label else ""
@@ -158,9 +158,11 @@ def reason_colours(reasons: Sequence[str]) -> dict[str, str]:
     return colours | {r: HELD_OUT for r in reasons if r.startswith("held out")}
 
 
-def legend(entries: Sequence[tuple[str, str]]) -> Html:
-    """Colours and what they stand for."""
+def legend(entries: Sequence[tuple[str, str]], dashed: str | None = None) -> Html:
+    """Colours and what they stand for, and what a dashed line does."""
     keys = [el("span", el("i", style=f"background:{colour}"), words) for colour, words in entries]
+    if dashed is not None:
+        keys.append(el("span", el("i", class_="dashed"), dashed))
     return el("div", *keys, class_="legend")
 
 
@@ -172,7 +174,7 @@ def usage_chart(usage: Sequence[float]) -> Html:
     even = 1 / max(1, len(counts))
     chart = Chart(
         "Codebook usage", [Curve("share of patches", points)], x_label="codes, the commonest first",
-        baseline=even, baseline_label="even use", percent=True,
+        baseline=even, baseline_label="even use", smooth=False, percent=True,
     )  # fmt: skip
     return line_chart(chart)
 

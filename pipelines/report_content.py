@@ -147,6 +147,8 @@ class Chart:
     """A dashed line across the chart, such as chance or the score of a unigram model."""
     baseline_label: str = "baseline"
     percent: bool = False
+    smooth: bool = True
+    """Draw a moving average over the values, where there are many."""
     note: str = ""
 
 

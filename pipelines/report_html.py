@@ -156,9 +156,11 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Html | None:
     return el("dl", shown, class_="facts") if shown else None
 
 
-def table(head: Iterable[Content], rows: Iterable[Html], *, class_: str = "") -> Html:
-    """A table that scrolls within itself on a narrow screen."""
-    cells = [el("th", cell, scope="col") for cell in head]
+def table(
+    head: Iterable[str], rows: Iterable[Html], *, left: Iterable[str] = (), class_: str = ""
+) -> Html:
+    """A table that scrolls within itself on a narrow screen; `left` names columns of words."""
+    cells = [el("th", cell, scope="col", class_="left" if cell in left else None) for cell in head]
     body = el("table", el("thead", el("tr", cells)), el("tbody", *rows), class_=class_ or None)
     return el("div", body, class_="scroll")
 
@@ -208,12 +210,13 @@ th:first-child,td:first-child,th.left,td.left,.words th,.words td{text-align:lef
 td:first-child,th:first-child{padding-left:0}
 tbody tr:last-child td{border-bottom:0}
 td.wide{width:24%;min-width:150px}
+td:first-child{white-space:normal;min-width:110px}
 tr.best td{background:#eef6f3}
 td .small{display:block;white-space:normal}
 .best-value{font-weight:700;color:var(--deep)}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));gap:18px 16px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:18px 16px}
 .grid.wide{grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:24px 20px}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));
 gap:24px 28px}
 figure{margin:0;min-width:0}
 figure>img{width:100%;aspect-ratio:4/3;object-fit:contain;background:var(--ground);
@@ -225,7 +228,8 @@ figcaption p{margin:0 0 4px;unicode-bidi:isolate}
 img.exact{image-rendering:pixelated}
 .missing{display:flex;align-items:center;justify-content:center;aspect-ratio:4/3;border-radius:6px;
 background:var(--ground);color:var(--soft);font-size:.8rem;text-align:center;padding:8px}
-.tag{display:inline-block;min-width:5.6em;font-size:.72rem;color:var(--soft)}
+.saying{display:grid;grid-template-columns:5.6em 1fr;gap:0 6px;align-items:baseline}
+.tag{font-size:.74rem;color:var(--soft)}
 .said{color:var(--ink)}
 .good{color:var(--good)}.bad{color:var(--bad)}
 .good::before{content:"\\2713\\00a0"}.bad::before{content:"\\2717\\00a0"}
@@ -239,7 +243,7 @@ overflow-wrap:anywhere}
 display:block}
 .codes{display:grid;grid-template-columns:repeat(auto-fill,minmax(260px,1fr));gap:12px 24px}
 .code{display:flex;align-items:center;gap:4px;flex-wrap:wrap}
-.code b{font-size:.78rem;font-weight:600;width:4.6em;font-variant-numeric:tabular-nums}
+.code b{font-size:.78rem;font-weight:600;width:5.6em;white-space:nowrap;font-variant-numeric:tabular-nums}
 .code img{width:36px;height:36px;border-radius:3px}
 .query{margin:22px 0 0;padding-top:14px;border-top:1px solid var(--line)}
 .query>p{font-weight:600;margin-bottom:10px;unicode-bidi:isolate}
@@ -253,6 +257,8 @@ align-items:center;font-size:.88rem;margin:0 0 12px;font-variant-numeric:tabular
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:.82rem;color:var(--soft);margin:6px 0 0}
 .legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;
 vertical-align:-1px}
+.legend i.dashed{height:0;width:20px;border-top:2px dashed var(--soft);border-radius:0;
+vertical-align:4px}
 svg{display:block;width:100%;height:auto}
 svg text{font-family:inherit;font-size:12px;fill:var(--soft)}
 svg .grid-line{stroke:var(--line);stroke-width:1}
@@ -267,7 +273,8 @@ footer{padding-bottom:40px;color:var(--soft);font-size:.82rem}
 header{padding-top:24px}section{padding:18px 16px;border-radius:8px}h1{font-size:1.5rem}
 .grid{grid-template-columns:repeat(2,1fr)}.grid.wide{grid-template-columns:1fr}
 .ranked{grid-template-columns:repeat(3,minmax(0,1fr))}.texts{grid-template-columns:1fr}
-.texts figure{max-width:240px}}
+.texts figure{max-width:240px}th,td{padding-left:7px;padding-right:7px}
+td.words{white-space:normal}table{font-size:.86rem}}
 @media print{body{background:#fff}section{break-inside:avoid-page;border:0;padding:0}
 nav{display:none}}
 """

@@ -112,8 +112,10 @@ def _scores(head: Headline) -> Html | None:
     keys = legend(
         [("#98a2ae", "chance"), ("#c0752f", "from scratch"), ("#17607d", "pretrained, finetuned")]
     )
-    columns = ["Task", el("span", "Metric"), "Chance", "From scratch", "Pretrained", ""]
-    return join(table(columns, map(_score_row, head.scores)), keys, note(head.note))
+    columns = ["Task", "Metric", "Chance", "From scratch", "Pretrained", ""]
+    return join(
+        table(columns, map(_score_row, head.scores), left=["Metric"]), keys, note(head.note)
+    )
 
 
 def _score_row(score: Score) -> Html:
@@ -123,7 +125,11 @@ def _score_row(score: Score) -> Html:
     words = [el("b", score.task), el("span", score.note, class_="small") if score.note else None]
     metric = score.metric + (" (lower is better)" if score.lower_is_better else "")
     return el(
-        "tr", el("td", words), el("td", metric), *cells, el("td", score_dots(score), class_="wide")
+        "tr",
+        el("td", words),
+        el("td", metric, class_="words left"),
+        *cells,
+        el("td", score_dots(score), class_="wide"),
     )
 
 
@@ -155,9 +161,8 @@ def _captions(examples: Sequence[CaptionExample]) -> Html | None:
 
 
 def _said(who: str, words: Content, *, verdict: str = "") -> Html:
-    return el(
-        "p", el("span", who, class_="tag"), el("span", words, class_=f"said {verdict}".strip())
-    )
+    said = el("span", words, class_=f"said {verdict}".strip())
+    return el("p", el("span", who, class_="tag"), said, class_="saying")
 
 
 def _answers(section: AnswerSection) -> Html | None:

@@ -128,9 +128,10 @@ def train(sentences: list[str], cfg: TextTokenizerConfig) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        reason = str(error).split("] ")[-1].strip()
         raise ValueError(
             f"vocab_size {cfg.vocab_size}: SentencePiece can't learn so many pieces from "
-            f"{len(sentences):,} sentences ({str(error).splitlines()[-1]}); lower vocab_size or "
+            f"{len(sentences):,} sentences ({reason}); lower vocab_size or "
             "add text"
         ) from error
     return model.getvalue()

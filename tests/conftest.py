@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch loads: threads that spin while they wait starve the other processes of a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 _BUCKET = "beit3-tests"
 
 

@@ -211,7 +211,7 @@ def test_vqa_batch_and_loss(tokenizer: TextTokenizer) -> None:
     bce = -(
         batch.targets * logits.sigmoid().log() + (1 - batch.targets) * (-logits).sigmoid().log()
     )
-    assert float(model(batch)["loss"].detach()) == pytest.approx(float(bce.mean() * 4), rel=1e-4)
+    assert float(model(batch)["loss"].detach()) == pytest.approx(bce.mean().item() * 4, rel=1e-4)
     assert len(task.predict(model, batch, tokenizer)) == 3
     with pytest.raises(ValueError, match="no labels"):
         VQA().build(PRESETS["tiny"])
