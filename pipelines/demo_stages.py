@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import ray
 
 from beit3.config import PRESETS as MODELS
 from beit3.config import ModelConfig
@@ -24,6 +26,8 @@ from pipelines import (
 )
 from pipelines.sample_world import World, WorldSize, generate, load
 from pipelines.samples import ViewConfig
+from pipelines.storage import Store
+from pipelines.trainer import progress
 from tuning import sweep
 
 if TYPE_CHECKING:
@@ -35,6 +39,7 @@ TEXTS = ("wiki",)
 TASKS = ("vqa", "retrieval", "captioning")
 STARTS = {"pretrained": "models/pretrained", "scratch": finetune.RANDOM}
 TEST_SPLITS = {"vqa": "val", "retrieval": "test", "captioning": "test"}
+HELD_OUT = "captioning/val"  # what pretraining is measured on
 VIEW = ViewConfig(scale=(0.8, 1.0), flip=0.0)  # captions of this world speak of left and right
 VOCABULARY = 320
 
@@ -160,6 +165,7 @@ def tokens(cfg: DemoConfig) -> tokenize_corpus.TokenizeConfig:
         store=cfg.store_uri,
         images=(*PAIRS, *IMAGES),
         texts=TEXTS,
+        held_out=(HELD_OUT,),
         views=2,
         view=VIEW,
         max_text_length=64,
@@ -176,6 +182,7 @@ def pretraining(cfg: DemoConfig) -> pretrain.PretrainConfig:
         images=IMAGES,
         texts=TEXTS,
         pairs=PAIRS,
+        held_out=HELD_OUT,
         model=model(cfg),
         image_batch=8,
         text_batch=8,
@@ -194,7 +201,7 @@ def pretraining(cfg: DemoConfig) -> pretrain.PretrainConfig:
 
 def finetuning(cfg: DemoConfig, task: str, start: str) -> finetune.FinetuneConfig:
     base = finetune.preset("tiny", task)
-    steps = {"vqa": 200, "retrieval": 150, "captioning": 200}[task]
+    steps = {"vqa": 250, "retrieval": 150, "captioning": 200}[task]
     steps = 4 if cfg.small else steps
     return dataclasses.replace(
         base,
@@ -217,6 +224,27 @@ def evaluation(cfg: DemoConfig, task: str, start: str) -> evaluate.EvaluateConfi
         batch_size=64,
         in_process=True,
     )
+
+
+def finetune_all(cfg: DemoConfig) -> None:
+    """Finetune and evaluate each task from each start; as many side by side as there are CPUs."""
+    store = Store(cfg.store_uri)
+    runs = [(finetuning(cfg, t, s), evaluation(cfg, t, s)) for t in TASKS for s in STARTS]
+    waiting = [_finetune.remote(*run) for run in runs]
+    steps = {f"runs/{run.name}": run.train.steps for run, _ in runs}
+    with console.bar("6 models", total=sum(steps.values()), unit="step") as bar:
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=1.0)
+            bar.update(sum(min(n, progress(store, run)) for run, n in steps.items()) - bar.n)
+            for scores in ray.get(done):
+                shown = ", ".join(f"{k} {v:.3f}" for k, v in scores["metrics"].items())
+                console.say(f"{scores['model']} on {scores['data']}: {shown}")
+
+
+@ray.remote(num_cpus=1)
+def _finetune(run: finetune.FinetuneConfig, score: evaluate.EvaluateConfig) -> dict[str, Any]:
+    finetune.run(run)
+    return evaluate.run(score)
 
 
 def sweeping(cfg: DemoConfig) -> sweep.SweepConfig:

@@ -56,7 +56,8 @@ class PretrainConfig:
     pair_batch: int = 2048
     """Pairs of a step."""
     held_out: str = ""
-    """Tokenized dataset whose masked accuracies are measured at the end; never trained on."""
+    """Tokenized pairs, such as captioning/val, whose masked accuracies are measured at the end;
+    empty: nothing is measured."""
     held_out_batches: int = 4
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: Masking = field(default_factory=Masking)
@@ -138,10 +139,9 @@ class PretrainRecipe:
         """Masked accuracies on held-out pairs; a picture of masked inputs and predictions."""
         assert isinstance(module, MaskedDataModelling)
         cfg = self.cfg
-        source = cfg.held_out or (cfg.pairs or cfg.images or (None,))[0]
-        if source is None:
+        if not cfg.held_out:
             return {}
-        batches = held_out_batches(cfg, self.tokenizer, source)
+        batches = held_out_batches(cfg, self.tokenizer)
         device = module.text_head.weight.device
         totals: dict[str, list[float]] = {}
         for number in range(cfg.held_out_batches):
@@ -275,9 +275,10 @@ class PictureSource:
     """The pictures that belong to tokenized datasets, found by part and row."""
 
     def __init__(self, store: Store, names: Sequence[str]) -> None:
-        self.datasets = [store.dataset(f"images/{name}") for name in names]
-        self.rows = ParquetRows(self.datasets, ["image"]) if names else None
-        # A part of tokens/x holds the tokens of the part of the same number of images/x.
+        commits = [store.dataset(f"tokens/{name}").commit() for name in names]
+        self.datasets = [store.dataset(c.lineage["inputs"][0]["dataset"]) for c in commits]
+        self.rows = ParquetRows(self.datasets, ["image", "images"]) if names else None
+        # A part of tokens/x holds the tokens of the part of the same number of its source.
         self.paths = [
             {posixpath.basename(f.path): f.path for f in dataset.commit().files}
             for dataset in self.datasets
@@ -291,21 +292,23 @@ class PictureSource:
         path = self.paths[number][posixpath.basename(sample.group.path)]
         group, index = divmod(sample.row["image_row"], ROW_GROUP_ROWS)
         table = self.rows.table(number, path, group)
-        data = table.column("image")[index].as_py()["bytes"]
+        cell = table.column(0)[index].as_py()  # `image`, or of a task's row the first of `images`
+        data = (cell[0] if isinstance(cell, list) else cell)["bytes"]
         picture = self.decoded(f"{number}/{sample.row['id']}", data)
         return apply_view(picture, View(tuple(view["box"]), view["flip"]), size)
 
 
-def held_out_batches(cfg: PretrainConfig, tokenizer: TextTokenizer, source: str) -> MaskedBatches:
-    """Batches of pairs of one dataset, on one worker."""
+def held_out_batches(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBatches:
+    """Batches of held-out pairs, on one worker."""
     alone = replace(
         cfg,
         images=(),
         texts=(),
-        pairs=(source,),
+        pairs=(cfg.held_out,),
         image_batch=0,
         text_batch=0,
         pair_batch=64,
+        held_out="",
         train=replace(cfg.train, workers=0, gpus_per_worker=0.0),
     )
     return MaskedBatches(alone, tokenizer, 0, 1)

@@ -11,6 +11,7 @@ The same commit, tokenizers and seed give the same bytes, however many workers t
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,9 @@ class TokenizeConfig:
     """Image datasets (`images/<name>`), each becoming `tokens/<name>`."""
     texts: tuple[str, ...] = ()
     """Text datasets (`text/<name>`), each becoming `tokens/<name>`."""
+    held_out: tuple[str, ...] = ()
+    """Prepared captioning splits (`tasks/<name>`, such as captioning/val), each becoming
+    `tokens/<name>`: pairs that pretraining is measured on, never trained on."""
     image_tokenizer: str = "vqkd"
     """`tokenizers/image/<name>`."""
     text_tokenizer: str = "sentencepiece"
@@ -73,7 +77,7 @@ class TokenizeConfig:
     gpus_per_actor: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.images and not self.texts:
+        if not (self.images or self.texts or self.held_out):
             raise ValueError("images, texts: name at least one dataset to tokenize")
         if self.views < 1:
             raise ValueError(f"views: expected at least 1, got {self.views}")
@@ -101,8 +105,12 @@ def run(cfg: TokenizeConfig) -> list[Commit]:
         "image": {"name": cfg.image_tokenizer, "identity": image_tokenizer},
         "text": {"name": cfg.text_tokenizer, "identity": text_tokenizer.identity},
     }
-    commits = [_tokenize(cfg, store, f"images/{name}", name, tokenizers) for name in cfg.images]
-    return commits + [_tokenize(cfg, store, f"text/{name}", name, tokenizers) for name in cfg.texts]
+    kinds = {"images": cfg.images, "tasks": cfg.held_out, "text": cfg.texts}
+    return [
+        _tokenize(cfg, store, f"{kind}/{name}", name, tokenizers)
+        for kind, names in kinds.items()
+        for name in names
+    ]
 
 
 def _tokenize(
@@ -111,7 +119,7 @@ def _tokenize(
     is_text = source.startswith("text/")
     commit = store.dataset(source).commit()
     options = config.to_dict(cfg)
-    where = ("store", "images", "texts", "batch_size", "actors", "gpus_per_actor")
+    where = ("store", "images", "texts", "held_out", "batch_size", "actors", "gpus_per_actor")
     options = {k: v for k, v in options.items() if k not in where}
     used = {"text": tokenizers["text"]} if is_text else tokenizers
 
@@ -162,12 +170,12 @@ class ImagePart:
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         path = self.store.path(self.dataset.name, unit["path"])
-        table = pq.read_table(path, columns=["id", "image", "captions"], filesystem=self.store.fs)
+        table = pq.read_table(path, filesystem=self.store.fs)
         rows, pixels, aside = [], [], []
         words: list[np.ndarray] = []
-        for number, row in enumerate(table.to_pylist()):
+        for number, row in enumerate(map(_as_pair, table.to_pylist())):
             try:
-                picture = decode(row["image"]["bytes"])
+                picture = decode(row["data"])
             except OSError as error:
                 aside.append({"id": row["id"], "reason": "does not decode", "detail": str(error)})
                 continue
@@ -219,6 +227,14 @@ class ImagePart:
             ],
             "captions": [self.texts.wrap(caption, self.cfg.max_caption_length) for caption in ids],
         }
+
+
+def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """Identity, picture and captions of a row of `images/*`, or of a prepared captioning split."""
+    if "image" in row:
+        return {"id": row["id"], "data": row["image"]["bytes"], "captions": row["captions"]}
+    captions = [caption for e in row["examples"] for caption in json.loads(e["target"])]
+    return {"id": row["id"], "data": row["images"][0]["bytes"], "captions": captions}
 
 
 class TextPart:

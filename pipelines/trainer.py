@@ -335,8 +335,11 @@ def _join(config: TrainConfig) -> tuple[int, int, torch.device]:
     import ray.train
     import ray.train.torch
 
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    rank, world, local_rank = 0, 1, 0
+    if config.workers:
+        context = ray.train.get_context()
+        rank, world = context.get_world_rank(), context.get_world_size()
+        local_rank = context.get_local_rank()
     if config.gpus_per_worker:
         device = ray.train.torch.get_device()
         assert isinstance(device, torch.device)
@@ -345,7 +348,7 @@ def _join(config: TrainConfig) -> tuple[int, int, torch.device]:
         os.environ["DS_ACCELERATOR"] = "cpu"
         threads = config.threads or max(1, (os.cpu_count() or 1) // max(1, config.workers))
         torch.set_num_threads(threads)
-    os.environ.setdefault("LOCAL_RANK", str(context.get_local_rank()))
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
     if not dist.is_initialized():  # in the job's own process there is no group yet
         meeting = Path(tempfile.mkdtemp()) / "group"
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
@@ -457,6 +460,14 @@ class _Clock:
             body = json.dumps({"step": step, "note": self.note})
             with contextlib.suppress(OSError):
                 self.store.write(f"{self.run.name}/progress.json", body.encode())
+
+
+def progress(store: Store, run: str) -> int:
+    """Steps that a run has done, as it last said."""
+    try:
+        return int(json.loads(store.read(f"{run}/progress.json"))["step"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 @contextlib.contextmanager

@@ -109,6 +109,7 @@ def run(cfg: SweepConfig) -> dict[str, Any]:
 def _tuner(cfg: SweepConfig, store: Store, print_of: str, parent: str) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     space, metric = spaces.load(cfg.finetune.task)
     trainable = tune.with_resources(
@@ -137,7 +138,7 @@ def _tuner(cfg: SweepConfig, store: Store, print_of: str, parent: str) -> Any:
             num_samples=cfg.samples,
             scheduler=scheduler,
             max_concurrent_trials=cfg.concurrent or None,
-            search_alg=tune.search.BasicVariantGenerator(random_state=cfg.seed),
+            search_alg=BasicVariantGenerator(random_state=cfg.seed),
         ),
         run_config=tune.RunConfig(
             name=experiment, storage_path=where, verbose=0, callbacks=[_Progress(cfg.samples)]

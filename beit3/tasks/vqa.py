@@ -8,6 +8,7 @@ Source of head, targets and recipe: microsoft/unilm, `beit3/`.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,10 +65,15 @@ class Model(nn.Module):
             nn.GELU(),
             nn.Linear(2 * hidden, labels),
         )
-        for module in (self.pooler, self.head[0], self.head[3]):
-            assert isinstance(module, nn.Linear)
-            nn.init.trunc_normal_(module.weight, std=0.02)
+        first, last = self.head[0], self.head[3]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        for module in (self.pooler, first, last):
+            # Xavier rather than the released code's fixed 0.02, which starves narrow models.
+            nn.init.xavier_normal_(module.weight)
             nn.init.zeros_(module.bias)
+        # Start where one label in all is expected, not half of them: thousands of negatives would
+        # otherwise take the first steps' gradients.
+        nn.init.constant_(last.bias, -math.log(max(1, labels - 1)))
 
     def logits(self, batch: Batch) -> Tensor:
         """`[questions, labels]`."""
