@@ -87,6 +87,8 @@ class Masking:
         for name in ("image", "text", "pair_text", "pair_text_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"masking.{name}: expected a share, got {getattr(self, name)}")
+        if self.min_block < 1:
+            raise ValueError(f"masking.min_block: expected at least 1, got {self.min_block}")
 
     def of_image(self, grid: int, rng: np.random.Generator) -> np.ndarray:
         """bool `[grid * grid]`, always the same number of patches."""

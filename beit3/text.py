@@ -68,5 +68,11 @@ class TextTokenizer:
         return self.pieces.DecodeIds([i - 1 for i in ids if i > UNK and i - 1 < size])
 
     def wrap(self, ids: Sequence[int], max_length: int) -> list[int]:
-        """`<s> ids </s>`, the ids cut so that the whole has at most `max_length` tokens."""
+        """`<s> ids </s>`, the ids cut so that the whole has at most `max_length` tokens.
+
+        Raises:
+            ValueError: `max_length` has no room for `<s>` and `</s>`.
+        """
+        if max_length < 2:
+            raise ValueError(f"max_length: expected at least 2, <s> and </s>, got {max_length}")
         return [BOS, *ids[: max_length - 2], EOS]

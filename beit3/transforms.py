@@ -31,8 +31,13 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         OSError: the bytes are no picture, or a broken one.
     """
-    with Image.open(io.BytesIO(data)) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def sample_view(

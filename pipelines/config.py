@@ -80,7 +80,8 @@ def from_dict(kind: type[T], raw: Mapping[str, Any]) -> T:
         dacite.DaciteError: an unknown key, a missing one, or a wrong type; names the field.
         ValueError: an impossible combination.
     """
-    hooks = {float: _as_float, Path: Path}
+    _check_tuples(kind, raw)
+    hooks = {float: _as_float, int: _as_int, Path: Path}
     settings = dacite.Config(strict=True, cast=[tuple], type_hooks=hooks)
     return dacite.from_dict(typing.cast(Any, kind), raw, settings)
 
@@ -119,7 +120,23 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def _check_tuples(kind: Any, raw: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse what dacite's cast would take apart: `images: cc3m` is no tuple of four letters."""
+    for name, hint in typing.get_type_hints(kind).items():
+        value = raw.get(name, ())
+        if typing.get_origin(hint) is tuple and not isinstance(value, list | tuple):
+            raise dacite.WrongTypeError(hint, value, f"{prefix}{name}")
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            _check_tuples(hint, value, f"{prefix}{name}.")
+
+
 def _as_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"expected a number, got {value!r}")
+        raise dacite.WrongTypeError(float, value)  # dacite adds the field's name
     return float(value)
+
+
+def _as_int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise dacite.WrongTypeError(int, value)
+    return value

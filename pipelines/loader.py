@@ -139,6 +139,7 @@ class Prefetcher(Generic[B]):
     def __init__(self, make: Callable[[int], B], steps: range, depth: int = 2) -> None:
         self._queue: queue.Queue[tuple[B | None, BaseException | None]] = queue.Queue(depth)
         self._closed = threading.Event()
+        self._end: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(make, steps), daemon=True)
         self._thread.start()
 
@@ -148,6 +149,7 @@ class Prefetcher(Generic[B]):
                 if self._closed.is_set():
                     return
                 self._put((make(step), None))
+            self._put((None, StopIteration()))
         except BaseException as error:  # handed to the consumer, who raises it
             self._put((None, error))
 
@@ -163,9 +165,11 @@ class Prefetcher(Generic[B]):
         return self
 
     def __next__(self) -> B:
-        batch, error = self._queue.get()
-        if error is not None:
-            raise error
+        batch = None
+        if self._end is None:
+            batch, self._end = self._queue.get()
+        if self._end is not None:
+            raise self._end
         assert batch is not None
         return batch
 

@@ -174,8 +174,11 @@ class Store:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        draft.write_bytes(data)
-        draft.replace(target)
+        try:
+            draft.write_bytes(data)
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=1, default=str) + "\n").encode())
@@ -186,14 +189,14 @@ class Store:
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
             draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-            draft.write_bytes(data)
             try:
+                draft.write_bytes(data)
                 os.link(draft, target)  # atomic, and fails if the target exists
                 return True
             except FileExistsError:
                 return False
             finally:
-                draft.unlink()
+                draft.unlink(missing_ok=True)
         if isinstance(self.fs, pafs.S3FileSystem):
             return _s3_put_if_absent(self.path(name), data)
         if self.exists(name):

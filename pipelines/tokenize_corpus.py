@@ -81,6 +81,11 @@ class TokenizeConfig:
             raise ValueError("images, texts: name at least one dataset to tokenize")
         if self.views < 1:
             raise ValueError(f"views: expected at least 1, got {self.views}")
+        for name in ("max_text_length", "max_caption_length"):
+            if getattr(self, name) < 3:
+                raise ValueError(
+                    f"{name}: expected at least 3, <s>, a token and </s>, got {getattr(self, name)}"
+                )
         if self.gpus_per_actor and not self.actors:
             raise ValueError("gpus_per_actor needs actors of at least 1")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch loads: threads that spin while they wait starve the other processes of a small machine.
+# Before torch loads: threads that spin while they wait starve a small machine's processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _BUCKET = "beit3-tests"

@@ -1,0 +1,309 @@
+"""The objectives against naive references that go sample by sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit3.config import ModelConfig
+from beit3.objectives import (
+    DualEncoder,
+    MaskedBatch,
+    MaskedDataModelling,
+    ObjectiveWeights,
+    gather,
+    normalise,
+)
+
+PAPER = ModelConfig(
+    layers=2,
+    hidden=32,
+    mlp=48,
+    heads=4,
+    patch_size=8,
+    image_size=24,
+    vocab_size=40,
+    max_text_length=12,
+    codebook_size=20,
+    attention="shared",
+    vl_layers=1,
+    sub_ln=False,
+)
+RELEASED = replace(PAPER, attention="per_modality", vl_layers=0, sub_ln=True)
+KINDS = ("image", "text", "pair_image", "pair_text")
+IGNORED = -100
+
+
+@dataclass
+class Piece:
+    """One image, text or pair, already corrupted."""
+
+    image: Tensor | None = None
+    hidden: Tensor | None = None
+    visual_words: Tensor | None = None
+    text: Tensor | None = None
+    masked: Tensor | None = None
+    words: Tensor | None = None
+
+
+def draw(images: int, texts: int, pairs: int, seed: int = 0) -> list[Piece]:
+    """Images, then pairs, then texts, of various lengths and numbers of hidden tokens."""
+    random = torch.Generator().manual_seed(seed)
+    pieces = []
+    for number in range(images + pairs + texts):
+        piece = Piece()
+        if number < images + pairs:
+            piece.image = torch.randint(0, 256, (3, 24, 24), generator=random, dtype=torch.uint8)
+            piece.hidden = torch.rand(9, generator=random) < 0.5
+            piece.hidden[number % 9] = True
+            piece.visual_words = torch.randint(0, 20, (9,), generator=random)
+        if number >= images:
+            length = 4 + number % 5
+            piece.words = torch.randint(4, 39, (length,), generator=random)
+            piece.masked = torch.zeros(length, dtype=torch.bool)
+            piece.masked[1 : 2 + number % 3] = True
+            piece.text = torch.where(piece.masked, 39, piece.words)
+        pieces.append(piece)
+    return pieces
+
+
+def pack(pieces: list[Piece]) -> MaskedBatch:
+    pictures = [p for p in pieces if p.image is not None]
+    texts = [p for p in pieces if p.text is not None]
+    masked = torch.cat([p.masked for p in texts if p.masked is not None] or [torch.zeros(0).bool()])
+    words = torch.cat([p.words for p in texts if p.words is not None] or [torch.zeros(0).long()])
+
+    def stack(name: str, empty: Tensor) -> Tensor:
+        return torch.stack([getattr(p, name) for p in pictures]) if pictures else empty
+
+    return MaskedBatch(
+        images=stack("image", torch.zeros(0, 3, 24, 24, dtype=torch.uint8)),
+        hidden_patches=stack("hidden", torch.zeros(0, 9, dtype=torch.bool)),
+        visual_words=stack("visual_words", torch.zeros(0, 9, dtype=torch.long)),
+        text=torch.cat([p.text for p in texts if p.text is not None] or [torch.zeros(0).long()]),
+        lengths=[len(p.text) for p in texts if p.text is not None],
+        masked_tokens=masked.nonzero().flatten(),
+        words=words[masked],
+        pairs=sum(p.image is not None and p.text is not None for p in pieces),
+    )
+
+
+def naive_losses(model: MaskedDataModelling, pieces: list[Piece]) -> dict[str, Tensor]:
+    """Every sample alone, both heads at every position, padded, then selected by `ignore_index`."""
+    logits: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    targets: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    for piece in pieces:
+        paired = piece.image is not None and piece.text is not None
+        out = model.backbone(
+            images=None if piece.image is None else normalise(piece.image[None]),
+            text=piece.text,
+            lengths=[] if piece.text is None else [len(piece.text)],
+            pairs=int(paired),
+            hidden_patches=None if piece.hidden is None else piece.hidden[None],
+        )
+        prefix = "pair_" if paired else ""
+        if piece.visual_words is not None and piece.hidden is not None:
+            assert out.vision is not None
+            logits[f"{prefix}image"].append(model.image_head(out.vision[0, 1:]))
+            wanted = torch.where(piece.hidden, piece.visual_words, IGNORED)
+            targets[f"{prefix}image"].append(wanted)
+        if piece.words is not None and piece.masked is not None:
+            assert out.text is not None
+            logits[f"{prefix}text"].append(model.text_head(out.text))
+            targets[f"{prefix}text"].append(torch.where(piece.masked, piece.words, IGNORED))
+    return {
+        kind: F.cross_entropy(
+            torch.nn.utils.rnn.pad_sequence(logits[kind], batch_first=True).transpose(1, 2),
+            torch.nn.utils.rnn.pad_sequence(
+                targets[kind], batch_first=True, padding_value=float(IGNORED)
+            ),
+            ignore_index=IGNORED,
+        )
+        for kind in KINDS
+        if logits[kind]
+    }
+
+
+def build(
+    config: ModelConfig = PAPER, weights: ObjectiveWeights | None = None
+) -> MaskedDataModelling:
+    torch.manual_seed(0)
+    return MaskedDataModelling(config, weights)
+
+
+def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
+def test_losses_and_gradients_equal_the_naive_reference(config: ModelConfig) -> None:
+    model = build(config, image=0.5, text=1.5, pair_image=2.0, pair_text=0.25)
+    pieces = draw(images=3, texts=4, pairs=3)
+    results = model(pack(pieces))
+    expected = naive_losses(model, pieces)
+    assert set(expected) == set(KINDS)
+    for kind in KINDS:
+        torch.testing.assert_close(results[f"loss/{kind}"], expected[kind])
+    total = sum(getattr(model.weights, kind) * expected[kind] for kind in KINDS)
+    torch.testing.assert_close(results["loss"], total)
+
+    ours = gradients(model, results["loss"])
+    theirs = gradients(model, sum(getattr(model.weights, k) * expected[k] for k in KINDS))  # type: ignore[arg-type]
+    assert ours.keys() >= theirs.keys()
+    for name, gradient in ours.items():
+        other = theirs.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-4)
+
+
+def test_accuracies_count_the_masked_positions_only() -> None:
+    model = build()
+    batch = pack(draw(images=2, texts=2, pairs=2))
+    with torch.no_grad():
+        image_logits, text_logits = model.predict(batch)
+        batch.visual_words[batch.hidden_patches] = image_logits.argmax(-1)
+        batch.words = text_logits.argmax(-1)
+        results = model(batch)
+        assert [float(results[f"accuracy/{kind}"]) for kind in KINDS] == [1.0] * 4
+        batch.visual_words[batch.hidden_patches] = (image_logits.argmax(-1) + 1) % 20
+        assert float(model(batch)["accuracy/image"]) == 0.0
+
+
+def test_heads_see_masked_positions_only() -> None:
+    model = build()
+    batch = pack(draw(images=2, texts=3, pairs=2))
+    rows: dict[str, int] = {}
+    for name in ("image_head", "text_head"):
+        getattr(model, name).register_forward_hook(
+            lambda _, given, __, name=name: rows.__setitem__(name, len(given[0]))
+        )
+    loss = model(batch)["loss"]
+    assert rows == {
+        "image_head": int(batch.hidden_patches.sum()),
+        "text_head": len(batch.masked_tokens),
+    }
+    # The gradient of a bias is the sum of softmax - target: over the masked positions, no others.
+    image_logits, text_logits = model.predict(batch)
+    model.zero_grad()
+    loss.backward()
+    in_pair = batch.masked_tokens < sum(batch.lengths[: batch.pairs])
+    errors = text_logits.softmax(-1) - F.one_hot(batch.words, 40)
+    expected = errors[in_pair].mean(0) + errors[~in_pair].mean(0)
+    torch.testing.assert_close(model.text_head.bias.grad, expected)
+    singles = int(batch.hidden_patches[:2].sum())
+    errors = image_logits.softmax(-1) - F.one_hot(batch.visual_words[batch.hidden_patches], 20)
+    expected = errors[:singles].mean(0) + errors[singles:].mean(0)
+    torch.testing.assert_close(model.image_head.bias.grad, expected)
+
+
+def test_targets_of_visible_patches_do_not_matter() -> None:
+    model = build()
+    batch = pack(draw(images=2, texts=0, pairs=2))
+    before = model(batch)["loss"]
+    batch.visual_words[~batch.hidden_patches] += 1
+    assert torch.equal(model(batch)["loss"], before)
+    batch.visual_words[batch.hidden_patches] = (batch.visual_words[batch.hidden_patches] + 1) % 20
+    assert not torch.equal(model(batch)["loss"], before)
+
+
+@pytest.mark.parametrize("off", KINDS)
+def test_an_objective_of_weight_0_is_off(off: str) -> None:
+    pieces = draw(images=2, texts=2, pairs=2)
+    model = build(weights=ObjectiveWeights(**{off: 0.0}))
+    results = model(pack(pieces))
+    others = [kind for kind in KINDS if kind != off]
+    expected = sum(results[f"loss/{kind}"] for kind in others)
+    assert f"loss/{off}" in results  # still measured
+    torch.testing.assert_close(results["loss"], expected)
+    naive = naive_losses(model, pieces)
+    ours = gradients(model, results["loss"])
+    theirs = gradients(model, sum(naive[kind] for kind in others))  # type: ignore[arg-type]
+    for name in ("image_head.weight", "text_head.weight", "backbone.text_positions"):
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "pairs", "present"),
+    [
+        (2, 0, 0, {"image"}),
+        (0, 2, 0, {"text"}),
+        (0, 0, 2, {"pair_image", "pair_text"}),
+        (2, 2, 0, {"image", "text"}),
+    ],
+)
+def test_kinds_may_be_absent(images: int, texts: int, pairs: int, present: set[str]) -> None:
+    model = build()
+    pieces = draw(images=images, texts=texts, pairs=pairs)
+    results = model(pack(pieces))
+    expected = naive_losses(model, pieces)
+    assert {k.removeprefix("loss/") for k in results if k.startswith("loss/")} == present
+    torch.testing.assert_close(results["loss"], sum(expected[kind] for kind in present))
+    results["loss"].backward()
+    for head in (model.image_head, model.text_head):  # engines want a gradient for every parameter
+        assert head.weight.grad is not None
+
+
+def test_a_batch_with_nothing_hidden_has_loss_0() -> None:
+    model = build()
+    batch = pack(draw(images=1, texts=1, pairs=1))
+    batch.hidden_patches[:] = False
+    batch.masked_tokens, batch.words = batch.masked_tokens[:0], batch.words[:0]
+    results = model(batch)
+    assert set(results) == {"loss"}
+    assert results["loss"].item() == 0.0
+    results["loss"].backward()
+
+
+def test_dual_encoder_equals_the_naive_reference() -> None:
+    torch.manual_seed(0)
+    model = DualEncoder(PAPER)
+    pieces = draw(images=0, texts=0, pairs=5)
+    images = torch.stack([p.image for p in pieces if p.image is not None])
+    texts = [p.words for p in pieces if p.words is not None]
+    results = model(images, torch.cat(texts), [len(t) for t in texts])
+
+    rows, columns = [], []
+    for image, text in zip(images, texts, strict=True):
+        vision = model.backbone(images=normalise(image[None])).vision
+        language = model.backbone(text=text, lengths=[len(text)]).text
+        assert vision is not None
+        assert language is not None
+        row, column = (
+            vision[0, 0] @ model.vision_head.weight.T,
+            language[0] @ (model.language_head.weight.T),
+        )
+        rows.append(row / row.norm())
+        columns.append(column / column.norm())
+    scale = float(model.logit_scale.detach().exp())
+    assert scale == pytest.approx(1 / 0.07)
+    loss = 0.0
+    for i in range(5):
+        to_texts = torch.stack([scale * rows[i] @ column for column in columns])
+        to_images = torch.stack([scale * row @ columns[i] for row in rows])
+        loss -= (to_texts.log_softmax(0)[i] + to_images.log_softmax(0)[i]).item() / 10
+    torch.testing.assert_close(results["loss"].item(), loss, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_images(images), torch.stack(rows).detach())
+        encoded = model.encode_texts(torch.cat(texts), [len(t) for t in texts])
+        torch.testing.assert_close(encoded, torch.stack(columns).detach())
+
+
+def test_dual_encoder_learns_every_part() -> None:
+    torch.manual_seed(0)
+    model = DualEncoder(replace(PAPER, vl_layers=0))
+    images = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
+    model(images, torch.randint(4, 39, (12,)), [3, 4, 5])["loss"].backward()
+    assert model.logit_scale.grad is not None
+    assert float(model.logit_scale.grad.abs()) > 0
+    for name in ("vision_head", "language_head"):
+        assert float(getattr(model, name).weight.grad.abs().sum()) > 0
+
+
+def test_gather_on_one_process_is_the_identity() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    assert gather(x) is x
