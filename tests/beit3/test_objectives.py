@@ -143,7 +143,7 @@ def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
 def test_losses_and_gradients_equal_the_naive_reference(config: ModelConfig) -> None:
-    model = build(config, image=0.5, text=1.5, pair_image=2.0, pair_text=0.25)
+    model = build(config, ObjectiveWeights(image=0.5, text=1.5, pair_image=2.0, pair_text=0.25))
     pieces = draw(images=3, texts=4, pairs=3)
     results = model(pack(pieces))
     expected = naive_losses(model, pieces)
