@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def tokenizers(cfg: DemoConfig, store: Store) -> page.TokenizerSection:
     lines = [row["captions"][0] for row in captions]
     image = bundles.info(store, "tokenizers/image/vqkd")
     health = image["metrics"]
-    counts = store.dataset("tokens/cc3m").commit().stats["words"]
+    counts = word_counts(store)
     return page.TokenizerSection(
         text=page.TextTokenizer(
             vocabulary=text.vocab_size,
@@ -220,7 +221,7 @@ def tokenizers(cfg: DemoConfig, store: Store) -> page.TokenizerSection:
             perplexity=health["perplexity"],
             dead=int(health["dead"]),
             cosine=health["cosine"],
-            usage=[float(n) for n in counts],
+            usage=[counts.get(str(code), 0) for code in range(image["codebook_size"])],
             maps=_code_maps(store),
             patches=_code_patches(store),
         ),
@@ -306,21 +307,28 @@ def pretraining(cfg: DemoConfig, store: Store) -> page.TrainingSection:
         charts=charts,
         masked=_masked(cfg, store),
         facts={"Steps": f"{info['steps']:,}", **measured},
-        note="Pictures below are of the held-out split; the model never saw them.",
+        note="The pictures are of the held-out split; the model never saw them.",
     )
 
 
 def baselines(store: Store) -> tuple[float, float]:
     """Accuracy of always predicting the commonest visual word, and the commonest text token."""
-    visual: dict[str, int] = {}
+    visual = word_counts(store)
     tokens: list[int] = []
     for name in demo_stages.PAIRS:
-        for word, count in store.dataset(f"tokens/{name}").commit().stats["words"].items():
-            visual[word] = visual.get(word, 0) + count
         column = store.dataset(f"tokens/{name}").read_table(["captions"])["captions"]
         tokens += [t for row in column.to_pylist() for caption in row for t in caption[1:-1]]
     counts = np.bincount(tokens)
     return max(visual.values()) / sum(visual.values()), float(counts.max() / counts.sum())
+
+
+def word_counts(store: Store) -> dict[str, int]:
+    """How often each visual word stands in the tokenized pairs."""
+    commits = [store.dataset(f"tokens/{name}").commit() for name in demo_stages.PAIRS]
+    counts: Counter[str] = Counter()
+    for commit in commits:
+        counts.update(commit.stats["words"])
+    return dict(counts)
 
 
 def _model(store: Store) -> tuple[MaskedDataModelling, Any]:

@@ -171,6 +171,7 @@ def fit(
     if track:
         handle = tracking.start_run(store, name, parameters, key=run_folder, parent=parent)
     run = Run(store.uri, run_folder, output, fingerprint, recipe, config, handle, tuned)
+    store.delete(f"{run_folder}/progress.json")  # what an interrupted run said last
     try:
         with _progress(store, run):
             _launch(run)
@@ -477,14 +478,18 @@ def _progress(store: Store, run: Run) -> Iterator[None]:
 
     def watch() -> None:
         with console.bar(run.name, total=run.config.steps, unit="step") as bar:
+            bar.set_postfix_str("starting workers", refresh=False)
+            begun = False
             while True:
                 ended = stop.wait(1.0)
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     seen = json.loads(store.read(f"{run.name}/progress.json"))
-                    if bar.n == 0 and seen["step"] > 1:
-                        bar.initial = seen["step"]
-                    bar.update(seen["step"] - bar.n)
+                    if not begun:  # the time left is of the steps, not of starting the workers
+                        begun = True
+                        bar.initial = bar.n = seen["step"]
+                        bar.start_t = bar.last_print_t = time.time()
                     bar.set_postfix_str(seen["note"], refresh=False)
+                    bar.update(seen["step"] - bar.n)
                 if ended:
                     return
 
