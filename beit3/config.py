@@ -35,6 +35,9 @@ class ModelConfig:
     """Top layers in which tokens of pairs go through a vision-language expert."""
     sub_ln: bool = True
     """Extra norms before the output projections (Magneto, arXiv 2210.06423)."""
+    final_norm: bool = True
+    """Norm of the encoder's output. The released ImageNet and VQA models have none: their heads
+    bring their own."""
     drop_path: float = 0.0
     """Stochastic depth of the last layer; grows linearly from 0 at the first."""
     checkpoint_activations: bool = False

@@ -287,12 +287,14 @@ class Encoder(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = copies(lambda: nn.LayerNorm(config.hidden))
+        self.norm = copies(
+            lambda: nn.LayerNorm(config.hidden) if config.final_norm else nn.Identity()
+        )
         self.checkpoint_activations = config.checkpoint_activations
         self._initialise(config)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`, normalised."""
+        """`[tokens, hidden] -> [tokens, hidden]`, normalised if there is a final norm."""
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, layout, use_reentrant=False)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from beit3.config import PRESETS, ModelConfig
+from beit3.config import ModelConfig
 from beit3.model import BEiT3, interpolate_positions
-from beit3.weights import from_released, load_into, to_released
+from beit3.released import from_released
+from beit3.weights import load_into
 
 FIXTURE = Path(__file__).parent / "fixtures" / "released_tiny"
 RELEASED = ModelConfig(
@@ -41,7 +42,7 @@ PAPER = ModelConfig(
 @pytest.fixture(scope="module")
 def released() -> BEiT3:
     model = BEiT3(RELEASED).eval()
-    load_into(model, from_released(load_file(FIXTURE / "weights.safetensors"), RELEASED))
+    load_into(model, from_released(load_file(FIXTURE / "weights.safetensors"), heads=4).backbone)
     return model
 
 
@@ -94,15 +95,6 @@ def test_captioning_matches_released_code(released: BEiT3, cases: dict) -> None:
     expected = cases["expected.captioning"]
     torch.testing.assert_close(out.vision, expected[:, :17], atol=1e-5, rtol=0)
     torch.testing.assert_close(out.text.view(3, 12, -1), expected[:, 17:], atol=1e-5, rtol=0)
-
-
-def test_conversion_is_exact_both_ways(released: BEiT3) -> None:
-    theirs = load_file(FIXTURE / "weights.safetensors")
-    back = to_released(released.state_dict(), RELEASED)
-    assert back.keys() == theirs.keys()
-    for key, value in theirs.items():
-        rows = slice(2, None) if "embed_positions" in key else slice(None)
-        assert torch.equal(back[key][rows], value[rows]), key
 
 
 def test_load_names_each_key_that_does_not_fit(released: BEiT3) -> None:
@@ -163,21 +155,6 @@ def test_each_expert_learns_from_its_own_modality_only() -> None:
         "language_expert",
         "fusion_expert",
     }
-
-
-def test_giant_has_the_published_size() -> None:
-    with torch.device("meta"):
-        model = BEiT3(PRESETS["giant"])
-    millions: dict[str, float] = {}
-    for name, p in model.named_parameters():
-        part = next(
-            (k for k in ("vision_expert", "language_expert", "fusion_expert") if k in name),
-            "attention" if ".attention." in name else "rest",
-        )
-        millions[part] = millions.get(part, 0) + p.numel() / 1e6
-    assert round(millions["vision_expert"]) == round(millions["language_expert"]) == 692
-    assert round(millions["fusion_expert"]) == 52
-    assert round(millions["attention"]) == 317
 
 
 @pytest.mark.parametrize(
