@@ -1,5 +1,7 @@
 """Captions by image-to-text generation: the released decoding scheme, with cached keys and values.
 
+`generate` searches for the likeliest caption, `sample` draws one.
+
 Each step feeds the words so far and a `<mask>` behind them, and reads the next word off the
 `<mask>`. Under the generation mask a picture sees only itself and a word only what stands before
 it, so the keys and values of both are computed once; a step computes two tokens per caption, the
@@ -13,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +35,8 @@ class Caption:
     """Generated ids without `<s>` and `</s>`.
 
     logprob: log probability of the ids and, if `finished`, of `</s>`.
-    score: what beams are ranked by: logprob / length ** length_penalty, `</s>` counted.
+    score: what beams are ranked by: logprob / length ** length_penalty, `</s>` counted. Of a drawn
+        caption, the logprob: the model's own, whatever it was narrowed to.
     """
 
     ids: tuple[int, ...]
@@ -46,7 +50,6 @@ def never_emitted(tokenizer: TextTokenizer, vocab_size: int) -> list[int]:
     return [BOS, PAD, UNK, tokenizer.mask_id, *range(tokenizer.vocab_size, vocab_size)]
 
 
-@torch.no_grad()
 def generate(
     backbone: BEiT3,
     text_head: nn.Module,
@@ -68,16 +71,109 @@ def generate(
         banned: Further ids that must not be emitted.
 
     Raises:
-        ValueError: `beams` or `max_length` is impossible.
+        ValueError: an argument is impossible; the message names it.
     """
     if beams < 1:
         raise ValueError(f"beams: expected at least 1, got {beams}")
-    if not 3 <= max_length <= backbone.config.max_text_length:
-        limit = backbone.config.max_text_length
-        raise ValueError(f"max_length: {max_length} is not within 3..{limit}")
+    search = _BeamSearch(len(images), beams, length_penalty)
+    return _decode(backbone, text_head, images, tokenizer, search, beams, max_length, banned)
+
+
+def sample(
+    backbone: BEiT3,
+    text_head: nn.Module,
+    images: Tensor,
+    tokenizer: TextTokenizer,
+    *,
+    generator: torch.Generator,
+    max_length: int = 32,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    banned: Sequence[int] = (),
+) -> list[Caption]:
+    """Caption a batch of pictures, one caption each, by drawing its words.
+
+    Args:
+        generator: Source of the draws. The same seed and the same batch give the same captions.
+        temperature: Below 1 prefers likely words, above 1 evens the words out.
+        top_k: Draw among the likeliest `top_k` words only.
+        top_p: Draw among the fewest likeliest words that have this much probability together.
+
+    The others are those of `generate`.
+
+    Raises:
+        ValueError: an argument is impossible; the message names it.
+    """
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p: {top_p} is not within 0..1, 0 excluded")
+    draw = _Sampling(len(images), generator, temperature, top_k, top_p)
+    return _decode(backbone, text_head, images, tokenizer, draw, 1, max_length, banned)
+
+
+def narrow(logprobs: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
+    """What to draw from, `[..., vocabulary]`, given the model's log probabilities."""
+    best = logprobs.amax(-1, keepdim=True)
+    chances = torch.softmax((logprobs - best) / temperature, -1)
+    ordered, words = chances.sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if top_p < 1.0:
+        keep = ordered.cumsum(-1) - ordered < top_p  # until the words before have enough
+    if top_k is not None:
+        keep[..., top_k:] = False
+    kept = torch.zeros_like(chances).scatter(-1, words, ordered * keep)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+class _Strategy(Protocol):
+    """Which words follow, given each beam's log probabilities."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def step(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """Extend the beams by a word, given `[pictures, beams, vocabulary]`.
+
+        Returns each new beam's parent and its last word, both `[pictures, beams]`.
+        """
+        ...
+
+    def best(self) -> list[Caption]: ...
+
+
+@torch.no_grad()
+def _decode(
+    backbone: BEiT3,
+    text_head: nn.Module,
+    images: Tensor,
+    tokenizer: TextTokenizer,
+    strategy: _Strategy,
+    beams: int,
+    max_length: int,
+    banned: Sequence[int],
+) -> list[Caption]:
     config = backbone.config
+    if not 3 <= max_length <= config.max_text_length:
+        raise ValueError(f"max_length: {max_length} is not within 3..{config.max_text_length}")
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images: expected uint8, got {images.dtype}")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"tokenizer: has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
+        )
+    outside = [word for word in banned if not 0 <= word < config.vocab_size]
+    if outside:
+        raise ValueError(f"banned: {outside[0]} is not within 0..{config.vocab_size - 1}")
     forbidden = torch.zeros(config.vocab_size, dtype=torch.bool, device=images.device)
     forbidden[[*never_emitted(tokenizer, config.vocab_size), *banned]] = True
+    if bool(forbidden.all()):
+        raise ValueError("banned: leaves no word to emit")
+    if len(images) == 0:
+        return []
     decoder = _Decoder(
         backbone,
         text_head,
@@ -87,15 +183,14 @@ def generate(
         beams=beams,
         max_length=max_length,
     )
-    search = _BeamSearch(len(images), beams, length_penalty)
     last = torch.full((len(images), beams), BOS, device=images.device)
     for _ in range(max_length - 2):
-        parents, words = search.step(decoder.step(last))
-        if search.done:
+        parents, words = strategy.step(decoder.step(last))
+        if strategy.done:
             break
         decoder.keep(parents.to(images.device))
         last = words.to(images.device)
-    return search.best()
+    return strategy.best()
 
 
 class _Memory:
@@ -228,10 +323,6 @@ class _BeamSearch:
         return all(self.complete)
 
     def step(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Extend the beams by a word, given `[pictures, beams, vocabulary]`.
-
-        Returns each new beam's parent and its last word, both `[pictures, beams]`.
-        """
         past = torch.tensor([[score for _, score in alive] for alive in self.alive])
         total = past.to(logprobs)[:, :, None] + logprobs
         count = min(CANDIDATES_PER_BEAM * self.beams, total[0].numel())
@@ -292,3 +383,45 @@ class _BeamSearch:
             ids, score = max(alive, key=lambda beam: beam[1])
             best = score / len(ids) ** self.length_penalty
             self.complete[picture] = best <= self.finished[picture][-1].score
+
+
+class _Sampling:
+    """One caption per picture, its words drawn."""
+
+    def __init__(
+        self,
+        pictures: int,
+        generator: torch.Generator,
+        temperature: float,
+        top_k: int | None,
+        top_p: float,
+    ) -> None:
+        self.generator = generator
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.ids: list[tuple[int, ...]] = [()] * pictures
+        self.logprobs = [0.0] * pictures
+        self.finished = [False] * pictures
+
+    @property
+    def done(self) -> bool:
+        return all(self.finished)
+
+    def step(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = logprobs[:, 0].to(self.generator.device)
+        chances = narrow(logprobs, self.temperature, self.top_k, self.top_p)
+        # Finished pictures draw too, so that the others' draws don't depend on them.
+        words = torch.multinomial(chances, 1, generator=self.generator)
+        gains = logprobs.gather(1, words)[:, 0].tolist()
+        for picture, (word, gain) in enumerate(zip(words[:, 0].tolist(), gains, strict=True)):
+            if self.finished[picture]:
+                continue
+            self.logprobs[picture] += gain
+            if word == EOS:
+                self.finished[picture] = True
+            else:
+                self.ids[picture] = (*self.ids[picture], word)
+        return torch.zeros_like(words), words
+
+    def best(self) -> list[Caption]:
+        captions = zip(self.ids, self.logprobs, self.finished, strict=True)
+        return [Caption(ids, logprob, logprob, finished) for ids, logprob, finished in captions]
