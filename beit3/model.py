@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.config import ModelConfig
+from beit3.device import to_device
 from beit3.multiway import Encoder, Layout
 
 
@@ -75,13 +76,7 @@ class PatchEmbedding(nn.Module):
         Raises:
             ValueError: the size is not divisible by the patch, or the mask has another shape.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: expected [n, 3, height, width], got {list(images.shape)}")
-        rows, columns = (side // self.patch_size for side in images.shape[2:])
-        if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
-            raise ValueError(
-                f"images: {list(images.shape[2:])} is not divisible by the patch {self.patch_size}"
-            )
+        rows, columns = self.grid_of(images)
         x = self.projection(images).flatten(2).transpose(1, 2)
         if hidden_patches is not None:
             if hidden_patches.shape != x.shape[:2]:
@@ -92,6 +87,21 @@ class PatchEmbedding(nn.Module):
             x = torch.where(hidden_patches.bool()[..., None], self.mask_token.to(x.dtype), x)
         cls = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
         return torch.cat([cls, x], 1) + self._positions(rows, columns).to(x.dtype)
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of `[images, 3, height, width]`.
+
+        Raises:
+            ValueError: the shape is another, or its sides are not divisible by the patch.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected [n, 3, height, width], got {list(images.shape)}")
+        height, width = images.shape[2:]
+        if height % self.patch_size or width % self.patch_size or not height * width:
+            raise ValueError(
+                f"images: {[height, width]} is not divisible by the patch {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         if (rows, columns) == (self.grid, self.grid):
@@ -144,47 +154,92 @@ class BEiT3(nn.Module):
         Raises:
             ValueError: an argument's shape or value is impossible; the message names it.
         """
-        tokens: list[Tensor] = []
-        image_count = image_tokens = 0
-        if images is not None and len(images):
-            embedded = self.vision_embedding(images, hidden_patches)
-            image_count, image_tokens = embedded.shape[:2]
-            tokens.append(embedded.flatten(0, 1))
+        count = 0 if images is None else len(images)
+        patches = 0
+        if images is not None and count:
+            rows, columns = self.vision_embedding.grid_of(images)
+            patches = rows * columns
         lengths = list(lengths)
-        device = self.text_positions.device
-        if text is not None and len(text):
-            tokens.append(self._embed_text(text, lengths))
-        elif lengths:
-            raise ValueError(f"lengths: {len(lengths)} texts are announced, but text is empty")
-        layout = Layout.build(
-            image_count, image_tokens, lengths, pairs, causal_text=causal_text, device=device
-        )
-        hidden = self.encoder(torch.cat(tokens), layout)
-        starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)[: len(lengths)]
-        vision, language = hidden[: layout.vision], hidden[layout.vision :]
-        return Encoded(
-            vision=vision.view(image_count, image_tokens, -1) if image_count else None,
-            text=language if lengths else None,
-            text_starts=starts,
+        self._check_text(text, lengths)
+        layout = Layout.build(count, 1 + patches, lengths, pairs, causal_text=causal_text)
+        return self.encode(
+            images, text, to_device(layout, self.text_positions.device), hidden_patches
         )
 
-    def _embed_text(self, text: Tensor, lengths: list[int]) -> Tensor:
-        if text.ndim != 1 or len(text) != sum(lengths):
+    def encode(
+        self,
+        images: Tensor | None,
+        text: Tensor | None,
+        layout: Layout,
+        hidden_patches: Tensor | None = None,
+    ) -> Encoded:
+        """`forward` of a batch that is laid out already, by arguments that were checked then.
+
+        Only this part touches the device, and `torch.compile` takes it whole.
+        """
+        tokens: list[Tensor] = []
+        if images is not None and layout.images:
+            tokens.append(self.vision_embedding(images, hidden_patches).flatten(0, 1))
+        if text is not None and len(text):
+            positions = F.embedding(layout.places, self.text_positions)
+            tokens.append(self.text_embedding(text) + positions)
+        hidden = self.encoder(torch.cat(tokens) if len(tokens) > 1 else tokens[0], layout)
+        vision, language = hidden[: layout.vision], hidden[layout.vision :]
+        return Encoded(
+            vision=vision.view(layout.images, layout.image_tokens, -1) if layout.images else None,
+            text=language if len(layout.starts) else None,
+            text_starts=layout.starts,
+        )
+
+    def _check_text(self, text: Tensor | None, lengths: list[int]) -> None:
+        given = 0 if text is None else len(text)
+        if lengths and not given:
+            raise ValueError(f"lengths: {len(lengths)} texts are announced, but text is empty")
+        if text is None or not given:
+            return
+        if text.ndim != 1 or given != sum(lengths):
             raise ValueError(
                 f"text: expected [{sum(lengths)}] packed ids (the sum of lengths), "
                 f"got {list(text.shape)}"
             )
+        if text.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"text: expected integer ids, got {text.dtype}")
         longest = max(lengths)
         if longest > self.config.max_text_length:
             raise ValueError(
                 f"text: a text has {longest} tokens; the position table ends at "
                 f"{self.config.max_text_length}"
             )
-        if text.device.type == "cpu" and len(text):  # a check on GPU would wait for the device
+        if text.device.type == "cpu":  # a check on GPU would wait for the device
             low, high = int(text.min()), int(text.max())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
                     f"text: ids span {low}..{high}, the vocabulary 0..{self.config.vocab_size - 1}"
                 )
-        places = torch.cat([torch.arange(n) for n in lengths]).to(text.device)
-        return self.text_embedding(text) + F.embedding(places, self.text_positions)
+
+
+def pack_texts(padded: Tensor, padding: Tensor) -> tuple[Tensor, list[int]]:
+    """Padded texts as the model takes them: packed ids `[sum(lengths)]`, and the lengths.
+
+    Args:
+        padded: `[texts, longest]` token ids.
+        padding: bool `[texts, longest]`, True where there is no token; each text's tokens come
+            first.
+
+    Raises:
+        ValueError: the shapes differ, a text is all padding, or padding stands before a token.
+    """
+    if padded.ndim != 2 or padding.shape != padded.shape:
+        raise ValueError(
+            f"padding: expected the shape of padded, {list(padded.shape)}, "
+            f"got {list(padding.shape)}"
+        )
+    real = ~padding.bool()
+    lengths = real.sum(1)
+    empty = (lengths == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"padding: text {empty[0]} is all padding; leave it out")
+    inner = (real != (torch.arange(padded.shape[1], device=real.device) < lengths[:, None])).any(1)
+    if inner.any():
+        raise ValueError(f"padding: text {int(inner.nonzero()[0])} has padding before a token")
+    return padded[real], lengths.tolist()

@@ -31,31 +31,54 @@ from beit3.config import ModelConfig
 class AttentionGroup:
     """Samples of one kind, side by side for attention.
 
-    index: `[samples, length]` positions in the packed sequence; padding repeats position 0.
+    start: first token of the group's pictures in the packed sequence.
+    samples, image_tokens: the pictures stand there one after another, `samples * image_tokens`
+        tokens; no picture has tokens in a group of texts alone.
+    text: `[samples, longest]` positions of the texts' tokens in the packed sequence, padding
+        repeating the first; None in a group of pictures alone.
+    inside: `[text tokens]` the places of `text`, flattened, that are no padding.
     mask: bool, broadcastable to `[samples, 1, length, length]`, True where a query may see a key;
         None where every token sees every other.
     """
 
-    index: Tensor
-    mask: Tensor | None
+    start: int
+    samples: int
+    image_tokens: int
+    text: Tensor | None = None
+    inside: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def pictures(self) -> int:
+        """Tokens of the group's pictures."""
+        return self.samples * self.image_tokens
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where each sample's tokens stand in the packed sequence.
 
+    It is made of numbers that are known before the batch reaches the model, so that the model
+    itself is tensors only: made beside the batch, on the CPU, and moved with it.
+
+    images, image_tokens: pictures, and the tokens of one, `[CLS]` included.
     vision: number of vision tokens; they come first.
     pair_span: start and end of the tokens of pairs, vision and language.
-    restore: `[tokens]` for each packed token, its place in the concatenated attention groups.
+    groups: the samples as attention sees them, in the packed order: images alone, pairs, texts.
     sample: `[tokens]` the sample each token belongs to (a pair is one sample).
+    places: `[text tokens]` each token's place in its text.
+    starts: `[texts]` where each text begins among the text tokens.
     """
 
+    images: int
+    image_tokens: int
     vision: int
     pair_span: tuple[int, int]
     groups: tuple[AttentionGroup, ...]
-    restore: Tensor
-    sample: Tensor
     samples: int
+    sample: Tensor
+    places: Tensor
+    starts: Tensor
 
     @staticmethod
     def build(
@@ -65,7 +88,6 @@ class Layout:
         pairs: int,
         *,
         causal_text: bool = False,
-        device: torch.device | str = "cpu",
     ) -> Layout:
         """Lay out a batch.
 
@@ -85,61 +107,35 @@ class Layout:
         if images + len(text_lengths) == 0:
             raise ValueError("empty batch: neither images nor texts")
         if any(length < 1 for length in text_lengths):
-            raise ValueError("text_lengths: a text has no tokens")
+            raise ValueError("lengths: a text has no tokens")
         vision = images * image_tokens
         lengths = torch.tensor(list(text_lengths), dtype=torch.long)
-        starts = vision + torch.cumsum(lengths, 0) - lengths
+        starts = torch.cumsum(lengths, 0) - lengths
         singles = images - pairs
-        tokens = vision + int(lengths.sum())
-
         groups: list[AttentionGroup] = []
-        restore = torch.empty(tokens, dtype=torch.long)
-        offset = 0
-
-        def add(index: Tensor, valid: Tensor | None, mask: Tensor | None) -> None:
-            nonlocal offset
-            place = offset + torch.arange(index.numel()).view_as(index)
-            if valid is None:
-                restore[index.flatten()] = place.flatten()
-            else:
-                restore[index[valid]] = place[valid]
-            offset += index.numel()
-            device_mask = None if mask is None else mask.to(device)
-            groups.append(AttentionGroup(index.to(device), device_mask))
-
-        picture = torch.arange(vision).view(images, image_tokens)
         if singles:
-            add(picture[:singles], None, None)
-        if pairs:
-            text, valid = _side_by_side(starts[:pairs], lengths[:pairs])
-            seen = torch.ones(pairs, image_tokens, dtype=torch.bool)
-            both = torch.cat([seen, valid], 1)
-            mask = both[:, None, None, :]
-            if causal_text:
-                mask = mask & _generation_mask(image_tokens, text.shape[1])
-            elif bool(valid.all()):
-                mask = None
-            add(torch.cat([picture[singles:], text], 1), both, mask)
-        if len(lengths) > pairs:
-            text, valid = _side_by_side(starts[pairs:], lengths[pairs:])
-            mask = valid[:, None, None, :]
-            if causal_text:
-                mask = mask & _generation_mask(0, text.shape[1])
-            elif bool(valid.all()):
-                mask = None
-            add(text, valid, mask)
-
+            groups.append(AttentionGroup(0, singles, image_tokens))
+        for first, last, patches in ((0, pairs, image_tokens), (pairs, len(lengths), 0)):
+            if last > first:
+                text, valid = _side_by_side(vision + starts[first:last], lengths[first:last])
+                start = singles * image_tokens if patches else vision
+                mask = _visible(patches, valid, causal=causal_text)
+                inside = valid.flatten().nonzero().flatten()
+                groups.append(AttentionGroup(start, last - first, patches, text, inside, mask))
         owner = torch.arange(images).repeat_interleave(image_tokens)
         text_owner = torch.arange(len(lengths)) + singles
-        sample = torch.cat([owner, text_owner.repeat_interleave(lengths)])
         pair_end = vision + int(lengths[:pairs].sum())
+        places = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
         return Layout(
+            images=images,
+            image_tokens=image_tokens,
             vision=vision,
             pair_span=(singles * image_tokens, pair_end) if pairs else (vision, vision),
             groups=tuple(groups),
-            restore=restore.to(device),
-            sample=sample.to(device),
             samples=images + len(lengths) - pairs,
+            sample=torch.cat([owner, text_owner.repeat_interleave(lengths)]),
+            places=places,
+            starts=starts,
         )
 
 
@@ -147,14 +143,19 @@ def _side_by_side(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Positions `[texts, longest]` of packed texts, and which of them are not padding."""
     column = torch.arange(int(lengths.max()))
     valid = column[None] < lengths[:, None]
-    return torch.where(valid, starts[:, None] + column[None], 0), valid
+    return torch.where(valid, starts[:, None] + column[None], starts[:, None]), valid
 
 
-def _generation_mask(image: int, text: int) -> Tensor:
-    """`[1, 1, image + text, image + text]`: pictures see themselves, text sees all before it."""
-    mask = torch.ones(image + text, image + text, dtype=torch.bool).tril()
-    mask[:image, :image] = True
-    return mask[None, None]
+def _visible(image: int, valid: Tensor, *, causal: bool) -> Tensor | None:
+    """bool `[samples or 1, 1, length or 1, length]` of a picture and a text side by side."""
+    picture = torch.ones(len(valid), image, dtype=torch.bool)
+    seen = torch.cat([picture, valid], 1)[:, None, None, :]
+    if not causal:
+        return None if bool(valid.all()) else seen
+    length = image + valid.shape[1]
+    before = torch.ones(length, length, dtype=torch.bool).tril()
+    before[:image, :image] = True
+    return seen & before
 
 
 class PerModality(nn.Module):
@@ -211,17 +212,34 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[tokens, hidden] -> [tokens, hidden]`."""
-        tokens, hidden = x.shape
-        qkv = self.qkv(x, layout.vision).view(tokens, 3, self.heads, hidden // self.heads)
-        outputs = []
+        qkv = self.qkv(x, layout.vision)
+        pictures, texts = [], []
         for group in layout.groups:
-            # index_select, not qkv[index]: its gradient is summed in a fixed order.
-            side = qkv.index_select(0, group.index.flatten()).unflatten(0, group.index.shape)
-            q, k, v = side.permute(2, 0, 3, 1, 4)  # each [samples, heads, length, dim]
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask)
-            outputs.append(mixed.transpose(1, 2).reshape(-1, hidden))
-        mixed = torch.cat(outputs).index_select(0, layout.restore)
+            picture, text = self._mix(qkv, group)
+            pictures.append(picture)
+            texts.append(text)
+        mixed = torch.cat([part for part in (*pictures, *texts) if part is not None])
         return self.out(self.norm(mixed, layout.vision), layout.vision)
+
+    def _mix(self, qkv: Tensor, group: AttentionGroup) -> tuple[Tensor | None, Tensor | None]:
+        """A group's attention: its picture tokens and its text tokens, both `[tokens, hidden]`."""
+        sides = []
+        if group.image_tokens:
+            own = qkv[group.start : group.start + group.pictures]
+            sides.append(own.view(group.samples, group.image_tokens, -1))
+        if group.text is not None:
+            # index_select, not qkv[index]: its gradient is summed in a fixed order.
+            own = qkv.index_select(0, group.text.flatten())
+            sides.append(own.view(*group.text.shape, -1))
+        side = torch.cat(sides, 1) if len(sides) > 1 else sides[0]
+        q, k, v = side.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask)
+        mixed = mixed.transpose(1, 2).flatten(2)  # [samples, length, hidden]
+        picture = mixed[:, : group.image_tokens].flatten(0, 1) if group.image_tokens else None
+        if group.text is None or group.inside is None:
+            return picture, None
+        text = mixed[:, group.image_tokens :].flatten(0, 1)
+        return picture, text.index_select(0, group.inside)
 
 
 class Experts(nn.Module):

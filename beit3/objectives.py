@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 
 from beit3.config import ModelConfig
 from beit3.model import BEiT3
+from beit3.multiway import Layout
+
+# In the order in which their places follow each other in a batch.
+IMAGE_OBJECTIVES = ("image", "pair_image")
+TEXT_OBJECTIVES = ("pair_text", "text")
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -24,17 +30,29 @@ def normalise(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
-@dataclass
+@dataclass(frozen=True)
+class Masked:
+    """What one objective predicts: `targets` `[masked]` and their `places` `[masked]`.
+
+    A place is an index into the batch's patches, `[images * patches]`, or into its text tokens.
+    """
+
+    places: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
 class MaskedBatch:
-    """One step's images, texts and pairs, already corrupted.
+    """One step's images, texts and pairs, already corrupted. `collate` makes one.
 
     images: uint8 `[images, 3, height, width]`, pictures of pairs last.
     hidden_patches: bool `[images, patches]`.
-    visual_words: `[images, patches]` codes of the image tokenizer: the targets.
+    visual_words: `[images, patches]` codes of the image tokenizer.
     text: `[tokens]` packed ids, texts of pairs first, masked ones replaced by `<mask>`.
+    layout: where each sample stands in the packed sequence.
+    masked: what is predicted, by objective (`image`, `text`, `pair_image`, `pair_text`); an
+        objective with nothing to predict is absent.
     lengths: tokens of each text.
-    masked_tokens: `[masked]` places in `text` that are to be predicted.
-    words: `[masked]` the ids that were there.
     pairs: how many of the pictures and texts are pairs.
     ids: where the samples came from, for inspection.
     """
@@ -43,11 +61,82 @@ class MaskedBatch:
     hidden_patches: Tensor
     visual_words: Tensor
     text: Tensor
-    lengths: list[int]
-    masked_tokens: Tensor
-    words: Tensor
+    layout: Layout
+    masked: dict[str, Masked]
+    lengths: tuple[int, ...]
     pairs: int
-    ids: list[str] = field(default_factory=list)
+    ids: tuple[str, ...] = ()
+
+    @staticmethod
+    def collate(
+        images: Tensor,
+        hidden_patches: Tensor,
+        visual_words: Tensor,
+        texts: Sequence[Sequence[int]],
+        token_masks: Sequence[np.ndarray],
+        mask_id: int,
+        *,
+        pairs: int,
+        ids: Sequence[str] = (),
+    ) -> MaskedBatch:
+        """Pack samples: pictures alone before those of pairs, captions before texts alone.
+
+        Args:
+            images: uint8 `[images, 3, height, width]`; the last `pairs` of them belong to pairs.
+            hidden_patches: bool `[images, patches]`, True where a patch is hidden and predicted.
+            visual_words: `[images, patches]`.
+            texts: Ids of each text, uncorrupted; the first `pairs` of them belong to pairs.
+            token_masks: Of each text, bool `[tokens]`, True where a token is to be predicted.
+            mask_id: The id of `<mask>`.
+
+        Raises:
+            ValueError: shapes or counts don't fit; the message names the argument.
+        """
+        if not len(images) == len(hidden_patches) == len(visual_words):
+            raise ValueError(
+                f"images, hidden_patches, visual_words: of different lengths, {len(images)}, "
+                f"{len(hidden_patches)}, {len(visual_words)}"
+            )
+        if hidden_patches.shape != visual_words.shape:
+            raise ValueError(
+                f"hidden_patches: {list(hidden_patches.shape)} is not the shape of visual_words, "
+                f"{list(visual_words.shape)}"
+            )
+        lengths = tuple(len(text) for text in texts)
+        if lengths != tuple(len(mask) for mask in token_masks):
+            raise ValueError("token_masks: not of the lengths of texts")
+        patches = hidden_patches.shape[1] if len(images) else 0
+        layout = Layout.build(len(images), 1 + patches, lengths, pairs)
+        text = torch.tensor([i for ids in texts for i in ids], dtype=torch.long)
+        in_text = np.concatenate([*token_masks, np.zeros(0, bool)])
+        text_places = torch.from_numpy(in_text).bool().nonzero().flatten()
+        image_places = hidden_patches.flatten().nonzero().flatten()
+        of_singles = int((image_places < (len(images) - pairs) * patches).sum())
+        of_pairs = int((text_places < sum(lengths[:pairs])).sum())
+        words = visual_words.flatten().long()
+        masked = {
+            kind: Masked(places, targets[places])
+            for kind, places, targets in (
+                ("image", image_places[:of_singles], words),
+                ("pair_image", image_places[of_singles:], words),
+                ("pair_text", text_places[:of_pairs], text),
+                ("text", text_places[of_pairs:], text),
+            )
+            if len(places)
+        }
+        corrupted = text.clone()
+        corrupted[text_places] = mask_id
+        return MaskedBatch(
+            images=images,
+            hidden_patches=hidden_patches,
+            visual_words=visual_words,
+            text=corrupted,
+            layout=layout,
+            masked=masked,
+            lengths=lengths,
+            pairs=pairs,
+            ids=tuple(ids),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,39 +166,63 @@ class MaskedDataModelling(nn.Module):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
 
-    def predict(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        """Logits at the masked patches `[masked patches, codes]` and tokens `[masked, words]`."""
-        has_images, has_text = len(batch.images) > 0, len(batch.lengths) > 0
-        out = self.backbone(
-            images=normalise(batch.images) if has_images else None,
-            text=batch.text if has_text else None,
-            lengths=batch.lengths,
-            pairs=batch.pairs,
-            hidden_patches=batch.hidden_patches if has_images else None,
+    def predict(self, batch: MaskedBatch) -> dict[str, Tensor]:
+        """Logits of each objective present: `[masked, codes]`, or `[masked, words]` of texts."""
+        has_images = len(batch.images) > 0
+        out = self.backbone.encode(
+            normalise(batch.images) if has_images else None,
+            batch.text,
+            batch.layout,
+            batch.hidden_patches if has_images else None,
         )
-        hidden = self.text_head.weight.new_zeros(0, self.backbone.config.hidden)
-        patches = out.vision[:, 1:][batch.hidden_patches] if out.vision is not None else hidden
-        tokens = out.text.index_select(0, batch.masked_tokens) if out.text is not None else hidden
-        return self.image_head(patches), self.text_head(tokens)
+        logits: dict[str, Tensor] = {}
+        if out.vision is not None:
+            patches = batch.layout.image_tokens - 1
+            # A place counts patches only; in the encoder's output each picture has its [CLS] too.
+            logits |= self._heads(
+                self.image_head,
+                out.vision.flatten(0, 1),
+                {
+                    kind: batch.masked[kind].places + batch.masked[kind].places // patches + 1
+                    for kind in IMAGE_OBJECTIVES
+                    if kind in batch.masked
+                },
+            )
+        if out.text is not None:
+            kinds = [kind for kind in TEXT_OBJECTIVES if kind in batch.masked]
+            places = {kind: batch.masked[kind].places for kind in kinds}
+            logits |= self._heads(self.text_head, out.text, places)
+        return logits
+
+    @torch.no_grad()
+    def restore(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """The batch undone: visual words `[images, patches]` and text `[tokens]`, both with the
+        likeliest prediction at each hidden place and what was given at the others."""
+        words, text = batch.visual_words.clone(), batch.text.clone()
+        for kind, logits in self.predict(batch).items():
+            whole = words.view(-1) if kind in IMAGE_OBJECTIVES else text
+            whole[batch.masked[kind].places] = logits.argmax(-1)
+        return words, text
+
+    @staticmethod
+    def _heads(head: nn.Module, hidden: Tensor, places: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A head's logits at the places of each objective, in one matrix product."""
+        if not places:
+            return {}
+        at = list(places.values())
+        logits = head(hidden.index_select(0, torch.cat(at)))
+        return dict(zip(places, logits.split([len(x) for x in at]), strict=True))
 
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """The loss and, per objective present, `loss/*` and `accuracy/*` (scalars)."""
-        image_logits, text_logits = self.predict(batch)
-        singles = len(batch.images) - batch.pairs
-        image_targets = batch.visual_words[batch.hidden_patches]
-        hidden_singles = int(batch.hidden_patches[:singles].sum())
-        pair_tokens = sum(batch.lengths[: batch.pairs])
-        in_pair = batch.masked_tokens < pair_tokens
         results: dict[str, Tensor] = {}
-        loss = image_logits.sum() * 0.0 + text_logits.sum() * 0.0  # keeps every head in the graph
-        for name, logits, targets in (
-            ("image", image_logits[:hidden_singles], image_targets[:hidden_singles]),
-            ("pair_image", image_logits[hidden_singles:], image_targets[hidden_singles:]),
-            ("text", text_logits[~in_pair], batch.words[~in_pair]),
-            ("pair_text", text_logits[in_pair], batch.words[in_pair]),
-        ):
-            if len(targets) == 0:
-                continue
+        loss = self.text_head.bias.new_zeros(())
+        for head, kinds in ((self.image_head, IMAGE_OBJECTIVES), (self.text_head, TEXT_OBJECTIVES)):
+            if not any(kind in batch.masked for kind in kinds):
+                # It stays in the graph all the same: engines want a gradient of every parameter.
+                loss = loss + (head.weight.sum() + head.bias.sum()) * 0.0
+        for name, logits in self.predict(batch).items():
+            targets = batch.masked[name].targets
             results[f"loss/{name}"] = part = F.cross_entropy(logits.float(), targets)
             results[f"accuracy/{name}"] = (logits.argmax(-1) == targets).float().mean()
             loss = loss + getattr(self.weights, name) * part

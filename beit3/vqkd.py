@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.config import ModelConfig
+from beit3.device import to_device
 from beit3.model import PatchEmbedding
 from beit3.multiway import Encoder, Layout
 from beit3.objectives import normalise
@@ -257,7 +258,7 @@ def codebook_health(codes: Tensor, codebook_size: int) -> dict[str, float]:
 
 def _encode_pictures(encoder: Encoder, tokens: Tensor) -> Tensor:
     n, length, _ = tokens.shape
-    layout = Layout.build(n, length, [], 0, device=tokens.device)
+    layout = to_device(Layout.build(n, length, [], 0), tokens.device)
     return encoder(tokens.flatten(0, 1), layout).view(n, length, -1)
 
 

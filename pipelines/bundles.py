@@ -35,13 +35,9 @@ def info(store: Store, name: str) -> dict[str, Any]:
     """What was said of a bundle when it was saved.
 
     Raises:
-        StoreError: there is none.
+        StoreError: there is none, or its manifest is damaged.
     """
-    if not exists(store, name):
-        raise StoreError(
-            f"{store.uri}/{name}: missing or half written; run the job that makes it (again)"
-        )
-    return store.read_json(f"{name}/{MANIFEST}")["info"]
+    return _manifest(store, name)["info"]
 
 
 def identity(store: Store, name: str) -> str:
@@ -50,8 +46,7 @@ def identity(store: Store, name: str) -> str:
     Raises:
         StoreError: there is none.
     """
-    info(store, name)
-    files = store.read_json(f"{name}/{MANIFEST}")["files"]
+    files = _manifest(store, name)["files"]
     text = json.dumps({path: record["sha256"] for path, record in files.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -62,8 +57,8 @@ def load(store: Store, name: str, to: Path) -> dict[str, Any]:
     Raises:
         StoreError: it is missing, or a file is missing or damaged.
     """
-    found = info(store, name)
-    for relative, expected in store.read_json(f"{name}/{MANIFEST}")["files"].items():
+    manifest = _manifest(store, name)
+    for relative, expected in manifest["files"].items():
         try:
             data = store.read(f"{name}/{relative}")
         except OSError as error:
@@ -73,4 +68,15 @@ def load(store: Store, name: str, to: Path) -> dict[str, Any]:
         target = to / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
-    return found
+    return manifest["info"]
+
+
+def _manifest(store: Store, name: str) -> dict[str, Any]:
+    if not exists(store, name):
+        raise StoreError(
+            f"{store.uri}/{name}: missing or half written; run the job that makes it (again)"
+        )
+    try:
+        return store.read_json(f"{name}/{MANIFEST}")
+    except ValueError as error:
+        raise StoreError(f"{store.uri}/{name}/{MANIFEST}: damaged ({error})") from error

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
 from beit3 import tasks, weights
 from beit3.objectives import MaskedDataModelling
@@ -342,26 +341,19 @@ def _model(store: Store) -> tuple[MaskedDataModelling, Any]:
 def _masked(cfg: DemoConfig, store: Store) -> list[page.MaskedExample]:
     model, tokenizer = _model(store)
     batch = pretrain.held_out_batches(demo_stages.pretraining(cfg), tokenizer)(0)
-    with torch.no_grad():
-        image_logits, text_logits = model.predict(batch)
-    predicted = batch.visual_words.clone()
-    predicted[batch.hidden_patches] = image_logits.argmax(-1)
-    guessed = text_logits.argmax(-1)
+    predicted, restored = model.restore(batch)
     grid = model.backbone.config.grid
     patch = model.backbone.config.patch_size
     ends = np.cumsum(batch.lengths)
     examples = []
     for i, mask in enumerate(batch.hidden_patches):
         start, end = int(ends[i]) - batch.lengths[i], int(ends[i])
-        inside = (batch.masked_tokens >= start) & (batch.masked_tokens < end)
-        spoken = batch.text[start:end].tolist()
-        seen = _say(tokenizer, spoken)
-        for place, word in zip(batch.masked_tokens[inside], guessed[inside], strict=True):
-            spoken[int(place) - start] = int(word)
+        seen = _say(tokenizer, batch.text[start:end].tolist())
+        spoken = _say(tokenizer, restored[start:end].tolist())
         cells = mask.view(grid, grid)
         dark = cells.numpy().repeat(patch, 0).repeat(patch, 1)
         shown = np.where(dark[None], 128, batch.images[i].numpy()).astype(np.uint8)
-        words = f"{seen}  →  {_say(tokenizer, spoken)}" if inside.any() else seen
+        words = f"{seen}  →  {spoken}" if spoken != seen else seen
         any_hidden = bool(mask.any())
         examples.append(
             page.MaskedExample(

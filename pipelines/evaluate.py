@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from beit3 import tasks, weights
+from beit3.device import to_device
 from beit3.tasks import Example, Sample, Task
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
@@ -36,7 +37,6 @@ from pipelines.loader import ParquetRows
 from pipelines.parts import PartOutput, Resources, make_dataset
 from pipelines.prepare_task import make_here, read_examples
 from pipelines.storage import Commit, Store, StoreError, fingerprint
-from pipelines.trainer import to_device
 
 TASK_FILE = "task.json"
 SCHEMA = pa.schema(

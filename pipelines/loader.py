@@ -2,9 +2,10 @@
 
 The order of samples is a function of (commits, seed, epoch), never of timing or of the number of
 workers. An epoch's row groups are shuffled and laid end to end; that sequence is cut into a fixed
-number of equal *streams*, each shuffled within windows; sample `g` of the run is the next row of
-stream `g mod streams`. Workers share the streams out, so each reads few row groups, each row group
-once, and a run resumed on another number of workers sees the same batches.
+number of *streams*, equal to one row, each shuffled within windows; sample `p` of the epoch is the
+next row of stream `p mod streams`, so an epoch has every row once. Workers share the streams out,
+so each reads few row groups, each row group once, and a run resumed on another number of workers
+sees the same batches.
 """
 
 from __future__ import annotations
@@ -89,27 +90,25 @@ class Order:
         self.groups = list(groups)
         self.seed = seed
         self.rows = sum(group.rows for group in self.groups)
-        self.streams = STREAMS
-        while self.streams > self.rows:
-            self.streams //= 2
-        self.stream_rows = self.rows // self.streams
+        # Rows of a stream, and how many streams have one more.
+        self.least, self.longer = divmod(self.rows, STREAMS)
         self._epoch = functools.lru_cache(maxsize=2)(self._plan)
         self._window = functools.lru_cache(maxsize=4 * STREAMS)(self._shuffle)
 
     def locate(self, sample: int) -> tuple[RowGroup, int]:
         """The row group and the row in it of the run's sample number `sample`."""
-        stream, place = sample % self.streams, sample // self.streams
-        epoch, place = divmod(place, self.stream_rows)
+        epoch, place = divmod(sample, self.rows)
+        place, stream = divmod(place, STREAMS)
         window, inside = divmod(place, WINDOW)
         place = window * WINDOW + int(self._window(epoch, stream, window)[inside])
         permutation, ends = self._epoch(epoch)
-        position = stream * self.stream_rows + place
+        position = stream * self.least + min(stream, self.longer) + place
         slot = bisect.bisect_right(ends, position)
         group = self.groups[permutation[slot]]
         return group, position - (ends[slot] - group.rows)
 
     def epoch_of(self, sample: int) -> int:
-        return sample // self.streams // self.stream_rows
+        return sample // self.rows
 
     def _plan(self, epoch: int) -> tuple[list[int], list[int]]:
         rng = np.random.default_rng((self.seed, epoch))
@@ -119,7 +118,8 @@ class Order:
 
     def _shuffle(self, epoch: int, stream: int, window: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, epoch, stream, window))
-        return rng.permutation(min(WINDOW, self.stream_rows - window * WINDOW))
+        rows = self.least + (stream < self.longer)
+        return rng.permutation(min(WINDOW, rows - window * WINDOW))
 
 
 def share(step: int, batch: int, rank: int, world: int) -> list[int]:

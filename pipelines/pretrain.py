@@ -23,6 +23,7 @@ from torch import nn
 from beit3 import weights
 from beit3.config import PRESETS as MODELS
 from beit3.config import ModelConfig
+from beit3.device import to_device
 from beit3.masking import Masking, token_mask
 from beit3.objectives import MaskedBatch, MaskedDataModelling, ObjectiveWeights
 from beit3.text import TextTokenizer
@@ -32,7 +33,7 @@ from pipelines.loader import ParquetRows
 from pipelines.samples import Pictures, Sample, Samples
 from pipelines.storage import ROW_GROUP_ROWS, Dataset, Store, StoreError, fingerprint
 from pipelines.tracking import Logger
-from pipelines.trainer import TrainConfig, fit, to_device
+from pipelines.trainer import TrainConfig, fit
 
 
 @dataclass(frozen=True)
@@ -161,10 +162,7 @@ class PretrainRecipe:
 
 def masked_sheet(module: MaskedDataModelling, batch: MaskedBatch, patch: int) -> Any:
     """Pictures, what the model saw, the true visual words, and those it predicted."""
-    with torch.no_grad():
-        logits, _ = module.predict(batch)
-    predicted = batch.visual_words.clone()
-    predicted[batch.hidden_patches] = logits.argmax(-1)
+    predicted, _ = module.restore(batch)
     shown = batch.hidden_patches.any(1).nonzero().flatten()[:10].cpu()
     return pictures.masked_predictions(
         batch.images.cpu()[shown],
@@ -223,52 +221,23 @@ class MaskedBatches:
             texts.append(caption)
             token_masks.append(of_text)
             ids.append(sample.row["id"])
+        pairs = len(texts)
         for sample in self.texts(step) if self.texts else []:
-            text = sample.row["ids"][: cfg.model.max_text_length]
+            text = sample.row["ids"]
             texts.append(text)
             token_masks.append(token_mask(len(text), cfg.masking.text, sample.rng))
             ids.append(sample.row["id"])
-        return assemble(
-            pixels, patch_masks, words, texts, token_masks, self.tokenizer.mask_id,
-            pairs=cfg.pair_batch // (self.pairs.world if self.pairs else 1), ids=ids,
-            size=cfg.model.image_size,
-        )  # fmt: skip
-
-
-def assemble(
-    pixels: list[np.ndarray],
-    patch_masks: list[np.ndarray],
-    words: list[np.ndarray],
-    texts: list[list[int]],
-    token_masks: list[np.ndarray],
-    mask_id: int,
-    *,
-    pairs: int,
-    ids: list[str],
-    size: int,
-) -> MaskedBatch:
-    """Pack samples into a batch: pictures alone before pairs, captions before texts alone."""
-    packed = torch.tensor([i for text in texts for i in text], dtype=torch.long)
-    hidden = torch.from_numpy(np.concatenate(token_masks or [np.zeros(0, bool)]))
-    places = hidden.nonzero().flatten()
-    targets = packed[places].clone()
-    packed[places] = mask_id
-    empty = torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    return MaskedBatch(
-        images=torch.from_numpy(np.stack(pixels)) if pixels else empty,
-        hidden_patches=torch.from_numpy(np.stack(patch_masks))
-        if pixels
-        else torch.zeros(0, 0, dtype=torch.bool),
-        visual_words=torch.from_numpy(np.stack(words))
-        if pixels
-        else torch.zeros(0, 0, dtype=torch.long),
-        text=packed,
-        lengths=[len(text) for text in texts],
-        masked_tokens=places,
-        words=targets,
-        pairs=pairs,
-        ids=ids,
-    )
+        side, patches = cfg.model.image_size, cfg.model.patches
+        return MaskedBatch.collate(
+            torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, 3, side, side)),
+            torch.from_numpy(np.array(patch_masks, bool).reshape(-1, patches)),
+            torch.from_numpy(np.array(words, np.int64).reshape(-1, patches)),
+            texts,
+            token_masks,
+            self.tokenizer.mask_id,
+            pairs=pairs,
+            ids=ids,
+        )
 
 
 class PictureSource:
@@ -349,6 +318,14 @@ def check_tokens(store: Store, cfg: PretrainConfig, datasets: dict[str, Dataset]
         commit = dataset.commit()
         if not commit.rows:
             raise StoreError(f"{dataset.uri} has no rows: leave {name!r} out, or ingest it again")
+        for key in ("max_text_length", "max_caption_length"):
+            longest = commit.lineage["config"][key]
+            if longest > cfg.model.max_text_length:
+                raise StoreError(
+                    f"{dataset.uri} was tokenized with {key} {longest}, above the model's "
+                    f"model.max_text_length {cfg.model.max_text_length}: raise that, or tokenize "
+                    "again into shorter pieces"
+                )
         for kind, made_with in commit.lineage["inputs"][0]["tokenizers"].items():
             used[kind][made_with["identity"]] = made_with["name"]
     for kind, found in used.items():

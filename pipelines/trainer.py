@@ -8,7 +8,6 @@ that Ray restarts, goes on from the newest sound checkpoint, on any number of wo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from beit3.device import to_device
 from beit3.optimisation import cosine_schedule, parameter_groups
 from pipelines import bundles, checkpoints, console, tracking
 from pipelines.loader import Prefetcher
@@ -410,18 +410,6 @@ def _mean_over_workers(results: Mapping[str, Tensor], world: int) -> dict[str, f
     names = sorted({name for one in everyone if one for name in one})
     values = {name: [one[name] for one in everyone if one and name in one] for name in names}
     return {name: sum(found) / len(found) for name, found in values.items()}
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Copy a dataclass's tensors to a device; everything else stays as it is."""
-    if device.type == "cpu":
-        return batch
-    changes = {
-        f.name: getattr(batch, f.name).to(device, non_blocking=True)
-        for f in dataclasses.fields(batch)
-        if isinstance(getattr(batch, f.name), Tensor)
-    }
-    return dataclasses.replace(batch, **changes)
 
 
 # -- what a person sees ----------------------------------------------------------------------------

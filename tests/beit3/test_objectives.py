@@ -11,6 +11,8 @@ from torch import Tensor
 
 from beit3.config import ModelConfig
 from beit3.objectives import (
+    IMAGE_OBJECTIVES,
+    TEXT_OBJECTIVES,
     DualEncoder,
     MaskedBatch,
     MaskedDataModelling,
@@ -74,20 +76,17 @@ def draw(images: int, texts: int, pairs: int, seed: int = 0) -> list[Piece]:
 def pack(pieces: list[Piece]) -> MaskedBatch:
     pictures = [p for p in pieces if p.image is not None]
     texts = [p for p in pieces if p.text is not None]
-    masked = torch.cat([p.masked for p in texts if p.masked is not None] or [torch.zeros(0).bool()])
-    words = torch.cat([p.words for p in texts if p.words is not None] or [torch.zeros(0).long()])
 
     def stack(name: str, empty: Tensor) -> Tensor:
         return torch.stack([getattr(p, name) for p in pictures]) if pictures else empty
 
-    return MaskedBatch(
-        images=stack("image", torch.zeros(0, 3, 24, 24, dtype=torch.uint8)),
-        hidden_patches=stack("hidden", torch.zeros(0, 9, dtype=torch.bool)),
-        visual_words=stack("visual_words", torch.zeros(0, 9, dtype=torch.long)),
-        text=torch.cat([p.text for p in texts if p.text is not None] or [torch.zeros(0).long()]),
-        lengths=[len(p.text) for p in texts if p.text is not None],
-        masked_tokens=masked.nonzero().flatten(),
-        words=words[masked],
+    return MaskedBatch.collate(
+        stack("image", torch.zeros(0, 3, 24, 24, dtype=torch.uint8)),
+        stack("hidden", torch.zeros(0, 9, dtype=torch.bool)),
+        stack("visual_words", torch.zeros(0, 9, dtype=torch.long)),
+        [p.words.tolist() for p in texts if p.words is not None],
+        [p.masked.numpy() for p in texts if p.masked is not None],
+        39,
         pairs=sum(p.image is not None and p.text is not None for p in pieces),
     )
 
@@ -164,14 +163,31 @@ def test_losses_and_gradients_equal_the_naive_reference(config: ModelConfig) -> 
 def test_accuracies_count_the_masked_positions_only() -> None:
     model = build()
     batch = pack(draw(images=2, texts=2, pairs=2))
-    with torch.no_grad():
-        image_logits, text_logits = model.predict(batch)
-        batch.visual_words[batch.hidden_patches] = image_logits.argmax(-1)
-        batch.words = text_logits.argmax(-1)
-        results = model(batch)
-        assert [float(results[f"accuracy/{kind}"]) for kind in KINDS] == [1.0] * 4
-        batch.visual_words[batch.hidden_patches] = (image_logits.argmax(-1) + 1) % 20
-        assert float(model(batch)["accuracy/image"]) == 0.0
+
+    def with_targets(shift: int) -> MaskedBatch:
+        with torch.no_grad():
+            logits = model.predict(batch)
+        masked = {
+            kind: replace(part, targets=(logits[kind].argmax(-1) + shift) % logits[kind].shape[1])
+            for kind, part in batch.masked.items()
+        }
+        return replace(batch, masked=masked)
+
+    for shift, accuracy in ((0, 1.0), (1, 0.0)):
+        results = model(with_targets(shift))
+        assert [float(results[f"accuracy/{kind}"]) for kind in KINDS] == [accuracy] * 4
+
+
+def test_restoring_fills_the_hidden_places_only() -> None:
+    model = build()
+    batch = pack(draw(images=2, texts=2, pairs=2))
+    words, text = model.restore(batch)
+    logits = model.predict(batch)
+    for kind, whole in (("image", words), ("pair_image", words), ("text", text)):
+        places = batch.masked[kind].places
+        assert torch.equal(whole.flatten()[places], logits[kind].argmax(-1))
+    assert torch.equal(words[~batch.hidden_patches], batch.visual_words[~batch.hidden_patches])
+    assert torch.equal(text[batch.text != 39], batch.text[batch.text != 39])
 
 
 def test_heads_see_masked_positions_only() -> None:
@@ -183,32 +199,37 @@ def test_heads_see_masked_positions_only() -> None:
             lambda _, given, __, name=name: rows.__setitem__(name, len(given[0]))
         )
     loss = model(batch)["loss"]
+    hidden = {kind: len(part.places) for kind, part in batch.masked.items()}
+    assert hidden["image"] + hidden["pair_image"] == int(batch.hidden_patches.sum())
+    assert hidden["text"] + hidden["pair_text"] == int((batch.text == 39).sum())
     assert rows == {
-        "image_head": int(batch.hidden_patches.sum()),
-        "text_head": len(batch.masked_tokens),
+        "image_head": hidden["image"] + hidden["pair_image"],
+        "text_head": hidden["text"] + hidden["pair_text"],
     }
     # The gradient of a bias is the sum of softmax - target: over the masked positions, no others.
-    image_logits, text_logits = model.predict(batch)
+    logits = model.predict(batch)
     model.zero_grad()
     loss.backward()
-    in_pair = batch.masked_tokens < sum(batch.lengths[: batch.pairs])
-    errors = text_logits.softmax(-1) - F.one_hot(batch.words, 40)
-    expected = errors[in_pair].mean(0) + errors[~in_pair].mean(0)
-    torch.testing.assert_close(model.text_head.bias.grad, expected)
-    singles = int(batch.hidden_patches[:2].sum())
-    errors = image_logits.softmax(-1) - F.one_hot(batch.visual_words[batch.hidden_patches], 20)
-    expected = errors[:singles].mean(0) + errors[singles:].mean(0)
-    torch.testing.assert_close(model.image_head.bias.grad, expected)
+    for head, kinds in ((model.text_head, TEXT_OBJECTIVES), (model.image_head, IMAGE_OBJECTIVES)):
+        errors = [
+            logits[k].softmax(-1) - F.one_hot(batch.masked[k].targets, logits[k].shape[1])
+            for k in kinds
+        ]
+        torch.testing.assert_close(head.bias.grad, errors[0].mean(0) + errors[1].mean(0))
 
 
 def test_targets_of_visible_patches_do_not_matter() -> None:
     model = build()
-    batch = pack(draw(images=2, texts=0, pairs=2))
-    before = model(batch)["loss"]
-    batch.visual_words[~batch.hidden_patches] += 1
-    assert torch.equal(model(batch)["loss"], before)
-    batch.visual_words[batch.hidden_patches] = (batch.visual_words[batch.hidden_patches] + 1) % 20
-    assert not torch.equal(model(batch)["loss"], before)
+    pieces = draw(images=2, texts=0, pairs=2)
+    before = model(pack(pieces))["loss"]
+    for piece in pieces:
+        assert piece.visual_words is not None and piece.hidden is not None
+        piece.visual_words[~piece.hidden] += 1
+    assert torch.equal(model(pack(pieces))["loss"], before)
+    for piece in pieces:
+        assert piece.visual_words is not None and piece.hidden is not None
+        piece.visual_words[piece.hidden] = (piece.visual_words[piece.hidden] + 1) % 20
+    assert not torch.equal(model(pack(pieces))["loss"], before)
 
 
 @pytest.mark.parametrize("off", KINDS)
@@ -250,10 +271,12 @@ def test_kinds_may_be_absent(images: int, texts: int, pairs: int, present: set[s
 
 def test_a_batch_with_nothing_hidden_has_loss_0() -> None:
     model = build()
-    batch = pack(draw(images=1, texts=1, pairs=1))
-    batch.hidden_patches[:] = False
-    batch.masked_tokens, batch.words = batch.masked_tokens[:0], batch.words[:0]
-    results = model(batch)
+    pieces = draw(images=1, texts=1, pairs=1)
+    for piece in pieces:
+        for mask in (piece.hidden, piece.masked):
+            if mask is not None:
+                mask[:] = False
+    results = model(pack(pieces))
     assert set(results) == {"loss"}
     assert results["loss"].item() == 0.0
     results["loss"].backward()
