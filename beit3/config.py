@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Checkpointing = Literal["none", "blocks", "selective"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -40,8 +42,9 @@ class ModelConfig:
     bring their own."""
     drop_path: float = 0.0
     """Stochastic depth of the last layer; grows linearly from 0 at the first."""
-    checkpoint_activations: bool = False
-    """Recompute each block in the backward pass instead of storing its activations."""
+    checkpoint_activations: Checkpointing = "none"
+    """What the backward pass computes again instead of having it stored: `blocks`, everything
+    inside each block; `selective`, everything but the results of matrix products and attention."""
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:

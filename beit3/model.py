@@ -77,16 +77,18 @@ class PatchEmbedding(nn.Module):
             ValueError: the size is not divisible by the patch, or the mask has another shape.
         """
         rows, columns = self.grid_of(images)
-        x = self.projection(images).flatten(2).transpose(1, 2)
+        # Under autocast the projection is in bf16; what the blocks add to stays in full precision.
+        x = self.projection(images.to(self.projection.weight.dtype)).to(self.positions.dtype)
+        x = x.flatten(2).transpose(1, 2)
         if hidden_patches is not None:
             if hidden_patches.shape != x.shape[:2]:
                 raise ValueError(
                     f"hidden_patches: expected {list(x.shape[:2])}, "
                     f"got {list(hidden_patches.shape)}"
                 )
-            x = torch.where(hidden_patches.bool()[..., None], self.mask_token.to(x.dtype), x)
-        cls = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
-        return torch.cat([cls, x], 1) + self._positions(rows, columns).to(x.dtype)
+            x = torch.where(hidden_patches.bool()[..., None], self.mask_token, x)
+        cls = self.cls_token.expand(len(x), 1, -1)
+        return torch.cat([cls, x], 1) + self._positions(rows, columns)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of `[images, 3, height, width]`.

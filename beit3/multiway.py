@@ -18,11 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from beit3.config import ModelConfig
 
@@ -290,6 +295,28 @@ class Block(nn.Module):
         return branch * kept[layout.sample].to(branch.dtype)
 
 
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Selective checkpointing: norms, GELU and gathers are cheap to repeat, products are not."""
+    keep = op in _PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_keep_products)
+
+
 class Encoder(nn.Module):
     """A stack of blocks and the final norm."""
 
@@ -308,16 +335,20 @@ class Encoder(nn.Module):
         self.norm = copies(
             lambda: nn.LayerNorm(config.hidden) if config.final_norm else nn.Identity()
         )
-        self.checkpoint_activations = config.checkpoint_activations
+        self.checkpointing = config.checkpoint_activations
         self._initialise(config)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[tokens, hidden] -> [tokens, hidden]`, normalised if there is a final norm."""
         for block in self.blocks:
-            if self.checkpoint_activations and self.training:
+            if self.checkpointing == "none" or not self.training:
+                x = block(x, layout)
+            elif self.checkpointing == "blocks":
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
-                x = block(x, layout)
+                x = checkpoint(
+                    block, x, layout, use_reentrant=False, context_fn=_selective_contexts
+                )
         return self.norm(x, layout.vision)
 
     def _initialise(self, config: ModelConfig) -> None:

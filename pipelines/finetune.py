@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from beit3 import tasks, weights
-from beit3.config import ModelConfig
+from beit3.config import Checkpointing, ModelConfig
 from beit3.model import interpolate_positions
 from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
@@ -61,8 +61,9 @@ class FinetuneConfig:
     """Side of the pictures in pixels; 0: as the model was pretrained. Positions are resampled."""
     drop_path: float = 0.0
     """Stochastic depth of the last layer."""
-    checkpoint_activations: bool = False
-    """Recompute each block in the backward pass instead of storing its activations."""
+    checkpoint_activations: Checkpointing = "none"
+    """What the backward pass computes again instead of having it stored: `blocks`, everything
+    inside each block; `selective`, everything but the results of matrix products and attention."""
     batch_size: int = 32
     """Examples of a batch, over all workers."""
     view: ViewConfig = field(default_factory=lambda: ViewConfig(scale=(0.5, 1.0)))
@@ -130,7 +131,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
         name=f"{task}-{size}",
         image_size=recipe.image_size,
         drop_path=recipe.drop_path,
-        checkpoint_activations=size == "large",
+        checkpoint_activations="blocks" if size == "large" else "none",
         batch_size=recipe.batch_size,
         view=ViewConfig(scale=recipe.scale, flip=recipe.flip),
         train=TrainConfig(
@@ -247,7 +248,7 @@ class FinetuneRecipe:
 
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
         cfg = self.cfg
-        model = dataclasses.replace(self.model, drop_path=0.0, checkpoint_activations=False)
+        model = dataclasses.replace(self.model, drop_path=0.0, checkpoint_activations="none")
         weights.save(folder, module, model, kind=cfg.task)
         models.add_tokenizer(folder, self.tokenizer)
         notes = {

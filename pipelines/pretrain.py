@@ -89,7 +89,7 @@ class PretrainConfig:
 def _paper(name: str, **train: Any) -> PretrainConfig:
     """Table 11 of the paper: 1M steps of 2048 images, texts and pairs; AdamW; DropPath 0.1."""
     shape = {f: getattr(MODELS[name], f) for f in MODELS[name].__dataclass_fields__}
-    shape |= {"drop_path": 0.1, "checkpoint_activations": True}
+    shape |= {"drop_path": 0.1, "checkpoint_activations": "blocks"}
     defaults: dict[str, Any] = {
         "steps": 1_000_000,
         "warmup": 10_000,

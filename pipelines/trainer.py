@@ -167,6 +167,7 @@ def fit(
         console.say(f"{output}: already trained ({found['steps']} steps), skipped")
         return found
     store.check_writable()
+    _claim(store, run_folder, fingerprint)
     handle = None
     if track:
         handle = tracking.start_run(store, name, parameters, key=run_folder, parent=parent)
@@ -183,6 +184,17 @@ def fit(
     if handle is not None:
         tracking.finish_run(handle)
     return bundles.info(store, output)
+
+
+def _claim(store: Store, folder: str, fingerprint: str) -> None:
+    """Note what the run comes from; an interrupted run of other options is an error."""
+    note = f"{folder}/run.json"
+    if store.exists(note) and store.read_json(note)["fingerprint"] != fingerprint:
+        raise StoreError(
+            f"{store.uri}/{folder} was begun with other inputs or options: choose another name, or "
+            "delete that folder first"
+        )
+    store.write_json(note, {"fingerprint": fingerprint})
 
 
 def _launch(run: Run) -> None:
@@ -276,7 +288,10 @@ def _steps(
                 engine.backward(results["loss"])
                 engine.step()
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
+            last = done == config.steps
+            every = config.checkpoint_every
+            save = bool(every) and done % every == 0 and not last
+            if done % config.log_every == 0 or save or last:
                 values = _mean_over_workers(results, world)
                 if not all(v == v for v in values.values()):
                     raise FloatingPointError(f"loss is not a number at step {done}: {values}")
@@ -284,8 +299,7 @@ def _steps(
                     clock.log(done, values, engine, wait)
             if clock:
                 clock.show(done)
-            last = done == config.steps
-            if config.checkpoint_every and (done % config.checkpoint_every == 0 and not last):
+            if save:
                 checkpoints.save(
                     store, run.name, done, engine, rank=rank, keep=config.keep_checkpoints
                 )
