@@ -26,7 +26,7 @@ from beit3.config import Checkpointing, ModelConfig
 from beit3.model import interpolate_positions
 from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
-from pipelines import cluster, config, console, models
+from pipelines import cluster, config, models
 from pipelines.evaluate import TASK_FILE, predict, row_sample
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import labels, read_examples
@@ -324,7 +324,7 @@ def run(cfg: FinetuneConfig, *, parent: str | None = None, tuned: bool = False) 
         [models.decisive(cfg), dataclasses.asdict(model)],
         [*inputs, start, tokenizer.identity, *names],
     )
-    result = fit(
+    return fit(
         store,
         name=cfg.name or cfg.task,
         output=cfg.output,
@@ -336,9 +336,6 @@ def run(cfg: FinetuneConfig, *, parent: str | None = None, tuned: bool = False) 
         parent=parent,
         tuned=tuned,
     )
-    shown = ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items())
-    console.say(f"{cfg.output}: {shown or 'trained'}")
-    return result
 
 
 def _digest(store: Store, name: str) -> str:

@@ -158,6 +158,13 @@ class Logger:
         """Log a local file as an artifact."""
         self._queue.put(("file", (str(path), folder)))
 
+    def flush(self, timeout: float = 60.0) -> None:
+        """Wait until what was logged so far is delivered, at most `timeout` seconds."""
+        if self._thread is not None:
+            delivered = threading.Event()
+            self._queue.put(("flush", delivered))
+            delivered.wait(timeout)
+
     def close(self, timeout: float = 60.0) -> None:
         """Wait until all is delivered, at most `timeout` seconds."""
         if self._thread is not None:
@@ -179,7 +186,9 @@ class Logger:
             for start in range(0, len(metrics), BATCH):
                 self._retry(partial(self._metrics, tracker, metrics[start : start + BATCH]))
             for item in items:
-                if item and item[0] != "metric":
+                if item and item[0] == "flush":
+                    item[1].set()
+                elif item and item[0] != "metric":
                     self._retry(partial(self._artifact, tracker, *item))
 
     def _metrics(self, tracker: MlflowClient, metrics: list[tuple[str, float, int, int]]) -> None:

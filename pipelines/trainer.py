@@ -165,6 +165,10 @@ def fit(
                 "another name, or delete that folder and its run first"
             )
         console.say(f"{output}: already trained ({found['steps']} steps), skipped")
+        if tuned:  # the sweep was killed between the model and its score
+            import ray.tune
+
+            ray.tune.report({**found["metrics"], "step": found["steps"]})
         return found
     store.check_writable()
     _claim(store, run_folder, fingerprint)
@@ -183,7 +187,10 @@ def fit(
         raise
     if handle is not None:
         tracking.finish_run(handle)
-    return bundles.info(store, output)
+    result = bundles.info(store, output)
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items())
+    console.say(f"{output}: trained ({config.steps:,} steps){'; ' if shown else ''}{shown}")
+    return result
 
 
 def _claim(store: Store, folder: str, fingerprint: str) -> None:
@@ -250,6 +257,8 @@ def _worker(arguments: dict[str, Any]) -> None:
             logger.metrics(run.config.steps, {f"final/{k}": v for k, v in metrics.items()})
     if world > 1:
         dist.barrier()
+    if run.tuned:  # now that the model is there
+        _report(run.config, {**metrics, "step": run.config.steps})
     engine.destroy()
     if not run.config.workers:  # this process may train again: leave no group behind
         import deepspeed.comm
@@ -309,7 +318,8 @@ def _steps(
                     with torch.no_grad():
                         metrics = run.recipe.evaluate(engine.module, done, logger)
                     logger.metrics(done, {f"eval/{k}": v for k, v in metrics.items()})
-                if run.tuned:
+                if run.tuned and not last:  # Tune may end this process in here
+                    logger.flush()
                     _report(config, {**metrics, "step": done})
                 elif world > 1:
                     dist.barrier()
