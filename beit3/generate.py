@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3.model import BEiT3
-from beit3.multiway import Block
+from beit3.multiway import Block, Modality
 from beit3.objectives import normalise
 from beit3.text import BOS, EOS, PAD, UNK, TextTokenizer
 
@@ -243,9 +243,9 @@ class _Decoder:
         self.memories: list[_Memory] = []
         x = backbone.vision_embedding(normalise(images))
         for block in _blocks(backbone):
-            q, k, v = _project(block, x, vision=True)
+            q, k, v = _project(block, x, "vision")
             self.memories.append(_Memory(k, v, beams, max_length + 1))
-            x = _finish(block, x, F.scaled_dot_product_attention(q, k, v), vision=True)
+            x = _finish(block, x, F.scaled_dot_product_attention(q, k, v), "vision")
 
     def step(self, last: Tensor) -> Tensor:
         """Last words `[pictures, beams]` to log probabilities `[pictures, beams, vocabulary]`."""
@@ -255,12 +255,12 @@ class _Decoder:
         x = x.flatten(1, 2)
         seen = self._seen(place).to(x.device)
         for block, memory in zip(_blocks(backbone), self.memories, strict=True):
-            q, k, v = _project(block, x, vision=False)
+            q, k, v = _project(block, x, "language")
             memory.put(place, k, v)
             mixed = F.scaled_dot_product_attention(q, memory.keys, memory.values, attn_mask=seen)
-            x = _finish(block, x, mixed, vision=False)
+            x = _finish(block, x, mixed, "language")
         self.length += 1
-        hidden = backbone.encoder.norm(x[:, 1::2].flatten(0, 1), 0)
+        hidden = backbone.encoder.norm.of("language")(x[:, 1::2].flatten(0, 1))
         logits = self.text_head(hidden).float().masked_fill(self.forbidden, -torch.inf)
         return F.log_softmax(logits, -1).view(len(last), self.beams, -1)
 
@@ -284,27 +284,22 @@ def _blocks(backbone: BEiT3) -> list[Block]:
     return [block for block in backbone.encoder.blocks if isinstance(block, Block)]
 
 
-def _project(block: Block, x: Tensor, *, vision: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _project(block: Block, x: Tensor, modality: Modality) -> tuple[Tensor, Tensor, Tensor]:
     """`[samples, length, hidden]` of one modality to queries, keys and values
     `[samples, heads, length, head width]`."""
-    split = x.shape[0] * x.shape[1] if vision else 0
-    qkv = block.attention.qkv(block.norm1(x.flatten(0, 1), split), split)
-    qkv = qkv.view(*x.shape[:2], 3, block.attention.heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    qkv = block.attention.qkv.of(modality)(block.norm1.of(modality)(x))
+    q, k, v = qkv.unflatten(2, (3, block.attention.heads, -1)).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
-def _finish(block: Block, x: Tensor, mixed: Tensor, *, vision: bool) -> Tensor:
+def _finish(block: Block, x: Tensor, mixed: Tensor, modality: Modality) -> Tensor:
     """The rest of a block, from what attention mixed: `[samples, length, hidden]` of pairs."""
     attention, experts = block.attention, block.experts
-    flat = x.flatten(0, 1)
-    split = len(flat) if vision else 0
-    mixed = mixed.transpose(1, 2).reshape(flat.shape)
-    flat = flat + attention.out(attention.norm(mixed, split), split)
-    own = experts.vision_expert if vision else experts.language_expert
-    # The fusion expert reads whatever belongs to a pair; a standard Transformer has one network.
-    expert = experts.fusion_expert or own or experts.vision_expert
-    return (flat + expert(block.norm2(flat, split))).view(x.shape)
+    mixed = mixed.transpose(1, 2).flatten(2)
+    x = x + attention.out.of(modality)(attention.norm.of(modality)(mixed))
+    # The fusion expert reads whatever belongs to a pair.
+    expert = experts.fusion_expert or experts.of(modality)
+    return x + expert(block.norm2.of(modality)(x))
 
 
 class _BeamSearch:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from beit3.config import ModelConfig
 from beit3.device import to_device
-from beit3.multiway import Encoder, Layout
+from beit3.multiway import Encoder, Layout, Read, Streams
 
 
 @dataclass(frozen=True)
@@ -175,23 +175,34 @@ class BEiT3(nn.Module):
         layout: Layout,
         hidden_patches: Tensor | None = None,
     ) -> Encoded:
-        """`forward` of a batch that is laid out already, by arguments that were checked then.
+        """`forward` of a batch that is laid out already, by arguments that were checked then."""
+        hidden = self.hidden(images, text, layout, hidden_patches)
+        vision = hidden.vision
+        return Encoded(
+            vision=None if vision is None else vision.unflatten(0, (layout.images, -1)),
+            text=hidden.language,
+            text_starts=layout.starts,
+        )
+
+    def hidden(
+        self,
+        images: Tensor | None,
+        text: Tensor | None,
+        layout: Layout,
+        hidden_patches: Tensor | None = None,
+        read: Read | None = None,
+    ) -> Streams:
+        """The encoder's output, `[tokens, hidden]` of each stream, or `[read, hidden]`.
 
         Only this part touches the device, and `torch.compile` takes it whole.
         """
-        tokens: list[Tensor] = []
+        vision = language = None
         if images is not None and layout.images:
-            tokens.append(self.vision_embedding(images, hidden_patches).flatten(0, 1))
+            vision = self.vision_embedding(images, hidden_patches).flatten(0, 1)
         if text is not None and len(text):
-            positions = F.embedding(layout.places, self.text_positions)
-            tokens.append(self.text_embedding(text) + positions)
-        hidden = self.encoder(torch.cat(tokens) if len(tokens) > 1 else tokens[0], layout)
-        vision, language = hidden[: layout.vision], hidden[layout.vision :]
-        return Encoded(
-            vision=vision.view(layout.images, layout.image_tokens, -1) if layout.images else None,
-            text=language if len(layout.starts) else None,
-            text_starts=layout.starts,
-        )
+            positions = F.embedding(layout.positions, self.text_positions)
+            language = self.text_embedding(text) + positions
+        return self.encoder(Streams(vision, language), layout, read)
 
     def _check_text(self, text: Tensor | None, lengths: list[int]) -> None:
         given = 0 if text is None else len(text)

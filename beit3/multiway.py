@@ -1,13 +1,14 @@
 """The Multiway Transformer: shared attention, one feed-forward expert per modality.
 
-Every sample of a batch lives in one packed sequence of tokens, `[tokens, hidden]`, in this order:
+The tokens of a batch are two packed sequences, one of each modality, `[tokens, hidden]`. In both,
+the samples of one kind stand together, and the pairs meet at their common border:
 
-    | vision of images alone | vision of pairs | language of pairs | language of texts alone |
-    |<-------- vision expert --------------->|<---------- language expert ----------------->|
-                             |<--- vision-language expert ----->|     (top layers, paper variant)
+    vision:    | images alone | pictures of pairs |     the vision expert reads all of it
+    language:  | captions of pairs | texts alone |      the language expert reads all of it
 
-so each expert is one matrix product over one slice: nothing is routed token by token, and no
-padding is computed except inside attention, where samples of one kind are laid side by side.
+so each expert is one matrix product over one tensor: nothing is routed token by token, and no
+padding is computed except inside attention, where samples of one kind are laid side by side. In the
+paper's top layers the pictures and captions of pairs go through the vision-language expert.
 
 Source: "Image as a Foreign Language" (arXiv 2208.10442) section 2.1; torchscale's
 `multiway_network.py` for the released variant.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,58 +32,99 @@ from torch.utils.checkpoint import (
 
 from beit3.config import ModelConfig
 
+Modality = Literal["vision", "language"]
+TEXT_GROUPS = 8
+"""Texts alone attend in so many groups at most. Neighbours share a group, so a batch whose texts
+are sorted by length pads little."""
+
+
+class Streams(NamedTuple):
+    """The same of either modality; None where the batch has no tokens of it."""
+
+    vision: Tensor | None
+    language: Tensor | None
+
+
+def each(function: Callable[..., Tensor], *streams: Streams) -> Streams:
+    """Apply a function to the modalities that the first of the streams has."""
+    one, other = (
+        None if parts[0] is None else function(*parts) for parts in zip(*streams, strict=True)
+    )
+    return Streams(one, other)
+
 
 @dataclass(frozen=True)
 class AttentionGroup:
     """Samples of one kind, side by side for attention.
 
-    start: first token of the group's pictures in the packed sequence.
-    samples, image_tokens: the pictures stand there one after another, `samples * image_tokens`
-        tokens; no picture has tokens in a group of texts alone.
-    text: `[samples, longest]` positions of the texts' tokens in the packed sequence, padding
-        repeating the first; None in a group of pictures alone.
-    inside: `[text tokens]` the places of `text`, flattened, that are no padding.
+    samples, image_tokens: the pictures stand one after another in the vision stream,
+        `samples * image_tokens` tokens; none in a group of texts alone.
+    text_tokens: the texts stand one after another in the language stream; 0 in a group of pictures
+        alone.
+    text: `[samples, longest]` places of the texts' tokens among these, padding repeating the first;
+        None where nothing needs padding, since there is one text or none.
+    inside: `[text_tokens]` the places in `text`, flattened, that are no padding; None as `text`.
     mask: bool, broadcastable to `[samples, 1, length, length]`, True where a query may see a key;
         None where every token sees every other.
     """
 
-    start: int
     samples: int
     image_tokens: int
+    text_tokens: int = 0
     text: Tensor | None = None
     inside: Tensor | None = None
     mask: Tensor | None = None
 
     @property
-    def pictures(self) -> int:
-        """Tokens of the group's pictures."""
+    def vision_tokens(self) -> int:
         return self.samples * self.image_tokens
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Whose a token is, wherever that matters after attention.
+
+    singles: vision tokens of images alone; those of pairs follow.
+    paired: language tokens of pairs; those of texts alone follow.
+    sample: of each stream `[tokens]` the sample that a token belongs to (a pair is one sample).
+    """
+
+    singles: int
+    paired: int
+    sample: Streams
+
+
+@dataclass(frozen=True)
+class Read:
+    """The tokens whose output is read; the last block computes no others.
+
+    places: of each stream `[read]`, ascending.
+    """
+
+    places: Streams
+    spans: Spans
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Where each sample's tokens stand in the packed sequence.
+    """Where each sample's tokens stand in the two streams.
 
     It is made of numbers that are known before the batch reaches the model, so that the model
     itself is tensors only: made beside the batch, on the CPU, and moved with it.
 
     images, image_tokens: pictures, and the tokens of one, `[CLS]` included.
-    vision: number of vision tokens; they come first.
-    pair_span: start and end of the tokens of pairs, vision and language.
-    groups: the samples as attention sees them, in the packed order: images alone, pairs, texts.
-    sample: `[tokens]` the sample each token belongs to (a pair is one sample).
-    places: `[text tokens]` each token's place in its text.
-    starts: `[texts]` where each text begins among the text tokens.
+    samples: images, pairs and texts.
+    groups: the samples as attention sees them, in the streams' order: images alone, pairs, texts.
+    positions: `[text tokens]` each token's place in its text.
+    starts: `[texts]` where each text begins in the language stream.
     """
 
     images: int
     image_tokens: int
-    vision: int
-    pair_span: tuple[int, int]
-    groups: tuple[AttentionGroup, ...]
     samples: int
-    sample: Tensor
-    places: Tensor
+    groups: tuple[AttentionGroup, ...]
+    spans: Spans
+    positions: Tensor
     starts: Tensor
 
     @staticmethod
@@ -113,54 +155,63 @@ class Layout:
             raise ValueError("empty batch: neither images nor texts")
         if any(length < 1 for length in text_lengths):
             raise ValueError("lengths: a text has no tokens")
-        vision = images * image_tokens
         lengths = torch.tensor(list(text_lengths), dtype=torch.long)
         starts = torch.cumsum(lengths, 0) - lengths
         singles = images - pairs
-        groups: list[AttentionGroup] = []
-        if singles:
-            groups.append(AttentionGroup(0, singles, image_tokens))
-        for first, last, patches in ((0, pairs, image_tokens), (pairs, len(lengths), 0)):
-            if last > first:
-                text, valid = _side_by_side(vision + starts[first:last], lengths[first:last])
-                start = singles * image_tokens if patches else vision
-                mask = _visible(patches, valid, causal=causal_text)
-                inside = valid.flatten().nonzero().flatten()
-                groups.append(AttentionGroup(start, last - first, patches, text, inside, mask))
-        owner = torch.arange(images).repeat_interleave(image_tokens)
-        text_owner = torch.arange(len(lengths)) + singles
-        pair_end = vision + int(lengths[:pairs].sum())
-        places = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+        groups = [AttentionGroup(singles, image_tokens)] if singles else []
+        if pairs:
+            groups.append(_group(lengths[:pairs], image_tokens, causal=causal_text))
+        groups += [
+            _group(part, 0, causal=causal_text)
+            for part in lengths[pairs:].tensor_split(TEXT_GROUPS)
+            if len(part)
+        ]
+        owners = Streams(
+            torch.arange(images).repeat_interleave(image_tokens) if images else None,
+            (torch.arange(len(lengths)) + singles).repeat_interleave(lengths)
+            if len(lengths)
+            else None,
+        )
         return Layout(
             images=images,
             image_tokens=image_tokens,
-            vision=vision,
-            pair_span=(singles * image_tokens, pair_end) if pairs else (vision, vision),
-            groups=tuple(groups),
             samples=images + len(lengths) - pairs,
-            sample=torch.cat([owner, text_owner.repeat_interleave(lengths)]),
-            places=places,
+            groups=tuple(groups),
+            spans=Spans(singles * image_tokens, int(lengths[:pairs].sum()), owners),
+            positions=torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths),
             starts=starts,
         )
 
+    def reading(self, vision: Tensor | None, language: Tensor | None) -> Read:
+        """Read these tokens only, ascending places in the vision and in the language stream."""
+        singles = 0 if vision is None else int((vision < self.spans.singles).sum())
+        paired = 0 if language is None else int((language < self.spans.paired).sum())
+        places = Streams(
+            None if self.spans.sample.vision is None else vision,
+            None if self.spans.sample.language is None else language,
+        )
+        owners = each(lambda at, owner: owner[at], places, self.spans.sample)
+        return Read(places, Spans(singles, paired, owners))
 
-def _side_by_side(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions `[texts, longest]` of packed texts, and which of them are not padding."""
+
+def _group(lengths: Tensor, image_tokens: int, *, causal: bool) -> AttentionGroup:
+    """Texts, each with a picture or all without."""
+    samples, total = len(lengths), int(lengths.sum())
+    starts = torch.cumsum(lengths, 0) - lengths
     column = torch.arange(int(lengths.max()))
-    valid = column[None] < lengths[:, None]
-    return torch.where(valid, starts[:, None] + column[None], starts[:, None]), valid
-
-
-def _visible(image: int, valid: Tensor, *, causal: bool) -> Tensor | None:
-    """bool `[samples or 1, 1, length or 1, length]` of a picture and a text side by side."""
-    picture = torch.ones(len(valid), image, dtype=torch.bool)
-    seen = torch.cat([picture, valid], 1)[:, None, None, :]
-    if not causal:
-        return None if bool(valid.all()) else seen
-    length = image + valid.shape[1]
-    before = torch.ones(length, length, dtype=torch.bool).tril()
-    before[:image, :image] = True
-    return seen & before
+    valid = column[None] < lengths[:, None]  # [samples, longest]
+    text = torch.where(valid, starts[:, None] + column[None], starts[:, None])
+    picture = torch.ones(samples, image_tokens, dtype=torch.bool)
+    mask = torch.cat([picture, valid], 1)[:, None, None, :]
+    if causal:
+        length = image_tokens + len(column)
+        before = torch.ones(length, length, dtype=torch.bool).tril()
+        before[:image_tokens, :image_tokens] = True
+        mask = mask & before
+    if samples == 1:
+        return AttentionGroup(1, image_tokens, total, mask=mask if causal else None)
+    inside = valid.flatten().nonzero().flatten()
+    return AttentionGroup(samples, image_tokens, total, text, inside, mask)
 
 
 class PerModality(nn.Module):
@@ -171,13 +222,15 @@ class PerModality(nn.Module):
         self.vision = make()
         self.language = make()
 
-    def forward(self, x: Tensor, vision: int) -> Tensor:
-        """`[tokens, in] -> [tokens, out]`; the first `vision` tokens are vision tokens."""
-        if vision == len(x):
-            return self.vision(x)
-        if vision == 0:
-            return self.language(x)
-        return torch.cat([self.vision(x[:vision]), self.language(x[vision:])])
+    def of(self, modality: Modality) -> nn.Module:
+        return self.vision if modality == "vision" else self.language
+
+    def forward(self, x: Streams) -> Streams:
+        """`[tokens, in] -> [tokens, out]` of each stream."""
+        return Streams(
+            None if x.vision is None else self.vision(x.vision),
+            None if x.language is None else self.language(x.language),
+        )
 
 
 class Shared(nn.Module):
@@ -187,8 +240,11 @@ class Shared(nn.Module):
         super().__init__()
         self.both = make()
 
-    def forward(self, x: Tensor, vision: int) -> Tensor:
-        return self.both(x)
+    def of(self, modality: Modality) -> nn.Module:
+        return self.both
+
+    def forward(self, x: Streams) -> Streams:
+        return each(self.both, x)
 
 
 class FeedForward(nn.Module):
@@ -205,7 +261,7 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention inside each sample of a packed sequence."""
+    """Multi-head self-attention inside each sample of packed streams."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -215,40 +271,76 @@ class Attention(nn.Module):
         self.norm = copies(lambda: nn.LayerNorm(config.hidden) if config.sub_ln else nn.Identity())
         self.out = copies(lambda: nn.Linear(config.hidden, config.hidden))
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`."""
-        qkv = self.qkv(x, layout.vision)
+    def forward(self, x: Streams, layout: Layout, read: Streams | None = None) -> Streams:
+        """`[tokens, hidden] -> [tokens, hidden]` of each stream, or `[read, hidden]`."""
+        mixed = self._mix(self.qkv(x), layout)
+        if read is not None:
+            mixed = pick(mixed, read)
+        return self.out(self.norm(mixed))
+
+    def _mix(self, qkv: Streams, layout: Layout) -> Streams:
+        """Each head's weighted means of values, `[tokens, hidden]` of each stream."""
+        # split, not slices: its gradient is one concatenation.
+        vision = iter(_parts(qkv.vision, [g.vision_tokens for g in layout.groups]))
+        language = iter(_parts(qkv.language, [g.text_tokens for g in layout.groups]))
         pictures, texts = [], []
         for group in layout.groups:
-            picture, text = self._mix(qkv, group)
-            pictures.append(picture)
-            texts.append(text)
-        mixed = torch.cat([part for part in (*pictures, *texts) if part is not None])
-        return self.out(self.norm(mixed, layout.vision), layout.vision)
+            sides = []
+            if group.vision_tokens:
+                sides.append(next(vision).view(group.samples, group.image_tokens, -1))
+            if group.text_tokens:
+                text = next(language)
+                if group.text is not None:
+                    # index_select, not text[index]: its gradient is summed in a fixed order.
+                    text = text.index_select(0, group.text.flatten())
+                sides.append(text.view(group.samples, -1, text.shape[1]))
+            lengths = [side.shape[1] for side in sides]
+            mixed = self._attend(torch.cat(sides, 1) if len(sides) > 1 else sides[0], group.mask)
+            outputs = [part.flatten(0, 1) for part in mixed.split(lengths, 1)]
+            if group.vision_tokens:
+                pictures.append(outputs.pop(0))
+            if group.text_tokens:
+                text = outputs.pop()
+                texts.append(text if group.inside is None else text.index_select(0, group.inside))
+        return Streams(_joined(pictures), _joined(texts))
 
-    def _mix(self, qkv: Tensor, group: AttentionGroup) -> tuple[Tensor | None, Tensor | None]:
-        """A group's attention: its picture tokens and its text tokens, both `[tokens, hidden]`."""
-        sides = []
-        if group.image_tokens:
-            own = qkv[group.start : group.start + group.pictures]
-            sides.append(own.view(group.samples, group.image_tokens, -1))
-        if group.text is not None:
-            # index_select, not qkv[index]: its gradient is summed in a fixed order.
-            own = qkv.index_select(0, group.text.flatten())
-            sides.append(own.view(*group.text.shape, -1))
-        side = torch.cat(sides, 1) if len(sides) > 1 else sides[0]
-        q, k, v = side.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask)
-        mixed = mixed.transpose(1, 2).flatten(2)  # [samples, length, hidden]
-        picture = mixed[:, : group.image_tokens].flatten(0, 1) if group.image_tokens else None
-        if group.text is None or group.inside is None:
-            return picture, None
-        text = mixed[:, group.image_tokens :].flatten(0, 1)
-        return picture, text.index_select(0, group.inside)
+    def _attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """`[samples, length, 3 * hidden] -> [samples, length, hidden]`."""
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+def pick(x: Streams, places: Streams) -> Streams:
+    """Tokens `[read, width]` of each stream."""
+    return each(lambda at, tokens: tokens.index_select(0, at), places, x)
+
+
+def _parts(stream: Tensor | None, lengths: list[int]) -> list[Tensor]:
+    """A stream cut into pieces of these lengths; those of length 0 are left out."""
+    if stream is None:
+        return []
+    lengths = [length for length in lengths if length]
+    return list(stream.split(lengths)) if len(lengths) > 1 else [stream]
+
+
+def _cut(stream: Tensor | None, at: int) -> tuple[Tensor | None, Tensor | None]:
+    """What stands before and behind a border; None where there is nothing."""
+    if stream is None or at == len(stream):
+        return stream, None
+    if at == 0:
+        return None, stream
+    before, behind = stream.split([at, len(stream) - at])
+    return before, behind
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    some = [part for part in parts if part is not None]
+    return torch.cat(some) if len(some) > 1 else next(iter(some), None)
 
 
 class Experts(nn.Module):
-    """The feed-forward networks of a block and the slice of tokens that each one sees."""
+    """The feed-forward networks of a block and the tokens that each one sees."""
 
     def __init__(self, config: ModelConfig, *, fusion: bool) -> None:
         super().__init__()
@@ -256,17 +348,31 @@ class Experts(nn.Module):
         self.language_expert = FeedForward(config) if config.multiway else None
         self.fusion_expert = FeedForward(config) if fusion else None
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        if self.language_expert is None:
-            return self.vision_expert(x)
-        start, end = layout.pair_span if self.fusion_expert else (layout.vision, layout.vision)
-        spans = (
-            (self.vision_expert, 0, start),
-            (self.fusion_expert, start, end),
-            (self.language_expert, end, len(x)),
+    def of(self, modality: Modality) -> FeedForward:
+        """The expert of tokens that belong to no pair."""
+        if modality == "language" and self.language_expert is not None:
+            return self.language_expert
+        return self.vision_expert
+
+    def forward(self, x: Streams, spans: Spans) -> Streams:
+        if self.fusion_expert is None:
+            return self._apart(x)
+        alone, pictures = _cut(x.vision, spans.singles)
+        captions, texts = _cut(x.language, spans.paired)
+        paired = [part for part in (pictures, captions) if part is not None]
+        if not paired:
+            return self._apart(x)
+        fused = self.fusion_expert(torch.cat(paired)).split([len(part) for part in paired])
+        apart = self._apart(Streams(alone, texts))
+        vision = [apart.vision, None if pictures is None else fused[0]]
+        language = [None if captions is None else fused[-1], apart.language]
+        return Streams(_joined(vision), _joined(language))
+
+    def _apart(self, x: Streams) -> Streams:
+        return Streams(
+            None if x.vision is None else self.of("vision")(x.vision),
+            None if x.language is None else self.of("language")(x.language),
         )
-        parts = [expert(x[a:b]) for expert, a, b in spans if expert is not None and b > a]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Block(nn.Module):
@@ -281,18 +387,31 @@ class Block(nn.Module):
         self.experts = Experts(config, fusion=fusion)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`."""
-        x = x + self._drop(self.attention(self.norm1(x, layout.vision), layout), layout)
-        return x + self._drop(self.experts(self.norm2(x, layout.vision), layout), layout)
+    def forward(self, x: Streams, layout: Layout, read: Read | None = None) -> Streams:
+        """`[tokens, hidden] -> [tokens, hidden]` of each stream, or `[read, hidden]`."""
+        spans = layout.spans
+        if read is None:
+            mixed = self.attention(self.norm1(x), layout)
+        else:
+            mixed = self.attention(self.norm1(x), layout, read.places)
+            x, spans = pick(x, read.places), read.spans
+        x = self._add(x, mixed, layout.samples, spans)
+        return self._add(x, self.experts(self.norm2(x), spans), layout.samples, spans)
 
-    def _drop(self, branch: Tensor, layout: Layout) -> Tensor:
-        """Stochastic depth: drop the branch for whole samples."""
+    def _add(self, x: Streams, branch: Streams, samples: int, spans: Spans) -> Streams:
+        """The residual sum; stochastic depth drops the branch for whole samples."""
         if not self.training or self.drop_path == 0.0:
-            return branch
+            return each(torch.add, x, branch)
         keep = 1.0 - self.drop_path
-        kept = torch.empty(layout.samples, 1, device=branch.device).bernoulli_(keep) / keep
-        return branch * kept[layout.sample].to(branch.dtype)
+        some = x.vision if x.vision is not None else x.language
+        kept = torch.empty(samples, 1, device=None if some is None else some.device)
+        kept = kept.bernoulli_(keep) / keep
+        return each(
+            lambda own, new, sample: own + new * kept[sample].to(new.dtype),
+            x,
+            branch,
+            spans.sample,
+        )
 
 
 _aten = torch.ops.aten
@@ -338,18 +457,22 @@ class Encoder(nn.Module):
         self.checkpointing = config.checkpoint_activations
         self._initialise(config)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`, normalised if there is a final norm."""
-        for block in self.blocks:
-            if self.checkpointing == "none" or not self.training:
-                x = block(x, layout)
-            elif self.checkpointing == "blocks":
-                x = checkpoint(block, x, layout, use_reentrant=False)
-            else:
-                x = checkpoint(
-                    block, x, layout, use_reentrant=False, context_fn=_selective_contexts
-                )
-        return self.norm(x, layout.vision)
+    def forward(self, x: Streams, layout: Layout, read: Read | None = None) -> Streams:
+        """`[tokens, hidden] -> [tokens, hidden]` of each stream, normalised if there is a final
+        norm; of the tokens in `read` only, `[read, hidden]`, if that is given."""
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            x = self._through(block, x, layout, read if number == last else None)
+        return self.norm(x)
+
+    def _through(self, block: nn.Module, x: Streams, layout: Layout, read: Read | None) -> Streams:
+        if self.checkpointing == "none" or not self.training:
+            return block(x, layout, read)
+        if self.checkpointing == "blocks":
+            return checkpoint(block, x, layout, read, use_reentrant=False)  # type: ignore[return-value]
+        return checkpoint(  # type: ignore[return-value]
+            block, x, layout, read, use_reentrant=False, context_fn=_selective_contexts
+        )
 
     def _initialise(self, config: ModelConfig) -> None:
         """Sub-LN: Xavier with Magneto's gain; else BEiT's output matrices scaled by 1/sqrt(2l)."""

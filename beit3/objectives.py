@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from beit3.config import ModelConfig
 from beit3.model import BEiT3
-from beit3.multiway import Layout
+from beit3.multiway import Layout, Read, Streams
 
 # In the order in which their places follow each other in a batch.
 IMAGE_OBJECTIVES = ("image", "pair_image")
@@ -32,13 +32,16 @@ def normalise(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Masked:
-    """What one objective predicts: `targets` `[masked]` and their `places` `[masked]`.
+    """What one objective predicts, all `[masked]`.
 
-    A place is an index into the batch's patches, `[images * patches]`, or into its text tokens.
+    targets: what was there.
+    places: where: indices into the batch's patches, `[images * patches]`, or its text tokens.
+    rows: which rows of the encoder's output, of those that are read, predict them.
     """
 
-    places: Tensor
     targets: Tensor
+    places: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class MaskedBatch:
     hidden_patches: bool `[images, patches]`.
     visual_words: `[images, patches]` codes of the image tokenizer.
     text: `[tokens]` packed ids, texts of pairs first, masked ones replaced by `<mask>`.
-    layout: where each sample stands in the packed sequence.
+    layout: where each sample stands in the two streams.
+    read: the encoder's output that is read: of masked positions, and of `[CLS]` and `<s>`.
     masked: what is predicted, by objective (`image`, `text`, `pair_image`, `pair_text`); an
         objective with nothing to predict is absent.
     lengths: tokens of each text.
@@ -62,6 +66,7 @@ class MaskedBatch:
     visual_words: Tensor
     text: Tensor
     layout: Layout
+    read: Read
     masked: dict[str, Masked]
     lengths: tuple[int, ...]
     pairs: int
@@ -81,6 +86,8 @@ class MaskedBatch:
     ) -> MaskedBatch:
         """Pack samples: pictures alone before those of pairs, captions before texts alone.
 
+        Texts alone are put in the order of their lengths, so that neighbours need little padding.
+
         Args:
             images: uint8 `[images, 3, height, width]`; the last `pairs` of them belong to pairs.
             hidden_patches: bool `[images, patches]`, True where a patch is hidden and predicted.
@@ -88,6 +95,7 @@ class MaskedBatch:
             texts: Ids of each text, uncorrupted; the first `pairs` of them belong to pairs.
             token_masks: Of each text, bool `[tokens]`, True where a token is to be predicted.
             mask_id: The id of `<mask>`.
+            ids: Of images alone, pairs and texts alone, in this order.
 
         Raises:
             ValueError: shapes or counts don't fit; the message names the argument.
@@ -102,25 +110,33 @@ class MaskedBatch:
                 f"hidden_patches: {list(hidden_patches.shape)} is not the shape of visual_words, "
                 f"{list(visual_words.shape)}"
             )
-        lengths = tuple(len(text) for text in texts)
-        if lengths != tuple(len(mask) for mask in token_masks):
+        if [len(text) for text in texts] != [len(mask) for mask in token_masks]:
             raise ValueError("token_masks: not of the lengths of texts")
+        order = [*range(pairs), *sorted(range(pairs, len(texts)), key=lambda i: len(texts[i]))]
+        texts, token_masks = [texts[i] for i in order], [token_masks[i] for i in order]
+        ids = [*ids[: len(images)], *(ids[len(images) + i - pairs] for i in order[pairs:] if ids)]
+        lengths = tuple(len(text) for text in texts)
         patches = hidden_patches.shape[1] if len(images) else 0
-        layout = Layout.build(len(images), 1 + patches, lengths, pairs)
         text = torch.tensor([i for ids in texts for i in ids], dtype=torch.long)
         in_text = np.concatenate([*token_masks, np.zeros(0, bool)])
         text_places = torch.from_numpy(in_text).bool().nonzero().flatten()
         image_places = hidden_patches.flatten().nonzero().flatten()
         of_singles = int((image_places < (len(images) - pairs) * patches).sum())
         of_pairs = int((text_places < sum(lengths[:pairs])).sum())
+        layout = Layout.build(len(images), 1 + patches, lengths, pairs)
+        tokens = image_places + image_places // max(1, patches) + 1  # each picture's [CLS] is first
+        vision = torch.cat([tokens, torch.arange(len(images)) * (1 + patches)]).sort().values
+        language = torch.cat([text_places, layout.starts]).unique()
+        image_rows = torch.searchsorted(vision, tokens)
+        text_rows = torch.searchsorted(language, text_places)
         words = visual_words.flatten().long()
         masked = {
-            kind: Masked(places, targets[places])
-            for kind, places, targets in (
-                ("image", image_places[:of_singles], words),
-                ("pair_image", image_places[of_singles:], words),
-                ("pair_text", text_places[:of_pairs], text),
-                ("text", text_places[of_pairs:], text),
+            kind: Masked(targets[places], places, rows)
+            for kind, places, rows, targets in (
+                ("image", image_places[:of_singles], image_rows[:of_singles], words),
+                ("pair_image", image_places[of_singles:], image_rows[of_singles:], words),
+                ("pair_text", text_places[:of_pairs], text_rows[:of_pairs], text),
+                ("text", text_places[of_pairs:], text_rows[of_pairs:], text),
             )
             if len(places)
         }
@@ -132,6 +148,7 @@ class MaskedBatch:
             visual_words=visual_words,
             text=corrupted,
             layout=layout,
+            read=layout.reading(vision, language),
             masked=masked,
             lengths=lengths,
             pairs=pairs,
@@ -168,30 +185,30 @@ class MaskedDataModelling(nn.Module):
 
     def predict(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """Logits of each objective present: `[masked, codes]`, or `[masked, words]` of texts."""
-        has_images = len(batch.images) > 0
-        out = self.backbone.encode(
-            normalise(batch.images) if has_images else None,
+        return self._logits(self._hidden(batch), batch)
+
+    def _hidden(self, batch: MaskedBatch) -> Streams:
+        some = len(batch.images) > 0
+        return self.backbone.hidden(
+            normalise(batch.images) if some else None,
             batch.text,
             batch.layout,
-            batch.hidden_patches if has_images else None,
+            batch.hidden_patches if some else None,
+            batch.read,
         )
+
+    def _logits(self, hidden: Streams, batch: MaskedBatch) -> dict[str, Tensor]:
         logits: dict[str, Tensor] = {}
-        if out.vision is not None:
-            patches = batch.layout.image_tokens - 1
-            # A place counts patches only; in the encoder's output each picture has its [CLS] too.
-            logits |= self._heads(
-                self.image_head,
-                out.vision.flatten(0, 1),
-                {
-                    kind: batch.masked[kind].places + batch.masked[kind].places // patches + 1
-                    for kind in IMAGE_OBJECTIVES
-                    if kind in batch.masked
-                },
-            )
-        if out.text is not None:
-            kinds = [kind for kind in TEXT_OBJECTIVES if kind in batch.masked]
-            places = {kind: batch.masked[kind].places for kind in kinds}
-            logits |= self._heads(self.text_head, out.text, places)
+        for head, output, kinds in (
+            (self.image_head, hidden.vision, IMAGE_OBJECTIVES),
+            (self.text_head, hidden.language, TEXT_OBJECTIVES),
+        ):
+            present = [kind for kind in kinds if kind in batch.masked]
+            if output is not None and present:  # one matrix product for all of a head's objectives
+                rows = [batch.masked[kind].rows for kind in present]
+                found = head(output.index_select(0, torch.cat(rows)))
+                parts = found.split([len(own) for own in rows])
+                logits |= dict(zip(present, parts, strict=True))
         return logits
 
     @torch.no_grad()
@@ -204,24 +221,19 @@ class MaskedDataModelling(nn.Module):
             whole[batch.masked[kind].places] = logits.argmax(-1)
         return words, text
 
-    @staticmethod
-    def _heads(head: nn.Module, hidden: Tensor, places: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A head's logits at the places of each objective, in one matrix product."""
-        if not places:
-            return {}
-        at = list(places.values())
-        logits = head(hidden.index_select(0, torch.cat(at)))
-        return dict(zip(places, logits.split([len(x) for x in at]), strict=True))
-
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """The loss and, per objective present, `loss/*` and `accuracy/*` (scalars)."""
         results: dict[str, Tensor] = {}
+        hidden = self._hidden(batch)
+        # What an objective would read stays in the graph though nothing of it is masked here:
+        # engines want a gradient of every parameter, the same ones on every worker.
         loss = self.text_head.bias.new_zeros(())
+        for output in hidden:
+            loss = loss if output is None else loss + output.sum() * 0.0
         for head, kinds in ((self.image_head, IMAGE_OBJECTIVES), (self.text_head, TEXT_OBJECTIVES)):
             if not any(kind in batch.masked for kind in kinds):
-                # It stays in the graph all the same: engines want a gradient of every parameter.
                 loss = loss + (head.weight.sum() + head.bias.sum()) * 0.0
-        for name, logits in self.predict(batch).items():
+        for name, logits in self._logits(hidden, batch).items():
             targets = batch.masked[name].targets
             results[f"loss/{name}"] = part = F.cross_entropy(logits.float(), targets)
             results[f"accuracy/{name}"] = (logits.argmax(-1) == targets).float().mean()

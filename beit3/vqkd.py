@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from beit3.config import ModelConfig
 from beit3.device import to_device
 from beit3.model import PatchEmbedding
-from beit3.multiway import Encoder, Layout
+from beit3.multiway import Encoder, Layout, Streams
 from beit3.objectives import normalise
 
 
@@ -259,7 +259,9 @@ def codebook_health(codes: Tensor, codebook_size: int) -> dict[str, float]:
 def _encode_pictures(encoder: Encoder, tokens: Tensor) -> Tensor:
     n, length, _ = tokens.shape
     layout = to_device(Layout.build(n, length, [], 0), tokens.device)
-    return encoder(tokens.flatten(0, 1), layout).view(n, length, -1)
+    hidden = encoder(Streams(tokens.flatten(0, 1), None), layout).vision
+    assert hidden is not None
+    return hidden.view(n, length, -1)
 
 
 def _sums(features: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
