@@ -150,11 +150,10 @@ def measure_peak(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def needed_flops(config: ModelConfig, samples: Samples) -> float:
-    """FLOPs that a step needs: no padding, nothing twice, heads at masked positions only.
+    """FLOPs that a step needs: no padding, nothing twice, nothing that no loss reads.
 
-    A matrix product costs two per weight and row; its backward pass twice that. Pixels need no
-    gradient. Every block is counted for every token, the last one too, of which a formulation may
-    leave out the tokens that nothing reads: it then counts less than this.
+    After the last block's attention only masked positions, `[CLS]` and `<s>` are read. A matrix
+    product costs two per weight and row; its backward pass twice that. Pixels need no gradient.
     """
     image_tokens = 1 + config.patches
     texts = [len(text) for text in samples.texts]
@@ -163,14 +162,16 @@ def needed_flops(config: ModelConfig, samples: Samples) -> float:
     lengths = [image_tokens] * singles
     lengths += [image_tokens + n for n in texts[: samples.pairs]]
     lengths += texts[samples.pairs :]
-    linear = 4 * config.hidden**2 + 2 * config.hidden * config.mlp
+    masked = sum(int(mask.sum()) for mask in samples.token_masks)
+    read = int(samples.hidden_patches.sum()) + masked + len(samples.images) + len(texts)
+    qkv, rest = 3 * config.hidden**2, config.hidden**2 + 2 * config.hidden * config.mlp
+    linear = config.layers * tokens * qkv + ((config.layers - 1) * tokens + read) * rest
     attention = 2 * config.hidden * sum(n * n for n in lengths)
     patch = 3 * config.patch_size**2
     patches = len(samples.images) * config.patches * patch * config.hidden
     codes = int(samples.hidden_patches.sum()) * config.codebook_size * config.hidden
-    masked = sum(int(mask.sum()) for mask in samples.token_masks)
     words = masked * config.vocab_size * config.hidden
-    layers = config.layers * (tokens * linear + attention)
+    layers = linear + config.layers * attention
     return 2.0 * (3 * (layers + codes + words) + 2 * patches)
 
 
