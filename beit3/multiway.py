@@ -475,23 +475,25 @@ class Encoder(nn.Module):
         )
 
     def _initialise(self, config: ModelConfig) -> None:
-        """Sub-LN: Xavier with Magneto's gain; else BEiT's output matrices scaled by 1/sqrt(2l)."""
+        """Sub-LN: Xavier with Magneto's gain on values and outputs (arXiv 2210.06423, section 3).
+        Else BEiT's, as the paper's footnote 4 has it: uniform in a small range, and the output
+        matrices of layer l divided by sqrt(2l). The range, 0.02 at the paper's width of 1408, grows
+        as the square root of the width shrinks, so that activations begin alike at every size.
+        """
         gain = math.sqrt(math.log(2 * config.layers)) if config.sub_ln else 1.0
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            nn.init.xavier_normal_(module.weight)
-            nn.init.zeros_(module.bias)
-            if config.sub_ln and ".qkv" in name:
-                with torch.no_grad():
-                    module.weight[2 * config.hidden :] *= gain  # the values, not queries and keys
-            elif config.sub_ln:
-                with torch.no_grad():
-                    module.weight *= gain
-        if not config.sub_ln:
-            for layer, block in enumerate(self.blocks, start=1):
-                for name, module in block.named_modules():
+        extent = 0.02 * math.sqrt(1408 / config.hidden)
+        for layer, block in enumerate(self.blocks, start=1):
+            for name, module in block.named_modules():
+                if not isinstance(module, nn.Linear):
+                    continue
+                nn.init.zeros_(module.bias)
+                if not config.sub_ln:
                     output = name.endswith("fc2") or ".out" in name
-                    if isinstance(module, nn.Linear) and output:
-                        with torch.no_grad():
-                            module.weight /= math.sqrt(2.0 * layer)
+                    bound = extent / math.sqrt(2.0 * layer) if output else extent
+                    nn.init.uniform_(module.weight, -bound, bound)
+                    continue
+                nn.init.xavier_normal_(module.weight)
+                # Of queries, keys and values, the values only.
+                scaled = module.weight[2 * config.hidden :] if ".qkv" in name else module.weight
+                with torch.no_grad():
+                    scaled *= gain

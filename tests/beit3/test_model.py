@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from beit3.config import ModelConfig
-from beit3.model import BEiT3, interpolate_positions
+from beit3.model import BEiT3, interpolate_positions, pack_texts
+from beit3.multiway import Layout, Streams
 from beit3.released import from_released
 from beit3.weights import load_into
 
@@ -36,6 +39,12 @@ PAPER = ModelConfig(
     attention="shared",
     vl_layers=1,
     sub_ln=False,
+)
+
+
+STANDARD = replace(PAPER, multiway=False, vl_layers=0)
+VARIANTS = pytest.mark.parametrize(
+    "config", [RELEASED, PAPER, STANDARD], ids=["released", "paper", "standard"]
 )
 
 
@@ -109,28 +118,95 @@ def test_load_names_each_key_that_does_not_fit(released: BEiT3) -> None:
     assert "encoder.norm.vision.bias: has shape [3], expected [64]" in text
 
 
-@pytest.mark.parametrize("config", [RELEASED, PAPER], ids=["released", "paper"])
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "config", [RELEASED, PAPER, STANDARD], ids=["released", "paper", "standard"]
+)
 @torch.no_grad()
-def test_packed_batch_gives_each_sample_what_it_gives_alone(config: ModelConfig) -> None:
-    torch.manual_seed(0)
+def test_packed_batch_gives_each_sample_what_it_gives_alone(config: ModelConfig, seed: int) -> None:
+    """Whatever the numbers of images, pairs and texts, their lengths and sizes, and the mask."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     model = BEiT3(config).eval()
-    images = torch.randn(5, 3, 32, 32)
-    lengths = [4, 9, 2, 7, 12]
+    singles, pairs, alone = rng.integers(0, [4, 4, 12])
+    if singles + pairs + alone == 0:
+        alone = 1
+    causal = bool(rng.random() < 0.3)
+    side = int(rng.choice([24, 32, 40]))
+    images = torch.randn(singles + pairs, 3, side, side)
+    hidden = torch.rand(len(images), (side // 8) ** 2) < 0.3
+    lengths = rng.integers(1, 15, pairs + alone).tolist()
     text = torch.randint(0, config.vocab_size, (sum(lengths),))
-    out = model(images=images, text=text, lengths=lengths, pairs=2)
+    out = model(
+        images=images if len(images) else None,
+        text=text if len(text) else None,
+        lengths=lengths,
+        pairs=int(pairs),
+        hidden_patches=hidden if len(images) else None,
+        causal_text=causal,
+    )
     texts = text.split(lengths)
-    outs = out.text.split(lengths)
-    for i in range(3):
-        alone = model(images=images[i : i + 1])
-        torch.testing.assert_close(out.vision[i], alone.vision[0], atol=2e-5, rtol=1e-5)
-    for i in range(2):
-        j = 3 + i
-        alone = model(images=images[j : j + 1], text=texts[i], lengths=[lengths[i]], pairs=1)
-        torch.testing.assert_close(out.vision[j], alone.vision[0], atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(outs[i], alone.text, atol=2e-5, rtol=1e-5)
-    for i in range(2, 5):
-        alone = model(text=texts[i], lengths=[lengths[i]])
-        torch.testing.assert_close(outs[i], alone.text, atol=2e-5, rtol=1e-5)
+    found = out.text.split(lengths) if lengths else ()
+    for i in range(singles):
+        own = model(images=images[i : i + 1], hidden_patches=hidden[i : i + 1])
+        torch.testing.assert_close(out.vision[i], own.vision[0], atol=2e-5, rtol=1e-5)
+    for i in range(pairs):
+        j = singles + i
+        own = model(
+            images=images[j : j + 1],
+            text=texts[i],
+            lengths=[lengths[i]],
+            pairs=1,
+            hidden_patches=hidden[j : j + 1],
+            causal_text=causal,
+        )
+        torch.testing.assert_close(out.vision[j], own.vision[0], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(found[i], own.text, atol=2e-5, rtol=1e-5)
+    for i in range(pairs, len(lengths)):
+        own = model(text=texts[i], lengths=[lengths[i]], causal_text=causal)
+        torch.testing.assert_close(found[i], own.text, atol=2e-5, rtol=1e-5)
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    assert out.text_starts.tolist() == starts
+
+
+@pytest.mark.parametrize(
+    "config", [RELEASED, PAPER, STANDARD], ids=["released", "paper", "standard"]
+)
+def test_what_is_read_is_what_the_whole_output_has_there(config: ModelConfig) -> None:
+    """Of tokens in any of the streams' parts, also where a part or a whole stream is not read."""
+    torch.manual_seed(0)
+    model = BEiT3(replace(config, drop_path=0.5))  # evaluated: nothing is dropped
+    model.eval()
+    images, lengths = torch.randn(4, 3, 32, 32), [5, 3, 9, 2]
+    text = torch.randint(0, config.vocab_size, (sum(lengths),))
+    layout = Layout.build(4, 17, lengths, 2)
+    whole = model.hidden(images, text, layout)
+    for vision, language in (
+        ([0, 16, 17, 40, 67], [0, 4, 8, 18]),
+        ([3, 20], [8, 9]),  # nothing of pairs
+        ([34, 66], [1, 7]),  # nothing but pairs
+        (None, [1, 10]),
+        ([5, 50], None),
+        ([50], None),
+    ):
+        at = Streams(*(None if p is None else torch.tensor(p) for p in (vision, language)))
+        read = model.hidden(images, text, layout, read=layout.reading(*at))
+        for places, some, everything in zip(at, read, whole, strict=True):
+            assert (some is None) == (places is None)
+            if places is not None and everything is not None:
+                torch.testing.assert_close(some, everything[places], atol=1e-5, rtol=1e-5)
+
+
+def test_padded_texts_are_packed() -> None:
+    padded = torch.tensor([[5, 6, 7, 1], [8, 1, 1, 1], [9, 10, 11, 12]])
+    packed, lengths = pack_texts(padded, padded == 1)
+    assert (packed.tolist(), lengths) == ([5, 6, 7, 8, 9, 10, 11, 12], [3, 1, 4])
+    with pytest.raises(ValueError, match="padding: text 1 is all padding"):
+        pack_texts(padded, torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]]).bool())
+    with pytest.raises(ValueError, match="padding: text 2 has padding before a token"):
+        pack_texts(padded, torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 1, 0, 0]]).bool())
+    with pytest.raises(ValueError, match=r"expected the shape of padded, \[3, 4\], got \[3, 3\]"):
+        pack_texts(padded, torch.zeros(3, 3).bool())
 
 
 def test_each_expert_learns_from_its_own_modality_only() -> None:
@@ -166,6 +242,8 @@ def test_each_expert_learns_from_its_own_modality_only() -> None:
         ({"text": torch.tensor([1, 50]), "lengths": [2]}, r"ids span 1\.\.50"),
         ({"text": torch.tensor([1, 2, 3]), "lengths": [2]}, r"expected \[2\] packed ids"),
         ({"text": torch.tensor([1, 2]), "lengths": [2, 0]}, "a text has no tokens"),
+        ({"text": torch.zeros(2), "lengths": [2]}, "expected integer ids, got torch.float32"),
+        ({"lengths": [2]}, "1 texts are announced, but text is empty"),
         ({"text": torch.zeros(21, dtype=torch.long), "lengths": [21]}, "position table ends at 20"),
         ({"images": torch.zeros(1, 3, 32, 32), "pairs": 1}, "pairs: got 1 with 1 images, 0 texts"),
     ],
