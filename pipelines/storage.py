@@ -30,13 +30,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import parse_qsl, urlparse
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 FORMAT_VERSION = 1
+S3_ATTEMPTS = 10
 ROW_GROUP_ROWS = 256  # small enough to seek in: about 8 MB of 256-pixel JPEGs
 
 
@@ -409,23 +410,43 @@ class Dataset:
 
 
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    if uri.startswith("s3://") and "?" not in uri:
-        # A bare endpoint addresses buckets as virtual hosts unless it goes through the URI's
-        # options, so AWS_ENDPOINT_URL is spelled out here.
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        if endpoint:
-            parsed = urlparse(endpoint)
-            uri += f"?endpoint_override={parsed.netloc}&scheme={parsed.scheme}"
-    return pafs.FileSystem.from_uri(uri)
+    return _s3(uri) if uri.startswith("s3://") else pafs.FileSystem.from_uri(uri)
+
+
+def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
+    """S3 with patience: what fails with 5xx, throttling or a broken connection is tried again,
+    after longer and longer pauses. Large objects go up in several parts."""
+    parsed = urlparse(uri)
+    options = dict(parse_qsl(parsed.query))
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        # As it is, pyarrow would address buckets as virtual hosts of it.
+        at = urlparse(endpoint)
+        options = {"endpoint_override": at.netloc + at.path, "scheme": at.scheme} | options
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region:
+        options = {"region": region} | options
+    elif "region" not in options and "endpoint_override" not in options:
+        options["region"] = pafs.resolve_s3_region(parsed.netloc)
+    unknown = options.keys() - {"endpoint_override", "scheme", "region"}
+    if unknown:
+        raise pa.ArrowInvalid(f"unknown option {', '.join(sorted(unknown))} in the URI")
+    patience = pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)
+    return pafs.S3FileSystem(**options, retry_strategy=patience), parsed.netloc + parsed.path
 
 
 def _s3_put_if_absent(path: str, data: bytes) -> bool:
     import boto3  # here, because most processes never commit
+    from botocore.config import Config
     from botocore.exceptions import ClientError
+
+    patience = Config(retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS})
 
     bucket, key = path.split("/", 1)
     try:
-        boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        boto3.client("s3", config=patience).put_object(
+            Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"
+        )
         return True
     except ClientError as error:
         if error.response.get("Error", {}).get("Code") in {"PreconditionFailed", "412"}:

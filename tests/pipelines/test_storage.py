@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulty_proxy import faulty_proxy
 
 from pipelines.storage import (
     ROW_GROUP_ROWS,
@@ -360,3 +361,43 @@ def test_part_records_survive_json(store: Store) -> None:
     )
     assert type(record).from_json(record.to_json()) == record
     assert json.loads(record.to_json())["file"]["rows"] == 1
+
+
+# -- a bucket with bad days ------------------------------------------------------------------------
+
+
+def test_errors_of_the_server_change_nothing_but_time(
+    s3_server: str, s3_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request in seven gets a 500 or 503, half of these though it was done."""
+    with faulty_proxy(s3_server, share=0.15) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.url)
+        store = Store(s3_store)
+        large = bytes(range(256)) * 50_000  # goes up in parts
+        contents = {f"a/{i}": f"object {i}".encode() * 50 for i in range(30)} | {"a/large": large}
+        for name, data in contents.items():
+            store.write(name, data)
+        for number in range(10):
+            store.put_if_absent(f"b/{number}", b"mine")  # False where its own put was done unseen
+            assert not store.put_if_absent(f"b/{number}", b"theirs")
+        assert faults.failed > 10
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    store = Store(s3_store)
+    assert store.list("a") == sorted(n.removeprefix("a/") for n in contents)
+    assert all(store.read(name) == data for name, data in contents.items())
+    assert all(store.read(f"b/{number}") == b"mine" for number in range(10))
+
+
+def test_patience_travels_with_the_filesystem(s3_store: str) -> None:
+    """Ray's workers get the filesystem itself, and write through it."""
+    store = Store(s3_store)
+    again = pickle.loads(pickle.dumps(store.fs))
+    with again.open_output_stream(store.path("x")) as stream:
+        stream.write(b"y")
+    assert store.read("x") == b"y"
+    assert pickle.loads(pickle.dumps(store)).read("x") == b"y"
+
+
+def test_an_unknown_option_of_a_bucket_is_named() -> None:
+    with pytest.raises(StoreError, match="unknown option endpoint in the URI"):
+        Store("s3://bucket/prefix?endpoint=http://127.0.0.1:1")
