@@ -8,6 +8,7 @@ many workers wrote it.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipelines import bundles, console
+from pipelines import bundles
 from pipelines.storage import Store, StoreError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,17 +49,17 @@ def save(store: Store, run: str, step: int, engine: Any, *, rank: int, keep: int
         store.delete(folder(run, old))
 
 
-def restore(store: Store, run: str, engine: Any) -> int:
+def restore(store: Store, run: str, engine: Any, say: Callable[[str], None]) -> int:
     """Load the newest sound checkpoint into the engine; returns its step, 0 if there is none.
 
-    A damaged checkpoint is named on the console and the one before it is taken.
+    A damaged checkpoint is named to `say` and the one before it is taken.
     """
     for step in reversed(_steps(store, run)):
         with tempfile.TemporaryDirectory() as temporary:
             try:
                 bundles.load(store, folder(run, step), Path(temporary))
             except StoreError as error:
-                console.say(f"checkpoint of step {step} is damaged, trying an older: {error}")
+                say(f"checkpoint of step {step} is damaged, trying an older: {error}")
                 continue
             engine.module.load_state_dict(load_file(Path(temporary) / "model.safetensors"))
             optimizer = load_file(Path(temporary) / "optimizer.safetensors")

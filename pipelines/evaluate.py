@@ -387,4 +387,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from pipelines.evaluate import main  # Ray's workers know the file by this name only
+
     main()

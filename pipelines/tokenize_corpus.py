@@ -272,4 +272,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from pipelines.tokenize_corpus import main  # Ray's workers know the file by this name only
+
     main()

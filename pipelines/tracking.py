@@ -1,7 +1,7 @@
 """MLflow: parameters, curves, pictures; one run per job, resumed by the job that resumes.
 
 The tracking URI is MLFLOW_TRACKING_URI, or a SQLite file in the (local) store. Metrics go through a
-buffer and a background thread, so that a slow or absent server never holds up training.
+buffer and a background thread, so that a slow or absent server never holds up a step.
 """
 
 from __future__ import annotations

@@ -180,8 +180,9 @@ def fit(
     try:
         with _progress(store, run):
             _launch(run)
-    except BaseException:
-        if handle is not None:
+    except BaseException as error:
+        stopped = tuned and isinstance(error, SystemExit)  # by Tune: the sweep says how it ended
+        if handle is not None and not stopped:
             with contextlib.suppress(Exception):
                 tracking.finish_run(handle, "FAILED")
         raise
@@ -246,12 +247,14 @@ def _worker(arguments: dict[str, Any]) -> None:
     torch.manual_seed(run.config.seed)
     module = run.recipe.build().to(device)
     engine = _engine(run, module, world)
-    start = checkpoints.restore(store, run.name, engine)
-    if rank == 0 and start:
-        console.say(f"{run.name}: resumed from step {start}")
+    said: list[str] = []  # the job's process shows it: a worker's own console is out of sight
+    start = checkpoints.restore(store, run.name, engine, said.append)
+    if start:
+        said.append(f"{run.name}: resumed from step {start}")
     handle = run.tracking if rank == 0 else None
     with tracking.Logger(handle) as logger:
-        metrics = _steps(run, store, engine, logger, start, rank, world, device)
+        clock = _Clock(run, store, logger, start, said) if rank == 0 else None
+        metrics = _steps(run, store, engine, logger, clock, start, rank, world, device)
         if rank == 0:
             _publish(run, store, engine.module, metrics)
             logger.metrics(run.config.steps, {f"final/{k}": v for k, v in metrics.items()})
@@ -271,6 +274,7 @@ def _steps(
     store: Store,
     engine: Any,
     logger: tracking.Logger,
+    clock: _Clock | None,
     start: int,
     rank: int,
     world: int,
@@ -280,7 +284,6 @@ def _steps(
     make = run.recipe.batches(rank, world)
     batches = Prefetcher(make, range(start * config.accumulate, config.steps * config.accumulate))
     metrics: dict[str, float] = {}
-    clock = _Clock(run, store, logger, start) if rank == 0 else None
     try:
         for step in range(start, config.steps):
             # Dropout and the like are a function of the step, so that a resumed run repeats them.
@@ -309,6 +312,7 @@ def _steps(
             if clock:
                 clock.show(done)
             if save:
+                logger.flush(10.0)  # a run that goes on from here doesn't log these steps again
                 checkpoints.save(
                     store, run.name, done, engine, rank=rank, keep=config.keep_checkpoints
                 )
@@ -442,11 +446,15 @@ def _mean_over_workers(results: Mapping[str, Tensor], world: int) -> dict[str, f
 class _Clock:
     """Logs a step's numbers and tells the job's process how far the run is."""
 
-    def __init__(self, run: Run, store: Store, logger: tracking.Logger, start: int) -> None:
-        self.run, self.store, self.logger = run, store, logger
+    def __init__(
+        self, run: Run, store: Store, logger: tracking.Logger, start: int, said: list[str]
+    ) -> None:
+        self.run, self.store, self.logger, self.said = run, store, logger, said
         self.last_log, self.last_step = time.monotonic(), start
         self.last_shown = 0.0
         self.note = ""
+        if said:
+            self.show(start)
 
     def log(self, step: int, values: dict[str, float], engine: Any, wait: float) -> None:
         now = time.monotonic()
@@ -470,7 +478,7 @@ class _Clock:
         now = time.monotonic()
         if now - self.last_shown > 1.0 or step == self.run.config.steps:
             self.last_shown = now
-            body = json.dumps({"step": step, "note": self.note})
+            body = json.dumps({"step": step, "note": self.note, "said": self.said})
             with contextlib.suppress(OSError):
                 self.store.write(f"{self.run.name}/progress.json", body.encode())
 
@@ -491,11 +499,15 @@ def _progress(store: Store, run: Run) -> Iterator[None]:
     def watch() -> None:
         with console.bar(run.name, total=run.config.steps, unit="step") as bar:
             bar.set_postfix_str("starting workers", refresh=False)
-            begun = False
+            begun, said = False, []
             while True:
                 ended = stop.wait(1.0)
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     seen = json.loads(store.read(f"{run.name}/progress.json"))
+                    if seen["said"] != said:  # workers started, perhaps not for the first time
+                        said = seen["said"]
+                        for line in said:
+                            console.say(line)
                     if not begun:  # the time left is of the steps, not of starting the workers
                         begun = True
                         bar.initial = bar.n = seen["step"]

@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines import cluster, config, console, finetune, tracking
+from pipelines import bundles, cluster, config, console, finetune, tracking
 from pipelines.finetune import FinetuneConfig
 from pipelines.storage import Store, StoreError, fingerprint
 from tuning import spaces
@@ -91,6 +91,8 @@ def run(cfg: SweepConfig) -> dict[str, Any]:
     )
     _, metric = spaces.load(cfg.finetune.task)
     results = _tuner(cfg, store, print_of, handle.run_id).fit()
+    for result in results:
+        _close(cfg, store, result)
     rows = [_row(result, metric) for result in results]
     rows.sort(key=lambda row: (row["score"] is None, -(row["score"] or 0.0)))
     if not rows or rows[0]["score"] is None:
@@ -185,6 +187,15 @@ def trial_config(cfg: SweepConfig, chosen: dict[str, Any]) -> FinetuneConfig:
 
 def _trial(chosen: dict[str, Any], *, cfg: SweepConfig, parent: str) -> None:
     finetune.run(trial_config(cfg, chosen), parent=parent, tuned=True)
+
+
+def _close(cfg: SweepConfig, store: Store, result: Any) -> None:
+    """End the MLflow run of a trial that Tune stopped: the trial itself could not."""
+    trial = trial_config(cfg, result.config)
+    note = f"runs/{trial.name}/mlflow.json"
+    if store.exists(note) and not result.error:
+        status = "FINISHED" if bundles.exists(store, trial.output) else "KILLED"
+        tracking.finish_run(tracking.RunHandle(**store.read_json(note)), status)
 
 
 def _row(result: Any, metric: str) -> dict[str, Any]:

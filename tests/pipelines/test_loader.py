@@ -1,0 +1,218 @@
+"""The order of samples: a function of commits, seed and epoch, whoever reads them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from small_corpus import picture, publish
+
+from pipelines import samples as sampling
+from pipelines.loader import STREAMS, WINDOW, Order, ParquetRows, Prefetcher, RowGroup, share
+from pipelines.samples import Pictures, Samples, ViewConfig
+from pipelines.storage import ROW_GROUP_ROWS, Store, StoreError
+
+SCHEMA = pa.schema([("id", pa.string()), ("words", pa.list_(pa.int32()))])
+
+
+def rows(name: str, count: int) -> list[dict[str, object]]:
+    return [{"id": f"{name}/{i}", "words": [i]} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two datasets, 1,100 rows in four files; a file of three row groups, and an empty one."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    publish(store, "one", SCHEMA, rows("a", 2 * ROW_GROUP_ROWS + 88), [], rows("b", 130))
+    publish(store, "two", SCHEMA, rows("c", 370))
+    publish(store, "empty", SCHEMA, [])
+    return store
+
+
+def drawn(
+    store: Store,
+    *,
+    seed: int = 0,
+    batch: int = 20,
+    rank: int = 0,
+    world: int = 1,
+    names: Sequence[str] = ("one", "two"),
+) -> Samples:
+    datasets = [store.dataset(name) for name in names]
+    return Samples(datasets, columns=["id"], seed=seed, batch=batch, rank=rank, world=world)
+
+
+def ids(samples: Samples, steps: range) -> list[list[str]]:
+    return [[s.row["id"] for s in samples(step)] for step in steps]
+
+
+# -- order ----------------------------------------------------------------------------------------
+
+
+def test_order_is_a_function_of_commit_seed_and_epoch(store: Store) -> None:
+    first, again = ids(drawn(store), range(60)), drawn(store)
+    assert first == ids(again, range(60))
+    # A batch does not depend on those before it: a resumed run asks for the middle at once.
+    assert ids(drawn(store), range(41, 44)) == first[41:44]
+    assert [ids(again, range(n, n + 1))[0] for n in (50, 3, 50)] == [first[50], first[3], first[50]]
+    assert ids(drawn(store, seed=1), range(60)) != first
+    second = [s.row["id"] for s in map(again.sample, range(1100, 2200))]
+    assert [i for batch in first[:55] for i in batch] != second  # 55 batches are 1,100 rows
+
+
+def test_another_commit_is_another_order(store: Store, tmp_path: Path) -> None:
+    other = Store(tmp_path)
+    publish(other, "one", SCHEMA, rows("b", 130), rows("a", 2 * ROW_GROUP_ROWS + 88))
+    publish(other, "two", SCHEMA, rows("c", 370))
+    assert ids(drawn(other), range(3)) != ids(drawn(store), range(3))
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 127, 255, 300, 1100, 2 * STREAMS * 300 + 5])
+def test_an_epoch_has_every_row_once(count: int) -> None:
+    sizes = [ROW_GROUP_ROWS] * (count // ROW_GROUP_ROWS) + [count % ROW_GROUP_ROWS]
+    groups = [RowGroup(0, "file", i, n) for i, n in enumerate(sizes) if n]
+    order = Order(groups, seed=7)
+    everything = {(g.index, row) for g in groups for row in range(g.rows)}
+    for epoch in range(2):
+        places = range(epoch * count, (epoch + 1) * count)
+        assert {order.epoch_of(g) for g in places} == {epoch}
+        found = [(group.index, row) for group, row in map(order.locate, places)]
+        assert len(found) == count and set(found) == everything
+
+
+def test_rows_are_shuffled_far(store: Store) -> None:
+    """Neighbours of a file don't stay neighbours, and each batch mixes the datasets."""
+    order = [place for batch in ids(drawn(store), range(55)) for place in batch]
+    assert order != sorted(order)
+    places = [int(place.split("/")[1]) for place in order]
+    near = [abs(b - a) <= 1 for a, b in itertools.pairwise(places)]
+    assert np.mean(near) < 0.05
+    assert len({p.split("/")[0] for p in order[:20]}) > 1
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_workers_share_the_same_batches(store: Store, world: int) -> None:
+    whole = drawn(store, batch=24)
+    shares = [drawn(store, batch=24, rank=rank, world=world) for rank in range(world)]
+    for step in (0, 1, 7, 45, 46, 91, 92):  # epochs end within batches 45 and 91
+        wanted = {s.number: (s.row["id"], s.epoch, s.rng.random()) for s in whole(step)}
+        found = [
+            {s.number: (s.row["id"], s.epoch, s.rng.random()) for s in one(step)} for one in shares
+        ]
+        assert [len(f) for f in found] == [24 // world] * world
+        assert {k: v for one in found for k, v in one.items()} == wanted
+
+
+def test_a_worker_reads_only_its_streams_of_an_epoch() -> None:
+    """So that a row group is fetched by few workers."""
+    count = 4 * STREAMS * ROW_GROUP_ROWS
+    groups = [RowGroup(0, "file", i, ROW_GROUP_ROWS) for i in range(count // ROW_GROUP_ROWS)]
+    order = Order(groups, seed=0)
+    read = [{order.locate(g)[0].index for g in range(rank, count, 4)} for rank in range(4)]
+    assert sum(len(r) for r in read) == len(groups) == len(set().union(*read))
+    first = {order.locate(g)[0].index for g in range(STREAMS * WINDOW)}
+    assert len(first) == len(groups)  # a window's worth of every stream
+
+
+def test_a_batch_that_cant_be_shared_is_an_error() -> None:
+    assert share(3, 6, 1, 3) == [19, 22]
+    with pytest.raises(ValueError, match="batch 6 is not divisible by the number of workers 4"):
+        share(0, 6, 0, 4)
+
+
+def test_nothing_to_train_on_is_an_error(store: Store) -> None:
+    with pytest.raises(StoreError, match=r"no rows to train on.*empty"):
+        ParquetRows([store.dataset("empty")])
+    with pytest.raises(StoreError, match="none given"):
+        ParquetRows([])
+    with pytest.raises(StoreError, match="does not exist"):
+        ParquetRows([store.dataset("three")])
+
+
+def test_rows_are_read_as_committed(store: Store) -> None:
+    source = ParquetRows([store.dataset("one"), store.dataset("two")], ["words", "missing"])
+    assert source.rows == 1100
+    sizes = [(g.dataset, g.index, g.rows) for g in source.groups]
+    assert sizes == [(0, 0, 256), (0, 1, 256), (0, 2, 88), (0, 0, 130), (1, 0, 256), (1, 1, 114)]
+    assert source.row(source.groups[2], 3) == {"words": [515]}
+    assert source.row(source.groups[5], 113) == {"words": [369]}
+
+
+# -- the prefetcher --------------------------------------------------------------------------------
+
+
+def test_batches_come_in_order_and_end() -> None:
+    assert list(Prefetcher(lambda step: step * step, range(3, 40))) == [n * n for n in range(3, 40)]
+    assert list(Prefetcher(lambda step: step, range(0))) == []
+
+
+def test_an_error_comes_at_its_batch_and_stays() -> None:
+    def make(step: int) -> int:
+        if step == 2:
+            raise OSError("the bucket is gone")
+        return step
+
+    batches = Prefetcher(make, range(5))
+    assert [next(batches), next(batches)] == [0, 1]
+    for _ in range(2):
+        with pytest.raises(OSError, match="the bucket is gone"):
+            next(batches)
+    batches.close()
+
+
+def test_it_works_ahead_by_its_depth_and_closes() -> None:
+    made: list[int] = []
+    third = threading.Event()
+
+    def make(step: int) -> int:
+        made.append(step)
+        if step == 2:
+            third.set()
+        return step
+
+    before = threading.active_count()
+    batches = Prefetcher(make, range(1000), depth=2)
+    assert third.wait(30)  # two wait in the queue, the third is in its hands
+    assert next(batches) == 0
+    batches.close()
+    assert threading.active_count() == before
+    assert len(made) <= 4
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_pictures_are_decoded_once_while_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    real = sampling.decode
+
+    def counted(data: bytes) -> object:
+        decoded.append(data)
+        return real(data)
+
+    monkeypatch.setattr(sampling, "decode", counted)
+    first, second = picture(1), picture(2)
+    size = np.prod(real(first).size) * 3
+    monkeypatch.setattr(sampling, "PICTURE_CACHE_BYTES", int(size))
+    pictures = Pictures()
+    for _ in range(2):
+        assert pictures("one", first).size == real(first).size
+        assert pictures("two", second).size == real(second).size
+    assert decoded == [first, second, second]  # there was no room for the second
+
+
+def test_views_are_drawn_from_the_samples_own_numbers() -> None:
+    image = Pictures()("one", picture(1))
+    views = ViewConfig(scale=(0.3, 0.6), flip=0.5)
+    one, same, other = (views.pixels(image, np.random.default_rng(n), 16) for n in (0, 0, 1))
+    assert one.shape == (3, 16, 16) and np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+    with pytest.raises(ValueError, match=r"view\.scale"):
+        ViewConfig(scale=(0.5, 1.5))
+    with pytest.raises(ValueError, match=r"view\.flip"):
+        ViewConfig(flip=2.0)

@@ -1,0 +1,310 @@
+"""Pretraining's batches, and what it refuses before it starts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_corpus
+import torch
+
+from beit3 import weights
+from beit3.text import UNK
+from beit3.transforms import View, apply_view, decode
+from pipelines import (
+    bundles,
+    cluster,
+    contrast,
+    models,
+    pretrain,
+    tracking,
+    train_text_tokenizer,
+    trainer,
+)
+from pipelines.pretrain import PretrainConfig, PretrainRecipe, run
+from pipelines.storage import Dataset, Store, StoreError, fingerprint
+from pipelines.tokenize_corpus import IMAGE_TOKENS
+
+ALONE, PAIRS, TEXTS = 4, 8, 4  # of a batch
+
+
+@pytest.fixture(scope="module")
+def recipe(corpus: Store) -> PretrainRecipe:
+    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    return PretrainRecipe(small_corpus.pretraining(corpus), tokenizer)
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+def test_a_batch_has_images_texts_and_pairs(recipe: PretrainRecipe) -> None:
+    batch = recipe.batches(0, 1)(0)
+    kinds = [name.split("/")[0] for name in batch.ids]
+    assert kinds == ["alone"] * ALONE + ["pairs"] * PAIRS + ["words"] * TEXTS
+    assert batch.images.shape == (ALONE + PAIRS, 3, small_corpus.SIZE, small_corpus.SIZE)
+    assert batch.images.dtype == torch.uint8
+    assert recipe.samples_per_batch() == len(batch.ids)
+
+
+def test_a_batch_is_a_function_of_its_number(recipe: PretrainRecipe) -> None:
+    batches = recipe.batches(0, 1)
+    early = [batches(step) for step in range(12)]
+    later = recipe.batches(0, 1)
+    for step in (11, 2, 7):  # as a run resumed there would ask
+        again = later(step)
+        assert again.ids == early[step].ids
+        assert torch.equal(again.images, early[step].images)
+        assert torch.equal(again.text, early[step].text)
+    assert len({tuple(batch.ids) for batch in early}) == 12
+    other = replace(recipe, cfg=replace(recipe.cfg, train=replace(recipe.cfg.train, seed=1)))
+    assert other.batches(0, 1)(0).ids != early[0].ids
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_workers_share_the_same_batch(world: int, recipe: PretrainRecipe) -> None:
+    whole = recipe.batches(0, 1)
+    workers = [recipe.batches(rank, world) for rank in range(world)]
+    for step in (0, 3, 9):
+        batch, shares = whole(step), [worker(step) for worker in workers]
+        assert sorted(i for share in shares for i in share.ids) == sorted(batch.ids)
+        for share in shares:
+            kinds = Counter(name.split("/")[0] for name in share.ids)
+            assert kinds == {"alone": ALONE / world, "pairs": PAIRS / world, "words": TEXTS / world}
+        # Pixels, and tokens with what is hidden of them, are those of the whole.
+        pixels = {t.numpy().tobytes() for share in shares for t in share.images}
+        assert pixels == {t.numpy().tobytes() for t in batch.images}
+        tokens = torch.cat([share.text for share in shares])
+        assert torch.equal(tokens.sort().values, batch.text.sort().values)
+
+
+def test_an_epoch_has_every_sample_once(recipe: PretrainRecipe) -> None:
+    """34 pairs, 14 sound pictures alone, and the pieces of 25 texts."""
+    batches = recipe.batches(0, 1)
+    seen: dict[str, list[str]] = {"alone": [], "pairs": [], "words": []}
+    for step in range(17):
+        for name in batches(step).ids:
+            seen[name.split("/")[0]].append(name)
+    for kind, rows in (("alone", 14), ("pairs", 34)):
+        for start in range(0, len(seen[kind]) - rows, rows):
+            assert len(set(seen[kind][start : start + rows])) == rows, kind
+    assert small_corpus.BROKEN not in seen["alone"]
+
+
+def test_pictures_are_the_views_that_were_tokenized(recipe: PretrainRecipe, corpus: Store) -> None:
+    """By the row in the source that the tokens name; views alternate from epoch to epoch."""
+    sources = {
+        row["id"]: row["image"]["bytes"]
+        for name in ("pairs", "alone")
+        for row in corpus.dataset(f"images/{name}").read_table().to_pylist()
+    }
+    tokens = {
+        row["id"]: row["views"]
+        for name in ("pairs", "alone")
+        for row in corpus.dataset(f"tokens/{name}").read_table().to_pylist()
+    }
+    batches, drawn = recipe.batches(0, 1), Counter[str]()
+    for step in range(10):
+        batch = batches(step)
+        for name, pixels in zip(batch.ids, batch.images, strict=False):
+            view = tokens[name][drawn[name] % 2]
+            drawn[name] += 1
+            picture = decode(sources[name])
+            wanted = apply_view(picture, View(tuple(view["box"]), view["flip"]), small_corpus.SIZE)
+            assert np.array_equal(pixels.numpy(), wanted), (step, name)
+    assert set(drawn.values()) == {2, 3}  # 80 draws of 34 pairs, 40 of 14 pictures
+
+
+def test_some_tokens_of_a_batch_are_hidden(recipe: PretrainRecipe, corpus: Store) -> None:
+    mask = recipe.tokenizer.mask_id
+    batch = recipe.batches(0, 1)(0)
+    known = {
+        row["id"]: row["ids"] for row in corpus.dataset("tokens/words").read_table().to_pylist()
+    }
+    hidden = int((batch.text == mask).sum())
+    assert TEXTS <= hidden < len(batch.text) / 2
+    # The last texts of a packed batch are the texts alone, in the order of their ids.
+    tail = [known[name] for name in batch.ids[-TEXTS:]]
+    length = sum(map(len, tail))
+    own, true = batch.text[-length:], torch.tensor([i for ids in tail for i in ids])
+    assert torch.equal(own[own != mask], true[own != mask])
+    assert bool((true[own == mask] > UNK - 1).all())  # never <s> or </s>
+
+
+# -- before it starts ------------------------------------------------------------------------------
+
+
+def republished(
+    store: Store, name: str, change: Callable[[dict[str, Any]], None], *, empty: bool = False
+) -> Dataset:
+    """`tokens/pairs` as another dataset, whose lineage is changed."""
+    made = store.dataset("tokens/pairs")
+    commit, dataset = made.commit(), store.dataset(f"tokens/{name}")
+    table = made.read_table().slice(0, 0 if empty else None)
+    origin = dict(commit.lineage["inputs"][0])
+    origin["tokenizers"] = {kind: dict(v) for kind, v in origin["tokenizers"].items()}
+    change(origin["tokenizers"])
+    mark = fingerprint("republished", name)
+    dataset.publish(
+        mark, [dataset.write_part(mark, "00000", table)], job="by hand", schema=IMAGE_TOKENS,
+        stats={}, config=commit.lineage["config"], inputs=[origin],
+    )  # fmt: skip
+    return dataset
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "fit", None)
+    monkeypatch.setattr(cluster, "start", None)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_tokens_of_two_tokenizers_don_t_mix(kind: str, copied: Callable[..., Store]) -> None:
+    store = copied("tokens", "tokenizers")
+    republished(store, "odd", lambda used: used[kind].update(name="other", identity="0" * 16))
+    config = small_corpus.pretraining(store, pairs=("pairs", "odd"))
+    with pytest.raises(StoreError, match=rf"with different {kind} tokenizers \(other, "):
+        run(config)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_text_tokenizer_that_was_replaced_is_noticed(copied: Callable[..., Store]) -> None:
+    store = copied("tokens", "tokenizers")
+    store.delete("tokenizers/text/sentencepiece")
+    sentences = [s.upper() for s in small_corpus.CAPTIONS]
+    model = train_text_tokenizer.train(sentences, small_corpus.text_tokenizer(store, vocab_size=34))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / train_text_tokenizer.TOKENIZER_FILE).write_bytes(model)
+        bundles.save(store, "tokenizers/text/sentencepiece", Path(folder), {"fingerprint": ""})
+    with pytest.raises(StoreError, match="is not the one that made these tokens: tokenize again"):
+        run(small_corpus.pretraining(store))
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image_size": 32}, r"visual words are 3x3 at 24 pixels, the model's patches 4x4 at 32"),
+        ({"patch_size": 4}, r"the model's patches 6x6 at 24"),
+        ({"codebook_size": 99}, "model.codebook_size 99 is not the tokenizer's 24"),
+        ({"vocab_size": 20}, "model.vocab_size 20 is smaller than the tokenizer's 38"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_tokens_is_refused(
+    change: dict[str, Any], said: str, corpus: Store
+) -> None:
+    config = small_corpus.pretraining(corpus, model=replace(small_corpus.SHAPE, **change))
+    with pytest.raises((StoreError, ValueError), match=said):
+        run(config)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_missing_and_empty_datasets_are_named(copied: Callable[..., Store]) -> None:
+    store = copied("tokens", "tokenizers")
+    with pytest.raises(StoreError, match="tokens/nothing does not exist"):
+        run(small_corpus.pretraining(store, images=("nothing",)))
+    with pytest.raises(StoreError, match="tokens/nothing does not exist"):
+        run(small_corpus.pretraining(store, held_out="nothing"))
+    republished(store, "empty", lambda used: None, empty=True)
+    with pytest.raises(StoreError, match=r"tokens/empty has no rows: leave 'empty' out"):
+        run(small_corpus.pretraining(store, pairs=("empty",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"images": ()}, "images names 0 datasets, but image_batch is"),
+        ({"pair_batch": 0}, "pairs names 5 datasets, but pair_batch is 0"),
+        ({"text_batch": 9, "train": trainer.TrainConfig(workers=2)}, "text_batch 9 is not divis"),
+        (
+            {"images": (), "texts": (), "pairs": ()}
+            | {"image_batch": 0, "text_batch": 0, "pair_batch": 0},
+            "nothing to train on",
+        ),
+    ],
+)
+def test_impossible_options_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PretrainConfig(**options)
+
+
+def test_presets_fit_their_model() -> None:
+    for name, cfg in pretrain.PRESETS.items():
+        for batch in (cfg.image_batch, cfg.text_batch, cfg.pair_batch):
+            assert batch % cfg.train.workers == 0, name
+    base = pretrain.PRESETS["base"]
+    assert (base.model.layers, base.model.hidden, base.train.steps) == (12, 768, 1_000_000)
+
+
+# -- other mixtures, in this process ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "without",
+    [
+        ("images",),
+        ("texts",),
+        ("pairs",),
+        ("images", "texts"),
+        ("texts", "pairs"),
+        ("images", "pairs"),
+    ],
+    ids="+".join,
+)
+def test_any_mixture_of_kinds_trains(without: tuple[str, ...], corpus: Store) -> None:
+    none: dict[str, Any] = dict.fromkeys(without, ())
+    none |= {f"{name[:-1]}_batch": 0 for name in without}
+    name = "without-" + "-".join(without)
+    config = small_corpus.pretraining(corpus, name=name, train={"steps": 3}, held_out="", **none)
+    result = run(config)
+    assert result["metrics"] == {}
+    run_id = result["mlflow_run"]
+    tracker = tracking.client(tracking.tracking_uri(corpus))
+    found = tracker.get_run(run_id).data.metrics
+    objectives = {k.removeprefix("train/loss/") for k in found if k.startswith("train/loss/")}
+    wanted = {"images": {"image"}, "texts": {"text"}, "pairs": {"pair_image", "pair_text"}}
+    assert objectives == set().union(*(v for k, v in wanted.items() if k not in without))
+
+
+def test_pretraining_lowers_the_loss(corpus: Store) -> None:
+    config = small_corpus.pretraining(
+        corpus, name="longer", held_out="", train={"steps": 60, "warmup": 5, "learning_rate": 5e-3}
+    )
+    run_id = run(config)["mlflow_run"]
+    tracker = tracking.client(tracking.tracking_uri(corpus))
+    for name in ("image", "text", "pair_image", "pair_text"):
+        history = sorted(
+            tracker.get_metric_history(run_id, f"train/loss/{name}"), key=lambda m: m.step
+        )
+        values = [m.value for m in history]
+        assert np.mean(values[-10:]) < 0.9 * np.mean(values[:5]), name
+
+
+# -- what comes after ------------------------------------------------------------------------------
+
+
+def test_the_contrastive_stage_starts_from_a_pretrained_model(
+    corpus: Store, pretrained: dict[str, Any]
+) -> None:
+    config = small_corpus.teacher(corpus, name="intermediate", init="models/pretrained")
+    config = replace(config, train=replace(config.train, steps=2, learning_rate=1e-6))
+    result = contrast.run(config)
+    assert result["kind"] == "dual_encoder"
+    assert result["text_tokenizer"] == pretrained["text_tokenizer"]
+    with models.opened(corpus, "models/pretrained") as folder:
+        start = weights.load_tensors(folder)
+    with models.opened(corpus, "models/intermediate") as folder:
+        shape, _ = weights.load_config(folder)
+        end = weights.load_tensors(folder)
+    assert shape == small_corpus.SHAPE
+    backbone = [key for key in start if key.startswith("backbone.")]
+    assert backbone and all(key in end for key in backbone)
+    for key in backbone:  # two tiny steps away from where it started
+        torch.testing.assert_close(end[key], start[key], rtol=0, atol=1e-5)
+    assert any(not torch.equal(end[key], start[key]) for key in backbone)

@@ -1,0 +1,240 @@
+"""Tracking with MLflow: one run per job, no doubled step, and a clear word where it can't be."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipelines import tracking, trainer
+from pipelines.storage import Store, StoreError
+from pipelines.tracking import Logger, RunHandle, finish_run, start_run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One store, so one MLflow file, for all: making it takes seconds."""
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(autouse=True)
+def unconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def run_of(handle: RunHandle) -> Any:
+    return tracking.client(handle.uri).get_run(handle.run_id)
+
+
+def history(handle: RunHandle, key: str) -> list[tuple[int, float]]:
+    found = tracking.client(handle.uri).get_metric_history(handle.run_id, key)
+    return [(m.step, m.value) for m in found]
+
+
+@pytest.fixture
+def down() -> str:
+    """The address of a server that isn't there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+# -- where ----------------------------------------------------------------------------------------
+
+
+def test_runs_are_tracked_in_a_file_beside_the_data(store: Store, tmp_path: Path) -> None:
+    assert tracking.tracking_uri(store) == f"sqlite:///{store.root}/mlflow.db"
+    elsewhere = Store(tmp_path / "not" / "yet")
+    assert tracking.tracking_uri(elsewhere) == f"sqlite:///{elsewhere.root}/mlflow.db"
+    assert Path(elsewhere.root).is_dir()
+
+
+def test_the_environment_decides(
+    store: Store, s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the file of a store in a bucket goes
+    assert tracking.tracking_uri(Store(s3_store)) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    assert tracking.tracking_uri(store) == "http://mlflow.example"
+
+
+def test_a_server_that_is_down_is_said_before_work_starts(
+    store: Store, down: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", down)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(trainer, "_launch", None)  # not called
+    with pytest.raises(StoreError, match="unset MLFLOW_TRACKING_URI to track in a local") as error:
+        trainer.fit(
+            store, name="down", output="models/down", fingerprint="x", recipe=None,  # type: ignore[arg-type]
+            config=trainer.TrainConfig(workers=0), parameters={},
+        )  # fmt: skip
+    assert down in str(error.value)
+    assert not store.exists("models/down") and not store.exists("runs/down/mlflow.json")
+
+
+# -- runs -----------------------------------------------------------------------------------------
+
+
+def test_a_run_has_its_parameters(store: Store) -> None:
+    many: dict[str, Any] = {f"p{i:03d}": i for i in range(250)}
+    handle = start_run(store, "many", {**many, "long": "x" * 9000, "none": None})
+    finish_run(handle)
+    run = run_of(handle)
+    assert (run.info.run_name, run.info.status) == ("many", "FINISHED")
+    assert {k: v for k, v in run.data.params.items() if k[0] == "p"} == {
+        k: str(v) for k, v in many.items()
+    }
+    assert run.data.params["long"] == "x" * tracking.PARAM_CHARS
+    assert run.data.params["none"] == "None"
+
+
+def test_runs_are_nested_under_their_parent(store: Store) -> None:
+    parent = start_run(store, "sweep/a", {})
+    children = [start_run(store, f"a/{n}", {"n": n}, parent=parent.run_id) for n in range(2)]
+    tracker = tracking.client(parent.uri)
+    found = tracker.search_runs(
+        [parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'"
+    )
+    assert {r.info.run_id for r in found} == {c.run_id for c in children}
+    assert "mlflow.parentRunId" not in run_of(parent).data.tags
+
+
+def test_a_job_that_resumes_continues_its_run(store: Store) -> None:
+    first = start_run(store, "job", {"a": 1}, key="runs/job")
+    assert store.read_json("runs/job/mlflow.json")["run_id"] == first.run_id
+    finish_run(first, "FAILED")
+    again = start_run(store, "job", {"a": 1}, key="runs/job")
+    assert again == first and run_of(first).info.status == "RUNNING"
+    finish_run(again)
+    assert run_of(first).info.status == "FINISHED"
+    assert start_run(store, "job", {}) != first  # without a key, a new run
+    assert start_run(store, "job", {}, key="runs/other").run_id != first.run_id
+
+
+def test_a_run_that_was_deleted_meanwhile_is_replaced(store: Store) -> None:
+    first = start_run(store, "gone", {}, key="runs/gone")
+    tracking.client(first.uri).delete_run(first.run_id)
+    second = start_run(store, "gone", {}, key="runs/gone")
+    assert second.run_id != first.run_id and run_of(second).info.lifecycle_stage == "active"
+    third = start_run(store, "gone", {}, key="runs/gone")
+    assert third == second
+
+
+def test_a_run_of_another_server_is_not_continued(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start_run(store, "moved", {}, key="runs/moved")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    second = start_run(store, "moved", {}, key="runs/moved")
+    assert second.uri != first.uri and second.run_id != first.run_id
+    assert RunHandle(**store.read_json("runs/moved/mlflow.json")) == second
+
+
+# -- the logger -----------------------------------------------------------------------------------
+
+
+def test_metrics_pictures_and_values_arrive(store: Store, tmp_path: Path) -> None:
+    handle = start_run(store, "all", {})
+    (tmp_path / "notes.txt").write_text("notes")
+    with Logger(handle) as logger:
+        for step in range(1200):  # more than a request takes
+            logger.metrics(step, {"loss": 1 / (step + 1), "accuracy": step})
+        logger.picture("pictures/a/red.png", Image.new("RGB", (5, 4), "red"))
+        logger.picture("top.png", Image.new("RGB", (2, 2)))
+        logger.json("tables/t.json", {"a": [1, 2]})
+        logger.file(tmp_path / "notes.txt", "files")
+        logger.file(tmp_path / "notes.txt")
+    assert history(handle, "loss") == [(step, 1 / (step + 1)) for step in range(1200)]
+    assert len(history(handle, "accuracy")) == 1200
+    tracker = tracking.client(handle.uri)
+
+    def fetched(path: str) -> Path:
+        return Path(tracker.download_artifacts(handle.run_id, path, str(tmp_path)))
+
+    with Image.open(fetched("pictures/a/red.png")) as image:
+        assert image.size == (5, 4) and image.getpixel((0, 0)) == (255, 0, 0)
+    assert json.loads(fetched("tables/t.json").read_text()) == {"a": [1, 2]}
+    assert fetched("files/notes.txt").read_text() == "notes"
+    names = {file.path for file in tracker.list_artifacts(handle.run_id)}
+    assert names == {"pictures", "top.png", "tables", "files", "notes.txt"}
+    # They lie in the store, beside the data.
+    assert any(handle.run_id in name for name in store.list("mlflow-artifacts"))
+
+
+def test_a_resumed_run_has_no_doubled_step(store: Store) -> None:
+    handle = start_run(store, "resumed", {})
+    with Logger(handle) as logger:
+        for step in range(1, 6):
+            logger.metrics(step, {"loss": float(step)})
+    with Logger(handle) as logger:  # from the checkpoint of step 3
+        for step in range(4, 8):
+            logger.metrics(step, {"loss": float(step), "new": 0.0})
+    assert history(handle, "loss") == [(n, float(n)) for n in range(1, 8)]
+    assert history(handle, "new") == [(n, 0.0) for n in range(4, 8)]
+
+
+def test_flush_waits_for_what_was_logged(store: Store) -> None:
+    handle = start_run(store, "flushed", {})
+    with Logger(handle) as logger:
+        for step in range(3):
+            logger.metrics(step, {"loss": float(step)})
+            logger.json(f"{step}.json", step)
+            logger.flush()
+            assert history(handle, "loss")[-1] == (step, float(step))
+            found = tracking.client(handle.uri).list_artifacts(handle.run_id)
+            assert f"{step}.json" in [file.path for file in found]
+
+
+def test_a_server_that_fails_for_a_while_loses_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = start_run(store, "patient", {})
+    failures: list[str] = []
+    real: Callable[..., None] = Logger._metrics
+
+    def fails_twice(self: Logger, *arguments: Any) -> None:
+        if len(failures) < 2:
+            failures.append("no")
+            raise ConnectionError("the server restarts")
+        real(self, *arguments)
+
+    monkeypatch.setattr(Logger, "_metrics", fails_twice)
+    with Logger(handle) as logger:
+        logger.metrics(1, {"loss": 0.5})
+    assert len(failures) == 2 and history(handle, "loss") == [(1, 0.5)]
+
+
+def test_logging_never_waits_for_the_server(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = start_run(store, "slow", {})
+    asked, answer = threading.Event(), threading.Event()
+    real: Callable[..., None] = Logger._metrics
+
+    def hangs(self: Logger, *arguments: Any) -> None:
+        asked.set()
+        assert answer.wait(60)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Logger, "_metrics", hangs)
+    with Logger(handle) as logger:
+        logger.metrics(1, {"loss": 0.5})
+        assert asked.wait(60)
+        logger.metrics(2, {"loss": 0.4})  # returns, though nobody takes it
+        assert history(handle, "loss") == []
+        answer.set()
+    assert history(handle, "loss") == [(1, 0.5), (2, 0.4)]
+
+
+def test_without_a_run_nothing_is_logged(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with Logger(None) as logger:
+        logger.metrics(1, {"loss": 0.5})
+        logger.picture("a.png", Image.new("RGB", (2, 2)))
+        logger.flush()
+        assert threading.active_count() == before
