@@ -173,7 +173,8 @@ def _retrieval_chance(owners: list[str]) -> dict[str, float]:
     each = texts // images
     values = {}
     for k in (1, 5, 10):
-        miss = math.comb(texts - each, k) / math.comb(texts, k)
+        drawn = min(k, texts)
+        miss = math.comb(texts - each, drawn) / math.comb(texts, drawn)
         values |= {f"text_recall_{k}": 1 - miss, f"image_recall_{k}": min(1.0, k / images)}
     return values
 
