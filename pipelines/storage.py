@@ -27,7 +27,7 @@ import posixpath
 import subprocess
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlparse
@@ -269,8 +269,7 @@ class Dataset:
 
     def find_commit(self) -> Commit | None:
         """The newest commit, or None."""
-        versions = self.store.list(f"{self.name}/_commits")
-        versions = [v for v in versions if v.endswith(".json")]
+        versions = self._versions()
         if not versions:
             return None
         raw = self.store.read_json(f"{self.name}/_commits/{versions[-1]}")
@@ -281,6 +280,10 @@ class Dataset:
         raw["files"] = [FileRecord(**f) for f in raw["files"]]
         raw["set_aside"] = [FileRecord(**f) for f in raw["set_aside"]]
         return Commit(**raw)
+
+    def _versions(self) -> list[str]:
+        names = self.store.list(f"{self.name}/_commits")
+        return [name for name in names if name.endswith(".json")]
 
     def commit(self) -> Commit:
         """The newest commit.
@@ -399,14 +402,46 @@ class Dataset:
             stats=stats,
             lineage={"inputs": list(inputs), "config": config, "code": code_version()},
         )
-        body = json.dumps(asdict(commit), indent=1, default=str).encode()
-        if not self.store.put_if_absent(f"{self.name}/_commits/00000000.json", body):
-            found = self.finished(
-                fingerprint
-            )  # an equal job may have won the race: then all is well
+        if not self._put(commit, 0):
+            found = self.finished(fingerprint)  # an equal job may have won the race: all is well
             assert found is not None
             return found
         return commit
+
+    def amend(
+        self,
+        *,
+        files: Sequence[FileRecord],
+        set_aside: Sequence[FileRecord],
+        stats: dict[str, Any],
+        note: dict[str, Any],
+    ) -> Commit:
+        """Commit again, over the newest commit, which stays: what a reader opened does not change.
+
+        Args:
+            files, set_aside, stats: As they are now, old and new.
+            note: What was done, appended to the lineage's `amendments`.
+
+        Raises:
+            StoreError: there is no commit, or somebody else amended it meanwhile.
+        """
+        version, found = len(self._versions()), self.commit()
+        amendments = [*found.lineage.get("amendments", []), note | {"code": code_version()}]
+        commit = replace(
+            found,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            files=list(files),
+            set_aside=list(set_aside),
+            stats=stats,
+            lineage=found.lineage | {"amendments": amendments},
+        )
+        if not self._put(commit, version):
+            raise StoreError(f"{self.uri}: another job amended it meanwhile; run this one again")
+        return commit
+
+    def _put(self, commit: Commit, version: int) -> bool:
+        body = json.dumps(asdict(commit), indent=1, default=str).encode()
+        return self.store.put_if_absent(f"{self.name}/_commits/{version:08d}.json", body)
 
 
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

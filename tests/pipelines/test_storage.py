@@ -363,6 +363,30 @@ def test_part_records_survive_json(store: Store) -> None:
     assert json.loads(record.to_json())["file"]["rows"] == 1
 
 
+def test_a_dataset_grows_by_a_further_commit(store: Store) -> None:
+    dataset = store.dataset("d")
+    first = publish(dataset, parts=1, count=3)
+    more = dataset.write_part(PRINT, "00001", rows(3, 2))
+
+    def amend() -> Commit:
+        return dataset.amend(
+            files=[*first.files, more.file], set_aside=[], stats={"rows": 5}, note={"why": "more"}
+        )
+
+    second = amend()
+    assert dataset.commit() == second == dataset.finished(PRINT)
+    assert second.identity != first.identity
+    assert [a["why"] for a in second.lineage["amendments"]] == ["more"]
+    assert dataset.read_table().num_rows == 5
+    assert store.list("d/_commits") == ["00000000.json", "00000001.json"]
+    # A job that listed the commits before another amended can't commit what it made of them.
+    stale = Dataset(store, "d")
+    stale._versions = lambda: ["00000000.json"]  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="another job amended it meanwhile"):
+        stale.amend(files=first.files, set_aside=[], stats={}, note={})
+    assert dataset.commit() == second
+
+
 # -- a bucket with bad days ------------------------------------------------------------------------
 
 
