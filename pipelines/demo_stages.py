@@ -91,7 +91,7 @@ def ingest_all(cfg: DemoConfig, world: World) -> None:
     common = ingest.IngestConfig(
         store=cfg.store_uri,
         threads=16,
-        timeout=2.0,
+        timeout=5.0,
         retries=0,
         shard_size=250,
         short_side=128,

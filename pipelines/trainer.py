@@ -390,6 +390,9 @@ def _engine(run: Run, module: nn.Module, world: int) -> Any:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # On CPU it would compile an all-reduce of its own. gloo's will do: it needs no compiler,
+        # and a build that was killed would leave a lock file that hangs every later run.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         config = run.config
         groups = parameter_groups(
