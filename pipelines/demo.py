@@ -72,28 +72,30 @@ def run(cfg: DemoConfig) -> Path:
 
             store = Store(cfg.store_uri)
             store.check_writable()
-        with clock.stage("1/11 sample world"):
+        with clock.stage("1/12 sample world"):
             world = stages.make_world(cfg)
-        with clock.stage("2/11 Ray and the tasks' data"):
+        with clock.stage("2/12 Ray and the tasks' data"):
             cluster.start(cpus=2)
             stages.prepare(cfg, world)
-        with clock.stage("3/11 ingestion"), serve(world.root, port=world.port):
+        with clock.stage("3/12 ingestion"), serve(world.root, port=world.port):
             stages.ingest_all(cfg, world)
-        with clock.stage("4/11 text tokenizer"):
+        with clock.stage("4/12 text tokenizer"):
             train_text_tokenizer.run(stages.text_tokenizer(cfg))
-        with clock.stage("5/11 teacher (contrastive)"):
+        with clock.stage("5/12 teacher (contrastive)"):
             contrast.run(stages.teacher(cfg))
-        with clock.stage("6/11 image tokenizer (VQ-KD)"):
+        with clock.stage("6/12 image tokenizer (VQ-KD)"):
             train_image_tokenizer.run(stages.image_tokenizer(cfg))
-        with clock.stage("7/11 tokens"):
+        with clock.stage("7/12 tokens"):
             tokenize_corpus.run(stages.tokens(cfg))
-        with clock.stage("8/11 pretraining"):
+        with clock.stage("8/12 pretraining"):
             pretrain.run(stages.pretraining(cfg))
-        with clock.stage("9/11 finetuning and evaluation"):
+        with clock.stage("9/12 contrastive stage, for retrieval"):
+            contrast.run(stages.aligning(cfg))
+        with clock.stage("10/12 finetuning and evaluation"):
             stages.finetune_all(cfg)
-        with clock.stage("10/11 sweep"):
+        with clock.stage("11/12 sweep"):
             sweep.run(stages.sweeping(cfg))
-        with clock.stage("11/11 report"):
+        with clock.stage("12/12 report"):
             path = demo_report.write(cfg, store, world, clock.seconds)
     demo_report.show(cfg, store, path, clock.seconds)
     return path

@@ -37,6 +37,7 @@ PAIRS = ("cc3m", "cc12m", "sbu", "coco", "vg")
 IMAGES = ("imagenet21k",)
 TEXTS = ("wiki",)
 TASKS = ("vqa", "retrieval", "captioning")
+ALIGNED = "models/aligned"
 STARTS = {"pretrained": "models/pretrained", "scratch": finetune.RANDOM}
 TEST_SPLITS = {"vqa": "val", "retrieval": "test", "captioning": "test"}
 HELD_OUT = "captioning/val"  # what pretraining is measured on
@@ -199,6 +200,18 @@ def pretraining(cfg: DemoConfig) -> pretrain.PretrainConfig:
     )
 
 
+def aligning(cfg: DemoConfig) -> contrast.ContrastConfig:
+    """The paper's stage between pretraining and retrieval (appendix A): on the same pairs."""
+    base = teacher(cfg)
+    steps = 5 if cfg.small else 300
+    return dataclasses.replace(
+        base,
+        name="aligned",
+        init="models/pretrained",
+        train=dataclasses.replace(base.train, steps=steps, warmup=steps // 10),
+    )
+
+
 def finetuning(cfg: DemoConfig, task: str, start: str) -> finetune.FinetuneConfig:
     base = finetune.preset("tiny", task)
     steps = {"vqa": 250, "retrieval": 150, "captioning": 200}[task]
@@ -206,7 +219,7 @@ def finetuning(cfg: DemoConfig, task: str, start: str) -> finetune.FinetuneConfi
     return dataclasses.replace(
         base,
         store=cfg.store_uri,
-        init=STARTS[start],
+        init=ALIGNED if (task, start) == ("retrieval", "pretrained") else STARTS[start],
         like="models/pretrained" if start == "scratch" else "",
         name=f"{task}-{start}",
         view=VIEW,

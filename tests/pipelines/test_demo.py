@@ -35,7 +35,7 @@ PREDICTIONS = tuple(f"{t}-{s}" for t in demo_stages.TASKS for s in demo_stages.S
 STAGES = (
     "sample world", "Ray and the tasks' data", "ingestion", "text tokenizer",
     "teacher (contrastive)", "image tokenizer (VQ-KD)", "tokens", "pretraining",
-    "finetuning and evaluation", "sweep", "report",
+    "contrastive stage, for retrieval", "finetuning and evaluation", "sweep", "report",
 )  # fmt: skip
 
 pytestmark = pytest.mark.timeout(4 * SECONDS)
@@ -48,10 +48,12 @@ class Demo:
     root: Path
     port: int
     output: str = ""
+    bucket: str = ""
+    """Another store than the folder's, `s3://bucket/prefix`."""
 
     @property
     def store(self) -> Store:
-        return Store(self.root / "store")
+        return Store(self.bucket or self.root / "store")
 
     def start(self, log: Path) -> tuple[subprocess.Popen[bytes], str]:
         """The running demo in a process group of its own, and a mark that its processes bear."""
@@ -62,6 +64,7 @@ class Demo:
             sys.executable, demo.__file__, "--small", "--root", str(self.root), "--port",
             str(self.port),
         ]  # fmt: skip
+        command += ["--store", self.bucket] if self.bucket else []
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 command, stdout=sink, stderr=sink, start_new_session=True, env=environment
@@ -161,7 +164,7 @@ class Page(HTMLParser):
 
 
 def test_every_stage_runs_once_and_says_its_time(whole: Demo) -> None:
-    titles = re.findall(r"^== (?:\d+/11 )?(.+)$", whole.output, re.M)
+    titles = re.findall(r"^== (?:\d+/12 )?(.+)$", whole.output, re.M)
     assert titles == ["setting out", *STAGES]
     seconds = json.loads((whole.root / "stages.json").read_text())
     assert len(seconds) == len(STAGES) + 2  # with "setting out", and the total
@@ -175,7 +178,7 @@ def test_every_dataset_and_model_is_there(whole: Demo) -> None:
     for name in DATASETS:
         assert store.dataset(name).commit().rows > 0, name
     models = {f"{task}-{start}" for task in demo_stages.TASKS for start in demo_stages.STARTS}
-    assert models | {"teacher", "pretrained"} <= set(store.list("models"))
+    assert models | {"teacher", "pretrained", "aligned"} <= set(store.list("models"))
     held = store.dataset("images/coco").commit().stats["set_aside"]
     assert any(reason.startswith("held out") for reason in held)
 
@@ -218,7 +221,7 @@ def test_mlflow_has_a_run_for_every_training(whole: Demo) -> None:
     experiment = tracker.get_experiment_by_name(tracking.EXPERIMENT)
     assert experiment is not None
     runs = {r.info.run_name: r for r in tracker.search_runs([experiment.experiment_id])}
-    assert {"teacher", "vqkd", "pretrained", "report", "sweep/retrieval"} <= set(runs)
+    assert {"teacher", "vqkd", "pretrained", "aligned", "report", "sweep/retrieval"} <= set(runs)
     assert {name for name in PREDICTIONS if name in runs} == set(PREDICTIONS)
     assert {f"evaluate/{name}" for name in PREDICTIONS} <= set(runs)
     nested = {name for name, run in runs.items() if "mlflow.parentRunId" in run.data.tags}
@@ -257,7 +260,8 @@ def test_another_run_skips_everything(whole: Demo) -> None:
     }
     wanted = {
         "sample world", *DATASETS, "tokenizers/text/sentencepiece", "tokenizers/image/vqkd",
-        "models/teacher", "models/pretrained", *(f"models/{name}" for name in PREDICTIONS),
+        "models/teacher", "models/pretrained", "models/aligned",
+        *(f"models/{name}" for name in PREDICTIONS),
         *(f"scores/{name}.json" for name in PREDICTIONS), "sweeps/retrieval.json",
     }  # fmt: skip
     assert wanted <= skipped, wanted - skipped
@@ -268,6 +272,16 @@ def test_another_run_skips_everything(whole: Demo) -> None:
         return text[text.index("task         metric") :].splitlines()[:8]
 
     assert scores(output) == scores(first)
+
+
+def test_in_a_bucket_it_makes_the_same(whole: Demo, s3_store: str, tmp_path: Path) -> None:
+    other = Demo(tmp_path / "demo", whole.port, bucket=s3_store).run()
+    assert commits(other.store) == commits(whole.store)
+    files = [d.store.read_json("models/pretrained/_bundle.json")["files"] for d in (other, whole)]
+    assert files[0] == files[1]  # the same weights, to the bit
+    assert (other.root / "report.html").exists()
+    assert {path.name for path in other.root.iterdir()} >= {"world", "report.html"}
+    assert not (other.root / "store" / "models").exists()
 
 
 # -- killed ---------------------------------------------------------------------------------------
