@@ -5,12 +5,18 @@ A source is a module of this package; `load(name)` finds it, so adding one is ad
 
 - `"pairs"`: images at URLs, with captions. `files(root, options)` lists the annotation files in the
   local folder `root`, and `read(root, options)` yields their records in published order.
+  Where the images are published as files too, records name them in `files`.
 - `"images"`: archives of images. `UNITS` are the archives' name patterns, and
-  `read_file(stream, name, options)` yields the records of one of them.
+  `read_file(stream, name, options)` yields the records of one of them. A source may have
+  `find(store)`, which lists the units itself.
 - `"text"`: files of text; `UNITS` and `read_file` as above.
 
+`ORIGIN` says where one gets the files, `EXPECTED` how they are called. Sources with `OWN` read data
+of the user's: their ids begin with the dataset's name, `options.name`.
+
 A bad record never raises: it is yielded as `Malformed`. A missing file raises `FileNotFoundError`
-that says what was expected and where one gets it.
+that says what was expected and where one gets it. `_archives` and `_documents` are what the readers
+of archives and texts share.
 """
 
 from __future__ import annotations
@@ -19,12 +25,13 @@ import importlib
 import json
 import pkgutil
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_LINE_BYTES = 1 << 20
 MISSING_IMAGE = "annotation names a missing image"
@@ -40,17 +47,29 @@ class Options:
     """Karpathy's dataset_coco.json; by default looked for beside the annotations."""
     document_chars: int = 4_000
     """Plain text is cut at paragraphs into documents of about so many characters."""
+    name: str = ""
+    """The dataset's name, which ids of a user's own data begin with."""
+    url_column: str = ""
+    """Column of a table's URLs; by default the first there is of `URL_COLUMNS`."""
+    caption_column: str = ""
+    """Column of a table's captions; by default the first there is of `CAPTION_COLUMNS`."""
+    splits: tuple[str, ...] = ("train",)
+    """Which splits of a source that has some."""
+    from_files: bool = False
+    """The images are taken from published folders or zips, not from their URLs."""
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image of a source: at a `url`, or, for sources that are archives, its `data`."""
+    """An image of a source: at a `url`, in one of `files`, or, from an archive, its `data`."""
 
     id: str
     """`source/published id or line number`: unique, and the same at every reading."""
     url: str | None
     captions: list[str] = field(default_factory=list)
     data: bytes | None = None
+    files: tuple[str, ...] = ()
+    """Paths that the image may have in the published folders or zips."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +122,14 @@ def load(name: str) -> ModuleType:
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_SPACES = re.compile(r"\s+")
+_INVISIBLE = re.compile(r"[\u00ad\u200b\u2060\ufeff]")  # soft hyphen, no width at all, BOM
 
 
 def clean_text(text: str) -> str:
-    """One line without control characters, half surrogates or runs of spaces; may end up ""."""
-    return _SPACES.sub(" ", no_surrogates(_CONTROL.sub(" ", text))).strip()
+    """One line of composed Unicode (NFC), without controls or runs of spaces; may end up ""."""
+    if not text.isprintable():  # most texts have none of these
+        text = _INVISIBLE.sub("", no_surrogates(_CONTROL.sub(" ", text)))
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def no_surrogates(text: str) -> str:
@@ -130,19 +151,26 @@ def need(file: Path, origin: str) -> Path:
 def lines(file: Path) -> Iterator[tuple[int, str | Malformed]]:
     """The lines of a UTF-8 file and their numbers, from 1, in constant memory."""
     with file.open("rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES):
-            number += 1
-            where = f"{file.name}:{number}"
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(MAX_LINE_BYTES)
-                yield number, Malformed("line too long", f"over {MAX_LINE_BYTES} bytes", where)
-                continue
-            try:
-                yield number, line.rstrip(b"\r\n").decode()
-            except UnicodeDecodeError as error:
-                yield number, Malformed("not UTF-8", str(error)[:200], where)
+        yield from stream_lines(stream, file.name, MAX_LINE_BYTES)
+
+
+def stream_lines(stream: BinaryIO, name: str, most: int) -> Iterator[tuple[int, str | Malformed]]:
+    """The lines of UTF-8 text and their numbers, from 1; those over `most` bytes are passed by."""
+    number = 0
+    while line := stream.readline(most):
+        number += 1
+        where = f"{name}:{number}"
+        if len(line) == most and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(most)
+            yield number, Malformed("line too long", f"over {most} bytes", where)
+            continue
+        try:
+            text = line.rstrip(b"\r\n").decode()
+        except UnicodeDecodeError as error:
+            yield number, Malformed("not UTF-8", str(error)[:200], where)
+        else:
+            yield number, text.removeprefix("\ufeff") if number == 1 else text
 
 
 def tsv_pairs(file: Path, prefix: str, *, url_first: bool) -> Iterator[ImageRecord | Malformed]:
@@ -161,17 +189,19 @@ def tsv_pairs(file: Path, prefix: str, *, url_first: bool) -> Iterator[ImageReco
         yield pair(f"{prefix}{number:09d}", url, [caption], where)
 
 
-def pair(id: str, url: object, captions: list[Any], where: str = "") -> ImageRecord | Malformed:
+def pair(
+    id: str, url: object, captions: list[Any], where: str = "", files: tuple[str, ...] = ()
+) -> ImageRecord | Malformed:
     """A record with cleaned captions, or why it can't be one."""
     where = where or id
     address = no_surrogates(url.strip()) if isinstance(url, str) else ""
-    if not address:
+    if not address and not files:
         return Malformed("empty url", repr(url)[:200], where)
     cleaned = [clean_text(c) for c in captions if isinstance(c, str)]
     cleaned = list(dict.fromkeys(c for c in cleaned if c))
     if not cleaned:
         return Malformed("empty caption", repr(captions)[:200], where, address)
-    return ImageRecord(id, address, cleaned)
+    return ImageRecord(id, address or None, cleaned, files=files)
 
 
 def read_json(file: Path) -> Any:

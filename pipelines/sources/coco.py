@@ -1,9 +1,16 @@
 """COCO captions: 123 thousand photos with five captions each.
 
+    python pipelines/ingest.py --source coco --annotations /data/coco --images /data/coco
+
 From cocodataset.org/#download ("Train/Val annotations"): every `captions_*.json` in the folder;
-`images` [{id, coco_url, ...}] and `annotations` [{id, image_id, caption}]. With Karpathy's
-`dataset_coco.json` beside them, the images of his val and test splits are held out, because
-captioning and retrieval are tested on them. Annotations CC BY 4.0; the photos have Flickr licences.
+`images` [{id, file_name, coco_url, ...}] and `annotations` [{id, image_id, caption}]. The photos
+come from their URLs, or with `--images` from the zips that are published beside the annotations,
+`train2017.zip`, `val2014.zip` and so on, or from the folders in them. One that is in the files of
+2014 and of 2017 is taken from whichever is there.
+
+With Karpathy's `dataset_coco.json` beside them, the images of his val and test splits are held out,
+because captioning and retrieval are tested on them. The JSON is read whole, file by file: about
+half a gigabyte of memory. Annotations CC BY 4.0; the photos have Flickr licences.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ from pipelines.sources import (
 )
 
 KIND = "pairs"
+HAS_FILES = True
 
 
 def files(root: Path, options: Options) -> list[Path]:
@@ -44,6 +52,7 @@ def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # no
     annotations = [f for f in files(root, options) if f.name.startswith("captions_")]
     held_out = karpathy_held_out(karpathy_file(root, options))
     urls: dict[int, Any] = {}
+    places: dict[int, tuple[str, ...]] = {}
     captions: dict[int, dict[Any, str]] = {}
     bad: list[Malformed] = []
     for file in annotations:
@@ -51,6 +60,9 @@ def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # no
         for image in raw["images"]:
             if isinstance(image, dict) and isinstance(image.get("id"), int):
                 urls.setdefault(image["id"], image.get("coco_url"))
+                if options.from_files:
+                    place = _place(image, file)
+                    places[image["id"]] = (*places.get(image["id"], ()), *place)
             else:
                 bad.append(Malformed("image without an id", repr(image)[:200], file.name))
         for row in raw["annotations"]:
@@ -59,12 +71,19 @@ def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # no
                 bad.append(problem)
     for image_id, url in urls.items():
         texts = list(captions.get(image_id, {}).values())[: options.max_captions]
-        record = pair(f"coco/{image_id:012d}", url, texts)
+        record = pair(f"coco/{image_id:012d}", url, texts, files=places.get(image_id, ()))
         if isinstance(record, ImageRecord) and image_id in held_out:
             yield HeldOut(record, KARPATHY)
         else:
             yield record
     yield from bad
+
+
+def _place(image: dict[str, Any], annotations: Path) -> tuple[str, ...]:
+    """Where the photo is below the images: `captions_val2014.json` describes `val2014/`."""
+    name = image.get("file_name")
+    folder = annotations.stem.removeprefix("captions_")
+    return (f"{folder}/{name}", name) if isinstance(name, str) and name else ()
 
 
 def _add(

@@ -1,7 +1,8 @@
 """SBU Captioned Photos: a million Flickr photos with their owners' captions.
 
 From www.cs.rice.edu/~vo9/sbucaptions: `sbu-captions-all.json`, one object of parallel lists
-`image_urls`, `user_ids`, `captions`. For research; the photos belong to their owners.
+`image_urls`, `user_ids`, `captions`, read whole into about half a gigabyte of memory. For
+research; the photos belong to their owners.
 """
 
 from __future__ import annotations

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
 import json
+import tarfile
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,8 +25,9 @@ from pipelines import ingest, sources
 from pipelines.fetch import FetchPolicy, failure_reason, fetch_images, refuse
 from pipelines.images import CleanImage, Rejected
 from pipelines.ingest import IngestConfig, plan, run
+from pipelines.ingest_config import Assumptions
 from pipelines.sample_world import Server, World, WorldSize, generate, serve
-from pipelines.storage import Store, StoreError
+from pipelines.storage import Commit, PartRecord, Store, StoreError
 
 REASONS = {
     "404": "http 404",
@@ -189,6 +194,241 @@ def test_annotations_in_a_bucket_give_the_same_dataset(
     assert run(from_bucket).identity == run(local).identity
 
 
+# -- in this process -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units are worked on in this process, one after the other, instead of on Ray."""
+
+    def run_parts(dataset: Any, mark: str, units: Any, make: Any, **_: Any) -> list[PartRecord]:
+        worker, done = make(), dataset.finished_parts(mark)
+        for unit in units:
+            if unit["name"] not in done:
+                out = worker(unit)
+                done[unit["name"]] = dataset.write_part(
+                    mark, unit["name"], out.table, set_aside=out.set_aside, stats=out.stats
+                )
+        return [done[unit["name"]] for unit in units]
+
+    monkeypatch.setattr(ingest, "run_parts", run_parts)
+    monkeypatch.setattr(ingest.cluster, "start", lambda: None)
+
+
+def jpeg(colour: str, size: int = 64) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(out, "JPEG")
+    return out.getvalue()
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def ingested(root: Path, source: str, **changes: Any) -> tuple[Commit, list[Any], list[Any]]:
+    """The commit of what lies in `root/data`, its rows, and what was set aside."""
+    store = root / "store"
+    cfg = IngestConfig(source, str(root / "data"), store=str(store), **changes)
+    commit = run(cfg)
+    dataset = Store(store).dataset(cfg.dataset)
+    return commit, dataset.read_table().to_pylist(), dataset.read_set_aside()
+
+
+@pytest.mark.usefixtures("here")
+def test_webdataset_becomes_pairs_and_captions_are_sifted(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    samples = {
+        "0.jpg": jpeg("red"),
+        "0.json": json.dumps(
+            {
+                "caption": ["a red square", "red", "ein rotes Quadrat auf dem Bild"],
+                "url": "http://a/0",
+            }
+        ).encode(),
+        "1.jpg": jpeg("blue"),
+        "1.txt": b"blue",
+        "2.jpg": b"no image",
+        "2.txt": b"a broken thing",
+    }
+    (tmp_path / "data/00000.tar").write_bytes(tar(samples))
+    commit, rows, aside = ingested(
+        tmp_path, "webdataset", name="mine", min_caption_words=2, language="en"
+    )
+    (row,) = rows
+    assert (row["id"], row["captions"]) == ("mine/00000/0", ["a red square"])
+    assert (row["source"], row["url"]) == ("mine", "http://a/0")
+    assert [(r["id"][-1], r["reason"], r["stage"]) for r in aside] == [
+        ("0", "caption: too few words", "caption"),
+        ("0", "language: de", "caption"),
+        ("1", "caption: too few words", "filter"),
+        ("2", "not an image", "decode"),
+    ]
+    assert "ein rotes Quadrat" in aside[1]["detail"]  # nothing is lost
+    assert commit.stats["read"] == 3 and commit.stats["captions"] == 1
+    assert commit.stats["set_aside"] == {"caption: too few words": 1, "not an image": 1}
+    assert commit.stats["captions_set_aside"] == {"caption: too few words": 1, "language: de": 1}
+
+
+@pytest.mark.usefixtures("here")
+def test_texts_of_one_language_with_their_checksum(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    texts = ["The river runs through the town.", "Der Fluss fließt durch die Stadt."]
+    lines = "\n".join(json.dumps({"text": t}) for t in texts)
+    (tmp_path / "data/a.jsonl").write_text(lines)
+    commit, rows, aside = ingested(tmp_path, "wikipedia", language="en")
+    (row,) = rows
+    assert row["id"] == "wikipedia/a.jsonl:000000001" and row["source"] == "wikipedia"
+    assert row["sha256"] == hashlib.sha256(texts[0].encode()).hexdigest()
+    assert commit.stats["set_aside"] == {"language: de": 1}
+    assert aside[0]["id"] == "wikipedia/a.jsonl:000000002"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_large_file_becomes_several_parts_in_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name, count in (("a", 50), ("b", 1)):
+        lines = (json.dumps({"text": f"{name} {i} " + "word " * 20_000}) for i in range(count))
+        (tmp_path / f"data/{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "data/c.jsonl").write_text("no json")
+    commit, rows, aside = ingested(tmp_path, "text_files", name="big", part_megabytes=1)
+    names = [Path(f.path).stem for f in commit.files]
+    assert names == [
+        *("part-00000", "part-00000-00001", "part-00000-00002", "part-00000-00003"),
+        *("part-00000-00004", "part-00001", "part-00002"),
+    ]
+    assert [r["id"] for r in rows] == [f"big/a.jsonl:{i:09d}" for i in range(1, 51)] + [
+        "big/b.jsonl:000000001"
+    ]
+    assert commit.stats["read"] == commit.rows + len(aside) == 52
+
+    # Interrupted after the first file's second part: made again, to the same files.
+    store = Store(tmp_path / "store")
+    folder = f"text/big/data-{commit.fingerprint[:8]}"
+    store.delete("text/big/_commits/00000000.json")
+    for part in ("00000", "00000-00003", "00001"):
+        store.delete(f"{folder}/_part-{part}.json")
+    again, _, _ = ingested(tmp_path, "text_files", name="big", part_megabytes=1)
+    assert again.files == commit.files and again.stats == commit.stats
+
+
+@pytest.mark.usefixtures("here")
+def test_coco_from_its_zips(tmp_path: Path) -> None:
+    data, images = tmp_path / "data", tmp_path / "images"
+    data.mkdir()
+    images.mkdir()
+    listed = [{"id": i, "file_name": f"{i:012d}.jpg", "coco_url": "http://c/x"} for i in (1, 2, 3)]
+    captions = [{"id": i, "image_id": i, "caption": f"number {i}"} for i in (1, 2, 3)]
+    raw = {"images": listed, "annotations": captions}
+    (data / "captions_train2017.json").write_text(json.dumps(raw))
+    splits = {"images": [{"cocoid": 3, "split": "test"}]}
+    (data / "dataset_coco.json").write_text(json.dumps(splits))
+    with zipfile.ZipFile(images / "train2017.zip", "w") as archive:
+        archive.writestr("train2017/000000000001.jpg", jpeg("red"))
+    commit, rows, aside = ingested(tmp_path, "coco", images=str(images))
+    assert [(r["id"], r["captions"]) for r in rows] == [("coco/000000000001", ["number 1"])]
+    assert {r["id"]: r["reason"] for r in aside} == {
+        "coco/000000000002": "missing image file",
+        "coco/000000000003": "held out: COCO Karpathy val/test",
+    }
+    assert commit.stats["stages"] == {"files": 1, "annotations": 1}
+    zips = [i for i in commit.lineage["inputs"] if i["file"].startswith("images/")]
+    assert zips == [
+        {"file": "images/train2017.zip", "bytes": (images / "train2017.zip").stat().st_size}
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_wrong_folder_of_images_ends_the_job(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    listed = [{"image_id": i, "url": f"http://v/{i}.jpg"} for i in range(60)]
+    regions = [{"id": i, "regions": [{"image_id": i, "phrase": "a dog"}]} for i in range(60)]
+    (tmp_path / "data/image_data.json").write_text(json.dumps(listed))
+    (tmp_path / "data/region_descriptions.json").write_text(json.dumps(regions))
+    with (
+        pytest.warns(UserWarning, match="NOT held out"),
+        pytest.raises(FileNotFoundError, match=r"not one of 60 images is there.*VG_100K/0.jpg"),
+    ):
+        ingested(tmp_path, "vg", images=str(tmp_path))
+
+
+@pytest.mark.usefixtures("here")
+def test_imagenet1k_from_its_tar_of_tars_and_from_folders(tmp_path: Path) -> None:
+    photos = {
+        f"n0000000{s}": {f"n0000000{s}_{i}.JPEG": jpeg("red") for i in (1, 2)} for s in (1, 2)
+    }
+    (tmp_path / "data").mkdir()
+    outer = tar({f"{synset}.tar": tar(files) for synset, files in photos.items()})
+    (tmp_path / "data/ILSVRC2012_img_train.tar").write_bytes(outer)
+    (tmp_path / "data/ILSVRC2012_img_val.tar").write_bytes(tar({"v.JPEG": jpeg("blue")}))
+    commit, rows, _ = ingested(tmp_path, "imagenet1k")
+    ids = [f"imagenet1k/n0000000{s}_{i}" for s in (1, 2) for i in (1, 2)]
+    assert [r["id"] for r in rows] == ids and len(commit.files) == 2
+    for synset, files in photos.items():
+        folder = tmp_path / "unpacked/data/train" / synset
+        folder.mkdir(parents=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    _, again, _ = ingested(tmp_path / "unpacked", "imagenet1k")
+    assert again == rows
+    commit, rows, _ = ingested(tmp_path, "imagenet1k", name="val", splits=("val",))
+    assert [r["id"] for r in rows] == ["imagenet1k/v"]
+
+
+@pytest.mark.usefixtures("here")
+def test_archives_folders_and_zips_in_a_bucket(tmp_path: Path, s3_store: str) -> None:
+    bucket = Store(s3_store)
+    synset = {"n00000001_1.JPEG": jpeg("red"), "n00000001_2.JPEG": jpeg("blue")}
+    bucket.write("tar/ILSVRC2012_img_train.tar", tar({"n00000001.tar": tar(synset)}))
+    for name, data in synset.items():
+        bucket.write(f"folder/train/n00000001/{name}", data)
+    shards = {"0.jpg": jpeg("red"), "0.txt": b"a red square"}
+    bucket.write("shards/deep/00000.tar.gz", gzip.compress(tar(shards)))
+    bucket.write("zip/a.zip", zipped({"a.txt": b"One.\n\nTwo."}))
+    kinds = {"tar": "imagenet1k", "folder": "imagenet1k", "shards": "webdataset", "zip": "stories"}
+    ids = {}
+    for folder, source in kinds.items():
+        cfg = IngestConfig(source, f"{s3_store}/{folder}", s3_store, name=folder)
+        assert run(cfg).stats["set_aside"] == {}
+        ids[folder] = bucket.dataset(cfg.dataset).read_table(["id"])["id"].to_pylist()
+    photos = ["imagenet1k/n00000001_1", "imagenet1k/n00000001_2"]
+    assert ids["tar"] == ids["folder"] == photos
+    assert ids["shards"] == ["shards/deep/00000.tar/0"]
+    assert ids["zip"] == ["zip/a.zip/a.txt:000000001"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_sample_is_the_same_whatever_else_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"text": f"text {i}"}) for i in range(200)]
+    (tmp_path / "data/a.jsonl").write_text("\n".join(lines))
+    ids = {
+        name: [r["id"].partition(":")[2] for r in ingested(tmp_path, "text_files", **changes)[1]]
+        for name, changes in {
+            "half": {"name": "half", "sample": 0.5},
+            "fifth": {"name": "fifth", "sample": 0.2},
+            "first": {"name": "first", "sample": 0.5, "limit": 5},
+        }.items()
+    }
+    assert set(ids["fifth"]) < set(ids["half"]) and 70 < len(ids["half"]) < 130
+    assert ids["first"] == ids["half"][:5]
+
+
 # -- before anything starts -----------------------------------------------------------------------
 
 
@@ -200,8 +440,36 @@ def test_a_plan_fetches_nothing(web: tuple[World, Server], tmp_path: Path) -> No
     assert found["images"] == world.counts["cc3m"] + 1  # the line with a NUL is cleaned
     assert found["set_aside"] == {"missing tab": 1, "blank line": 1, "empty caption": 1}
     assert found["shards"] == 3
+    assume = Assumptions(
+        nodes=2, images_per_second=1.0, success=0.5, kilobytes_fetched=100, kilobytes_stored=40,
+        node_price=3.0, storage_price=0.5,
+    )  # fmt: skip
+    cfg = config(world, "cc3m", tmp_path, dry_run=True, assume=assume, short_side=144)
+    costs = plan(cfg)
+    images = costs["images"]
+    assert costs["bytes_to_fetch"] == images * 50_000
+    assert costs["bytes_to_store"] == images * 5_000
+    assert costs["hours"] == pytest.approx(images / 2 / 3600)
+    assert costs["cost_of_machines"] == pytest.approx(images / 3600 * 3.0)
+    assert costs["cost_of_storage_a_month"] == pytest.approx(images * 5e3 / 1e9 * 0.5)
+    assert 0 < plan(replace(cfg, sample=0.5))["images"] < images
+    archives = plan(config(world, "imagenet21k", tmp_path, assume=assume))
+    assert archives["hours"] == pytest.approx(archives["bytes"] / 50e6 / 2 / 3600)
     assert plan(config(world, "cc3m", tmp_path, limit=3))["images"] == 3
     assert plan(config(world, "imagenet21k", tmp_path))["files"] == world.size.synsets
+
+
+def test_a_dry_run_prints_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"http://example.org/{i}.jpg,number {i}" for i in range(1500)]
+    (tmp_path / "a.csv").write_text("\n".join(["url,caption", *rows, "file:///etc/passwd,x"]))
+    arguments = ["ingest.py", "--source", "table", "--annotations", str(tmp_path), "--dry-run"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--assume.images-per-second", "1"])
+    ingest.main()
+    said = capsys.readouterr().out.splitlines()
+    assert "images: 1,500" in said and "hours: 0.42" in said
+    assert "set_aside: {'unsupported scheme': 1}" in said
 
 
 def test_what_cant_work_stops_before_it_starts(
@@ -217,12 +485,21 @@ def test_what_cant_work_stops_before_it_starts(
         with pytest.raises(SystemExit) as stopped:
             ingest.main()
         assert stopped.value.code == 2
-        return capsys.readouterr().err
+        return " ".join(capsys.readouterr().err.replace("\u2502", " ").split())  # out of its box
 
     folder = str(tmp_path)
     assert "cc3m" in main("--source", "laion")
     assert "Train_GCC-training.tsv is missing" in main("--annotations", folder)
-    assert "no *.tar there" in main("--source", "imagenet21k", "--annotations", folder)
+    nothing = main("--source", "imagenet21k", "--annotations", folder)
+    assert "Expected *.tar" in nothing and "https://image-net.org" in nothing
+    nothing = main("--source", "openwebtext", "--annotations", folder)
+    assert "openwebtext.tar.xz" in nothing and "https://huggingface.co" in nothing
+    assert "no .parquet, .csv" in main("--source", "table", "--annotations", folder)
+    assert "coco and vg have" in main("--images", folder)
+    assert "splits: test" in main("--source", "imagenet1k", "--splits", "test")
+    assert "language" in main("--language", "english")
+    for option in ("sample", "max_repetition"):
+        assert option in main(f"--{option.replace('_', '-')}", "0")
     assert "shard_size" in main("--shard-size", "0")
     (tmp_path / "file").write_text("")
     assert "can't write there" in main("--store", str(tmp_path / "file"), "--annotations", folder)

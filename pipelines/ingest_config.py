@@ -1,0 +1,238 @@
+"""The configuration of ingestion: what to ingest, from where, and what to keep of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines import sources
+from pipelines.fetch import FetchPolicy
+from pipelines.images import ImagePolicy
+from pipelines.records import TextPolicy
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What `--dry-run` reckons with. None of it is measured here: put in what you know."""
+
+    nodes: int = 1
+    """Machines that ingest at once."""
+    images_per_second: float = 250.0
+    """Images that one machine downloads and cleans; 16 cores that downloaded CC12M had 485."""
+    megabytes_per_second: float = 50.0
+    """Megabytes of archives or texts that one machine reads; of packed texts, a quarter of it."""
+    kilobytes_fetched: float = 150.0
+    """Size of an image on the web."""
+    kilobytes_stored: float = 25.0
+    """Size of an image shrunk to a shorter side of 288; it grows with that side's square."""
+    success: float = 0.8
+    """Share of the URLs that are still alive."""
+    node_price: float = 0.68
+    """Price of one machine for an hour (16 cores, on demand, in US dollars)."""
+    storage_price: float = 0.023
+    """Price of a gigabyte (10**9 bytes) in the store for a month."""
+
+
+@dataclass(frozen=True)
+class IngestConfig:
+    """What to ingest, from where, and what to keep of it."""
+
+    source: str = "cc3m"
+    """A module of pipelines/sources:
+    pairs: cc3m, cc12m, sbu, coco, vg, and your own: table, webdataset;
+    images: imagenet21k, imagenet1k;
+    texts: wikipedia, bookcorpus, openwebtext, cc_news, stories, text_files."""
+    annotations: str = "annotations"
+    """Folder of the source's published files: a local path or a URI."""
+    store: str = "store"
+    """URI or path of the store."""
+    name: str | None = None
+    """The dataset's name, below images/ or text/; by default the source's."""
+    limit: int | None = None
+    """Take only the first so many records (of each file, for archives and texts)."""
+    images: str = ""
+    """Folder or URI of coco's or vg's published images or zips; without it they are downloaded."""
+    sample: float = 1.0
+    """Take a random share of the records: always the same, and part of every larger share's."""
+    dry_run: bool = False
+    """Read the annotations, fetch nothing, and say what a run would take, as `assume` has it:
+    hours = images / images_per_second / nodes / 3600; for archives and texts
+    hours = megabytes / megabytes_per_second / nodes / 3600;
+    stored = images * success * kilobytes_stored * (short_side / 288)**2;
+    cost = hours * nodes * node_price, and each month stored gigabytes * storage_price."""
+    assume: Assumptions = Assumptions()
+    """What a dry run reckons with."""
+    splits: tuple[str, ...] = ("train",)
+    """Splits of imagenet1k; val is a benchmark."""
+    url_column: str = ""
+    """Column of a table's URLs (url, URL, ...); a number, from 0, where no line has the names."""
+    caption_column: str = ""
+    """Column of a table's captions (caption, text, TEXT, ...), or its number."""
+
+    processes: int = 0
+    """Shards at once, over the whole cluster; 0: one for each CPU."""
+    threads: int = 64
+    """Downloads at once in each process."""
+    timeout: float = 10.0
+    """Seconds of silence after which a download fails."""
+    max_seconds: float = 60.0
+    """Seconds after which a download fails though it still trickles."""
+    max_megabytes: int = 64
+    """Megabytes (2**20 bytes) above which a download fails."""
+    retries: int = 1
+    """Further tries for a URL that failed."""
+    user_agent_token: str = "beit3-ray"
+    """Names this crawler in the User-Agent header and in the sites' X-Robots-Tag."""
+    respect_robots: bool = True
+    """Leave out images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex."""
+    allow_loopback: bool = False
+    """Fetch from this machine too (for trials); private networks are never fetched from."""
+
+    shard_size: int = 10_000
+    """Records in one part: one task's work, and one Parquet file."""
+    short_side: int = 288
+    """Larger images are shrunk so that their shorter side has so many pixels."""
+    min_side: int = 32
+    """Images whose shorter side has fewer pixels are set aside."""
+    max_aspect: float = 10.0
+    """Images whose longer side is more than so many times the shorter are set aside."""
+    max_pixels: int = 100_000_000
+    """Images with more pixels, by their header, are never decoded."""
+    max_captions: int = 50
+    """Captions kept of one image, the first ones."""
+    coco_split: Path | None = None
+    """Karpathy's dataset_coco.json; by default in the annotations' folder or in ../coco."""
+    held_out: tuple[str, ...] = ()
+    """Datasets of the store, such as tasks/vqa/test, whose pictures must never be kept."""
+    document_chars: int = 4_000
+    """Plain text files are cut at paragraphs into documents of about so many characters."""
+    part_megabytes: int = 256
+    """Megabytes (2**20 bytes) after which archives and texts go on in another Parquet file."""
+
+    language: str = ""
+    """Keep texts, and captions, of this language only: an ISO 639 code such as en."""
+    min_caption_words: int = 0
+    """Captions of fewer words are set aside."""
+    max_caption_words: int = 0
+    """Captions of more words are set aside; 0: no limit."""
+    min_caption_chars: int = 0
+    """Captions of fewer characters are set aside."""
+    max_caption_chars: int = 0
+    """Captions of more characters are set aside; 0: no limit."""
+    max_repetition: float = 1.0
+    """Captions that repeat a larger share of their words or characters are set aside."""
+
+    def __post_init__(self) -> None:
+        if self.source not in sources.names():
+            raise ValueError(f"source: {self.source!r} is none of {', '.join(sources.names())}")
+        self._check_numbers()
+        self._check_source()
+
+    def _check_numbers(self) -> None:
+        at_least_one = ("threads", "max_megabytes", "shard_size", "short_side", "max_pixels")
+        at_least_one += ("max_captions", "document_chars", "part_megabytes")
+        for field in at_least_one:
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: must be at least 1, not {getattr(self, field)}")
+        not_negative = ("processes", "retries", "min_side", "min_caption_words")
+        not_negative += ("max_caption_words", "min_caption_chars", "max_caption_chars")
+        for field in not_negative:
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}: must not be negative, but is {getattr(self, field)}")
+        if self.timeout <= 0 or self.max_seconds <= 0 or self.max_aspect < 1:
+            raise ValueError("timeout and max_seconds must be above 0, max_aspect at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: must be at least 1, not {self.limit}")
+        for field in ("sample", "max_repetition"):
+            if not 0 < getattr(self, field) <= 1:
+                raise ValueError(f"{field}: must be above 0 and at most 1")
+        a = self.assume
+        if min(a.nodes, a.images_per_second, a.megabytes_per_second) <= 0:
+            raise ValueError("assume: nodes and what they do a second must be above 0")
+        if self.name is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", self.name):
+            raise ValueError(f"name: {self.name!r} is not a name of letters, digits, '_', '-', '.'")
+
+    def _check_source(self) -> None:
+        source = sources.load(self.source)
+        if self.images and not getattr(source, "HAS_FILES", False):
+            raise ValueError(f"images: {self.source} has no published images; coco and vg have")
+        unknown = set(self.splits) - set(getattr(source, "SPLITS", self.splits))
+        if unknown or not self.splits:
+            raise ValueError(f"splits: {', '.join(self.splits)} is none of {self.source}")
+        if not re.fullmatch(r"([a-z]{2,3})?", self.language):
+            raise ValueError(f"language: {self.language!r} is no ISO 639 code such as en")
+
+    @property
+    def short_name(self) -> str:
+        return self.name or self.source
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's full name."""
+        folder = "text" if sources.load(self.source).KIND == "text" else "images"
+        return f"{folder}/{self.short_name}"
+
+    @property
+    def policy(self) -> ImagePolicy:
+        return ImagePolicy(self.short_side, self.min_side, self.max_aspect, self.max_pixels)
+
+    @property
+    def fetch(self) -> FetchPolicy:
+        return FetchPolicy(
+            threads=self.threads,
+            timeout=self.timeout,
+            max_seconds=self.max_seconds,
+            max_megabytes=self.max_megabytes,
+            retries=self.retries,
+            user_agent_token=self.user_agent_token,
+            respect_robots=self.respect_robots,
+            allow_loopback=self.allow_loopback,
+        )
+
+    @property
+    def texts(self) -> TextPolicy:
+        return TextPolicy(
+            min_words=self.min_caption_words,
+            max_words=self.max_caption_words,
+            min_chars=self.min_caption_chars,
+            max_chars=self.max_caption_chars,
+            max_repetition=self.max_repetition,
+            language=self.language,
+        )
+
+    @property
+    def options(self) -> sources.Options:
+        return sources.Options(
+            max_captions=self.max_captions,
+            coco_split=self.coco_split,
+            document_chars=self.document_chars,
+            name=self.short_name,
+            url_column=self.url_column,
+            caption_column=self.caption_column,
+            splits=self.splits,
+            from_files=bool(self.images),
+        )
+
+    def decides_output(self) -> dict[str, object]:
+        """The options that decide what the dataset holds; the others may change between runs."""
+        decides = {name: getattr(self, name) for name in _DECIDES_OUTPUT}
+        source = sources.load(self.source)
+        if source.KIND == "text" or getattr(source, "OWN", False):
+            decides["name"] = self.short_name  # it is in the ids
+        if self.images:
+            decides["images"] = "files"
+        return decides
+
+
+_DECIDES_OUTPUT = ("source", "limit", "respect_robots", "allow_loopback", "shard_size")
+_DECIDES_OUTPUT += ("short_side", "min_side", "max_aspect", "max_pixels", "max_captions")
+_DECIDES_OUTPUT += ("document_chars", "sample", "splits", "url_column", "caption_column")
+_DECIDES_OUTPUT += ("part_megabytes", "language", "min_caption_words", "max_caption_words")
+_DECIDES_OUTPUT += ("min_caption_chars", "max_caption_chars", "max_repetition")
+
+PRESETS: dict[str, IngestConfig] = {
+    "web": IngestConfig(),
+    "gentle": IngestConfig(threads=16, retries=0),
+    "trial": IngestConfig(threads=16, retries=0, timeout=3.0, limit=1_000, shard_size=250),
+}
