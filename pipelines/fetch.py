@@ -1,31 +1,25 @@
-"""Fetching images from the web: what may be fetched, how, and why it failed.
+"""Fetching images from the web: what came of each URL, as an image or as one of few stable reasons.
 
-Downloads run through img2dataset; redirects are checked as the URLs of the annotations are, and
-bodies are bounded in size and time. Every URL ends as an image or as one of few stable reasons.
+Downloads run through img2dataset, over the opener of `pipelines.safe_http`. Images are cleaned as
+they arrive, while others are still on their way, so that no more than a few bodies are in memory.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
-import socket
-import ssl
-import string
 import tempfile
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipelines.addresses import refuse, wire_url
 from pipelines.images import CleanImage, ImagePolicy, Rejected, clean_image
+from pipelines.safe_http import LARGE_BODY, Limits, opener
 
 
 @dataclass(frozen=True)
@@ -45,18 +39,22 @@ class FetchPolicy:
 _UNREACHED = ("connection failed", "host not found", "timed out")
 _MANY = 50
 _ROBOTS = ["noai", "noimageai", "noindex", "noimageindex"]
-_REASONS = (  # the first that matches what the downloader said
-    (r"X-Robots-Tag", "robots: disallowed"),
-    (r"redirect: (private address|unsupported scheme|bad url)", "{}"),
-    (r"Redirection to url .* is not allowed", "unsupported scheme"),
-    (r"too large: ", "too large"),
-    (r"redirect error", "redirect loop"),
-    (r"HTTP Error (\d{3})", "http {}"),
-    (r"timed out|too slow: ", "timed out"),
+_OURS = "^(?:<urlopen error )*"  # urllib wraps what the opener says, sometimes twice
+_REASONS = (  # the first that matches what the downloader said; servers can't word the first ones
+    (_OURS + r"(?:redirect: )?(private address|unsupported scheme|bad url|blocked port): ", "{}"),
+    (_OURS + r"(too large|bad response): ", "{}"),
+    (_OURS + r"too slow: ", "timed out"),
+    (r"^Use of image disallowed by X-Robots-Tag", "robots: disallowed"),
+    (r"^HTTP Error 3\d\d: The HTTP server returned a redirect error", "redirect loop"),
+    (r"^HTTP Error 3\d\d: .*Redirection to url", "unsupported scheme"),
+    (r"^HTTP Error ([1-5]\d\d)", "http {}"),
+    (r"^HTTP Error", "bad response"),
+    (r"^URL can't contain|^nonnumeric port", "bad url"),
+    (r"timed out", "timed out"),
     (r"getaddrinfo|Name or service|No address associated|name resolution", "host not found"),
     (r"SSL|certificate", "tls failed"),
     (r"IncompleteRead", "incomplete download"),
-    (r"Connection|unreachable|closed connection|No route|Errno|BadStatusLine", "connection failed"),
+    (r"Connection|unreachable|closed connection|No route|Errno", "connection failed"),
     (r"URL|url|port|codec|label", "bad url"),
 )
 
@@ -79,62 +77,16 @@ def fetch_images(
             wanted.append(url)
     lost = Rejected("download failed", "the downloader lost it", "download")
     fetched: dict[str, CleanImage | Rejected] = dict.fromkeys(wanted, lost)
-    for index, data, error in _download([_wire_url(url) for url in wanted], policy):
-        if data is None:
-            fetched[wanted[index]] = Rejected(failure_reason(error), error[:200], "download")
-        else:
-            fetched[wanted[index]] = clean_image(data, images)
+    for index, outcome in _download([wire_url(url) for url in wanted], policy, images).items():
+        fetched[wanted[index]] = outcome
     if len(fetched) >= _MANY and all(
         isinstance(r, Rejected) and r.reason in _UNREACHED for r in fetched.values()
     ):
         raise ConnectionError(
-            f"not one of {len(fetched)} URLs could be reached: is the network up?"
+            f"not one of {len(fetched)} URLs could be reached: is the network up? "
+            "(The environment's proxies are not used.)"
         )
     return outcomes | fetched
-
-
-def refuse(url: str, *, allow_loopback: bool = False) -> Rejected | None:
-    """Why a URL must not be fetched: its scheme, or a host on this machine or a private network.
-
-    Looks at the URL only: a public name may still resolve to a private address.
-    """
-    try:
-        parts = urlsplit(_wire_url(url))
-        host, _ = (parts.hostname or "").rstrip("."), parts.port
-    except ValueError as error:  # UnicodeError, of a host name, is one
-        return Rejected("bad url", str(error)[:200], "annotations")
-    if parts.scheme not in ("http", "https"):
-        return Rejected("unsupported scheme", parts.scheme, "annotations")
-    if not host:
-        return Rejected("bad url", "no host", "annotations")
-    address = _literal(host)
-    if host == "localhost" or host.endswith(".localhost") or (address and address.is_loopback):
-        return None if allow_loopback else Rejected("private address", host, "annotations")
-    if address and not address.is_global:
-        return Rejected("private address", host, "annotations")
-    return None
-
-
-def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        try:  # the old spellings that resolvers take too: 127.1, 2130706433, 0x7f000001
-            return ipaddress.IPv4Address(socket.inet_aton(host))
-        except (OSError, ValueError):
-            return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def _wire_url(url: str) -> str:
-    """The URL as HTTP wants it: international names and letters encoded, the rest untouched."""
-    if url.isascii() and url.isprintable() and " " not in url:
-        return url
-    scheme, slashes, rest = url.partition("://")
-    netloc, slash, path = rest.partition("/")
-    if not netloc.isascii():
-        netloc = netloc.encode("idna").decode()
-    return f"{scheme}{slashes}{netloc}{slash}{quote(path, safe=string.punctuation)}"
 
 
 def failure_reason(error: str) -> str:
@@ -146,15 +98,39 @@ def failure_reason(error: str) -> str:
     return "download failed"
 
 
-def _download(urls: Sequence[str], policy: FetchPolicy) -> Iterator[tuple[int, bytes | None, str]]:
-    """Download with img2dataset; yields, in any order, index, bytes or None, what went wrong."""
+def _download(
+    urls: Sequence[str], policy: FetchPolicy, images: ImagePolicy | None
+) -> dict[int, CleanImage | Rejected]:
+    """Download with img2dataset; the outcomes by index."""
+    outcomes: dict[int, CleanImage | Rejected] = {}
     if not urls:
-        return
+        return outcomes
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     # Here, because these imports take seconds: once in each worker process.
     from img2dataset.downloader import Downloader
     from img2dataset.resizer import Resizer
-    from img2dataset.writer import ParquetSampleWriter
+
+    limits = Limits(policy.max_megabytes << 20, policy.max_seconds, policy.allow_loopback)
+
+    class Cleaner:
+        """Stands where img2dataset has its writers: takes each download as soon as it is there."""
+
+        def __init__(self, *settings: Any) -> None:
+            pass
+
+        def write(self, data: bytes | None, key: str, caption: None, meta: dict[str, Any]) -> None:
+            if data is None:
+                error = _printable(meta["error_message"] or "")
+                outcomes[int(key)] = Rejected(failure_reason(error), error[:200], "download")
+                return
+            try:
+                outcomes[int(key)] = clean_image(data, images)
+            finally:
+                if len(data) > LARGE_BODY:
+                    limits.large_bodies.release()
+
+        def close(self) -> None:
+            pass
 
     with tempfile.TemporaryDirectory(prefix="beit3-ingest-") as folder:
         shard = Path(folder, "urls.arrow")
@@ -162,7 +138,7 @@ def _download(urls: Sequence[str], policy: FetchPolicy) -> Iterator[tuple[int, b
         with pa.OSFile(str(shard), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         downloader = Downloader(
-            sample_writer_class=ParquetSampleWriter,
+            sample_writer_class=Cleaner,
             resizer=Resizer(
                 image_size=256,  # unused: see below
                 resize_mode="no",
@@ -184,60 +160,14 @@ def _download(urls: Sequence[str], policy: FetchPolicy) -> Iterator[tuple[int, b
             user_agent_token=policy.user_agent_token,
             disallowed_header_directives=_ROBOTS if policy.respect_robots else None,
         )
-        urllib.request.install_opener(_opener(policy))
+        urllib.request.install_opener(opener(limits))
         try:
             downloader.download_shard((0, str(shard)))
         finally:
             urllib.request.install_opener(None)  # type: ignore[arg-type]  # the default again
-        with pq.ParquetFile(Path(folder, "0.parquet")) as file:
-            columns = ["key", "status", "error_message", "jpg"]
-            for batch in file.iter_batches(batch_size=64, columns=columns):
-                for row in batch.to_pylist():
-                    good = row["status"] == "success"
-                    yield int(row["key"]), row["jpg"] if good else None, row["error_message"] or ""
+    return outcomes
 
 
-def _opener(policy: FetchPolicy) -> urllib.request.OpenerDirector:
-    """What img2dataset opens URLs with: redirects are checked as URLs are, and bodies bounded."""
-    # One TLS context for all: making one reads the whole list of authorities.
-    secure = urllib.request.HTTPSHandler(context=ssl.create_default_context())
-    bounded = _Bounded(policy.max_megabytes << 20, policy.max_seconds)
-    return urllib.request.build_opener(secure, _Redirects(policy.allow_loopback), bounded)
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    def __init__(self, allow_loopback: bool) -> None:
-        self.allow_loopback = allow_loopback
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
-        refused = refuse(newurl, allow_loopback=self.allow_loopback)
-        if refused:
-            raise urllib.error.URLError(f"redirect: {refused.reason}: {refused.detail}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-class _Bounded(urllib.request.BaseHandler):
-    """Ends a body that is too large, or too slow as a whole: a timeout only ends silence."""
-
-    def __init__(self, most_bytes: int, most_seconds: float) -> None:
-        self.most_bytes, self.most_seconds = most_bytes, most_seconds
-
-    def http_response(self, request: Any, response: Any) -> Any:
-        deadline = time.monotonic() + self.most_seconds
-
-        def read() -> bytes:
-            body = bytearray()
-            while chunk := response.read1(1 << 16):
-                body += chunk
-                if len(body) > self.most_bytes:
-                    raise urllib.error.URLError(f"too large: over {self.most_bytes} bytes")
-                if time.monotonic() > deadline:
-                    raise urllib.error.URLError(f"too slow: over {self.most_seconds} s")
-            if response.length:  # what Content-Length promised and did not come
-                raise urllib.error.URLError(f"IncompleteRead: {response.length} bytes are missing")
-            return bytes(body)
-
-        response.read = read
-        return response
-
-    https_response = http_response
+def _printable(text: str) -> str:
+    """What a server said, fit for a table and a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:1000])

@@ -2,7 +2,8 @@
 
 The format and the number of pixels are read from the header before anything is decoded, so that a
 small file can't unpack into gigabytes. Only JPEG, PNG, WEBP, GIF (first frame) and BMP are opened,
-each by its magic number, whatever the server called it.
+each by its magic number, whatever the server called it, and only the parts of the file that the
+picture is in (`pipelines.bare_images`): what is stored has no metadata.
 """
 
 from __future__ import annotations
@@ -12,11 +13,22 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
+
+from pipelines.bare_images import BadFile, Bare, strip
 
 JPEG_QUALITY = 92
-_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {  # EXIF's ways up
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _MAX_JPEG_SIDE = 65_500
+_STRIP_PIXELS = 1 << 22
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -70,7 +82,8 @@ class Rejected:
 def clean_image(data: bytes, policy: ImagePolicy | None = None) -> CleanImage | Rejected:
     """Check an image, turn it upright, make it RGB and small; deterministic, never raises.
 
-    A JPEG that needs no change keeps its bytes; all else becomes a JPEG of quality 92.
+    A JPEG that needs no change keeps its bytes, save its metadata; all else becomes a JPEG of
+    quality 92.
     """
     policy = policy or ImagePolicy()
     if not data:
@@ -79,27 +92,33 @@ def clean_image(data: bytes, policy: ImagePolicy | None = None) -> CleanImage | 
     if isinstance(kind, Rejected):
         return kind
     try:
+        bare = strip(data, kind)
+        refused = _refuse_size((bare.width, bare.height), policy)
+        if refused:
+            return refused
         with warnings.catch_warnings():
             # Pillow warns above a limit of its own; ours decides.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=(kind,))
+            image = Image.open(io.BytesIO(bare.data), formats=(kind,))
+        with image:
+            return _refuse_size(image.size, policy) or _convert(image, bare, policy)
+    except BadFile as error:
+        return Rejected(error.reason, error.detail)
     except Image.DecompressionBombError as error:
         return Rejected("too many pixels", str(error))
-    except Exception as error:  # Pillow's decoders raise nearly anything on a bad header
+    except Exception as error:  # Pillow's decoders raise nearly anything
         return Rejected(_decode_reason(error), _say(error))
 
-    with image:
-        width, height = image.size
-        if width * height > policy.max_pixels:
-            return Rejected("too many pixels", f"{width}x{height}")
-        if min(width, height) < max(policy.min_side, 1):
-            return Rejected("too small", f"{width}x{height}", stage="filter")
-        if max(width, height) > policy.max_aspect * min(width, height):
-            return Rejected("aspect ratio", f"{width}x{height}", stage="filter")
-        try:
-            return _convert(image, data, policy)
-        except Exception as error:  # as above
-            return Rejected(_decode_reason(error), _say(error))
+
+def _refuse_size(size: tuple[int, int], policy: ImagePolicy) -> Rejected | None:
+    width, height = size
+    if width * height > policy.max_pixels:
+        return Rejected("too many pixels", f"{width}x{height}")
+    if min(width, height) < max(policy.min_side, 1):
+        return Rejected("too small", f"{width}x{height}", stage="filter")
+    if max(width, height) > policy.max_aspect * min(width, height):
+        return Rejected("aspect ratio", f"{width}x{height}", stage="filter")
+    return None
 
 
 def _sniff(data: bytes) -> str | Rejected:
@@ -108,9 +127,7 @@ def _sniff(data: bytes) -> str | Rejected:
         if data.startswith(magic):
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        # libwebp only says that it can't, so compare with the size that the file declares.
-        whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)
-        return "WEBP" if whole else Rejected("truncated image")
+        return "WEBP"
     if data[4:8] == b"ftyp":
         return Rejected("unsupported format", "AVIF, HEIF or video")
     for magic, name in _KNOWN_BUT_REFUSED:
@@ -124,18 +141,18 @@ def _sniff(data: bytes) -> str | Rejected:
     return Rejected("not an image", repr(data[:16]))
 
 
-def _convert(image: Image.Image, data: bytes, policy: ImagePolicy) -> CleanImage:
+def _convert(image: Image.Image, bare: Bare, policy: ImagePolicy) -> CleanImage:
     width, height = image.size
     scale = min(1.0, policy.short_side / min(width, height))
     if scale < 1.0 and image.format == "JPEG":
         # libjpeg may decode at a half, a quarter or an eighth; twice the final size loses nothing.
         image.draft(None, (round(2 * scale * width), round(2 * scale * height)))
     image.load()
-    turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    if image.format == "JPEG" and image.mode == "RGB" and not turned and scale == 1.0:
-        return _clean(data, width, height)
-    upright = ImageOps.exif_transpose(image) if turned else image
-    if turned and upright.size != image.size:  # a quarter turn
+    turn = _TURNS.get(bare.orientation)
+    if image.format == "JPEG" and image.mode == "RGB" and turn is None and scale == 1.0:
+        return _clean(bare.data, width, height)
+    upright = image if turn is None else image.transpose(turn)
+    if bare.orientation >= 5:  # a quarter turn
         width, height = height, width
     rgb = _to_rgb(upright)
     target = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -143,6 +160,7 @@ def _convert(image: Image.Image, data: bytes, policy: ImagePolicy) -> CleanImage
         rgb = rgb.resize(target, Image.Resampling.LANCZOS)
     if max(target) > _MAX_JPEG_SIDE:
         raise ValueError(f"{target[0]}x{target[1]} is too long for a JPEG")
+    rgb.info = {}  # Pillow would write some of what it read
     out = io.BytesIO()
     rgb.save(out, "JPEG", quality=JPEG_QUALITY)
     return _clean(out.getvalue(), *target)
@@ -151,6 +169,17 @@ def _convert(image: Image.Image, data: bytes, policy: ImagePolicy) -> CleanImage
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
+    # Strip by strip: what is in between takes several times the image's memory.
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // width)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        part = image.crop((0, top, width, min(top + rows, height)))
+        whole.paste(_strip_to_rgb(part), (0, top))
+    return whole
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if (
         image.mode.startswith("I;16") or image.mode == "I"
     ):  # 16-bit greyscale PNG: keep the high byte
@@ -173,4 +202,6 @@ def _decode_reason(error: Exception) -> str:
 
 
 def _say(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text differs from run to run
+        return "no header that makes sense"
     return f"{type(error).__name__}: {error}"[:200]
