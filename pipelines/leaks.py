@@ -93,6 +93,40 @@ def signature(data: bytes) -> Signature:
     return Signature(bits.tobytes(), colours.tobytes())
 
 
+def packed(
+    bits: Sequence[bytes], colours: Sequence[bytes]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Many signatures as two arrays, as `same_picture` compares them.
+
+    A column of words for each hash, so that one word of all is compared at a time, which takes a
+    tenth of the time; a row for each picture's colours.
+    """
+    words = np.frombuffer(b"".join(bits), np.uint64).reshape(-1, HASH_SIDE**2 // 64)
+    return (
+        np.ascontiguousarray(words.T),
+        np.frombuffer(b"".join(colours), np.uint8).reshape(-1, 3 * COLOUR_SIDE**2),
+    )
+
+
+def same_picture(
+    picture: Signature, bits: NDArray[np.uint64], colours: NDArray[np.uint8]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Which of many signatures are of the same picture as this one, ascending.
+
+    The places of those that are, and by how many bits and levels of colour each differs.
+    """
+    apart: NDArray[Any] = np.zeros(bits.shape[1], np.int16)
+    for words, word in zip(bits, np.frombuffer(picture.bits, np.uint64), strict=True):
+        apart += np.bitwise_count(words ^ word)
+    near = np.flatnonzero(apart <= MOST_BITS)
+    # Wide enough for differences of bytes; only the few near ones are compared.
+    own = np.frombuffer(picture.colours, np.uint8).astype(np.int16)
+    colour = np.abs(colours[near] - own).max(axis=1, initial=0)
+    close = colour <= MOST_COLOUR
+    near = near[close]
+    return near, apart[near], colour[close]
+
+
 class HeldOutPictures:
     """The signatures of held-out pictures: 224 bytes each, whatever the pictures' size."""
 
@@ -101,31 +135,22 @@ class HeldOutPictures:
     ) -> None:
         """`origins` are pairs of dataset and example id, one for each signature."""
         self.origins = origins
-        self._bits = np.frombuffer(b"".join(bits), np.uint64).reshape(-1, HASH_SIDE**2 // 64)
-        self._colours = np.frombuffer(b"".join(colours), np.uint8).reshape(-1, 3 * COLOUR_SIDE**2)
+        self._bits, self._colours = packed(bits, colours)
 
     def __len__(self) -> int:
-        return len(self._bits)
+        return len(self._colours)
 
     def find(self, data: bytes) -> Match | None:
         """The nearest held-out picture, if it is the same one."""
         return self.nearest(signature(data)) if len(self) else None
 
     def nearest(self, picture: Signature) -> Match | None:
-        distances = np.bitwise_count(self._bits ^ np.frombuffer(picture.bits, np.uint64))
-        bits: NDArray[Any] = distances.sum(axis=1, dtype=np.int32)
-        near = np.flatnonzero(bits <= MOST_BITS)
+        near, bits, colour = same_picture(picture, self._bits, self._colours)
         if not near.size:
             return None
-        # Wide enough for differences of bytes; only the few near ones are compared.
-        own = np.frombuffer(picture.colours, np.uint8).astype(np.int16)
-        colour = np.abs(self._colours[near] - own).max(axis=1)
-        near, colour = near[colour <= MOST_COLOUR], colour[colour <= MOST_COLOUR]
-        if not near.size:
-            return None
-        best = int(np.argmin(bits[near]))
+        best = int(np.argmin(bits))
         dataset, id = self.origins[near[best]]
-        return Match(dataset, id, int(bits[near[best]]), int(colour[best]))
+        return Match(dataset, id, int(bits[best]), int(colour[best]))
 
 
 def sources(store: Store, names: Sequence[str]) -> list[Source]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -84,6 +84,54 @@ def run_parts(
                 records[record.name] = record
                 bar.update(1)
     return [records[name] for name in names]
+
+
+def each(
+    label: str,
+    work: Callable[[dict[str, Any]], Any],
+    units: Sequence[dict[str, Any]],
+    *,
+    here: bool = False,
+) -> Iterator[Any]:
+    """What `work` makes of each unit, in the units' order, by Ray tasks wherever there is room.
+
+    Args:
+        label: What the bar says.
+        work: A picklable function; takes and returns JSON values.
+        units: JSON values.
+        here: Do it all in this process. So is a single unit, which isn't worth starting Ray.
+    """
+    with console.bar(label, total=len(units)) as bar:
+        if here or len(units) < 2:
+            for unit in units:
+                yield json.loads(json.dumps(work(unit)))
+                bar.update(1)
+            return
+        import ray.data
+
+        from pipelines import cluster
+
+        cluster.start()
+        rows = [{"place": i, "unit": json.dumps(unit)} for i, unit in enumerate(units)]
+        stream = ray.data.from_items(rows, override_num_blocks=len(rows))
+        stream = stream.map_batches(
+            cast(Any, _each_task), batch_size=1, num_cpus=1, fn_args=(work,)
+        )
+        early: dict[int, str] = {}  # results that came before their turn
+        turn = 0
+        for row in stream.iter_rows():
+            early[row["place"]] = row["result"]
+            bar.update(1)
+            while turn in early:
+                yield json.loads(early.pop(turn))
+                turn += 1
+
+
+def _each_task(
+    batch: dict[str, Any], work: Callable[[dict[str, Any]], Any]
+) -> dict[str, list[Any]]:
+    result = work(json.loads(str(batch["unit"][0])))
+    return {"place": [int(batch["place"][0])], "result": [json.dumps(result)]}
 
 
 def _write(

@@ -138,6 +138,45 @@ def score_dots(score: Score) -> Html:
     return el("svg", el("title", alt), *marks, view_box="0 0 200 20", role="img", aria_label=alt)
 
 
+def histogram(title: str, bars: Sequence[tuple[str, int]], *, note: str = "") -> Html:
+    """Counts as bars, from left to right, with a label below as many of them as there is room."""
+    if not any(count for _, count in bars):
+        return el("figure", el("h4", title), el("p", "nothing to count", class_="note"))
+    most = max(count for _, count in bars)
+    y_ticks = [t for t in ticks(0, most, 4) if t == int(t)]
+    top = max(y_ticks[-1], most)
+    width = (_WIDTH - _LEFT - _RIGHT) / len(bars)
+    floor = _HEIGHT - _BOTTOM
+
+    def y(value: float) -> float:
+        return floor - value / top * (floor - _TOP)
+
+    marks: list[Html] = []
+    for tick in y_ticks:
+        level = f"{y(tick):.1f}"
+        marks.append(
+            el("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=level, y2=level, class_="grid-line")
+        )
+        label = f"{tick:,.0f}"
+        marks.append(el("text", label, x=_LEFT - 8, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
+    longest = max(len(label) for label, _ in bars)
+    every = math.ceil((7.0 * longest + 10) / width)  # letters of a label are about 7 wide
+    for place, (label, count) in enumerate(bars):
+        left = _LEFT + place * width
+        marks.append(
+            el("rect", el("title", f"{label}: {count:,}"), x=f"{left + 0.06 * width:.1f}",
+               y=f"{y(count):.1f}", width=f"{0.88 * width:.1f}", height=f"{floor - y(count):.1f}",
+               fill=COLOURS[0])
+        )  # fmt: skip
+        if place % every == 0:
+            middle = f"{left + width / 2:.1f}"
+            marks.append(el("text", label, x=middle, y=floor + 18, text_anchor="middle"))
+    said = ", ".join(f"{label}: {count:,}" for label, count in bars if count)
+    svg = el("svg", el("title", title), *marks, view_box=f"0 0 {_WIDTH} {_HEIGHT}", role="img",
+             aria_label=f"{title}. {said}")  # fmt: skip
+    return el("figure", el("h4", title), svg, el("p", note, class_="note") if note else None)
+
+
 def stacked(label: str, kept: int, aside: Mapping[str, int], colours: Mapping[str, str]) -> Html:
     """What of a source was kept, and why the rest was not: one bar over the whole width."""
     total = max(1, kept + sum(aside.values()))

@@ -22,7 +22,10 @@ class Html(str):
 
 
 Content: TypeAlias = "str | int | float | None | Iterable[Content]"
+Section: TypeAlias = "tuple[str, str, Html | None]"
+"""A section's id, title and content."""
 
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _VOID = {"img", "meta", "br"}
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 
@@ -167,6 +170,40 @@ def table(
 
 def note(words: str) -> Html | None:
     return el("p", words, class_="note") if words else None
+
+
+def page(title: str, summary: str, known: Html | None, sections: Iterable[Section]) -> str:
+    """A whole page: a header with links, then the sections that have content.
+
+    It opens offline and is not allowed a script or a request.
+    """
+    shown = [(id, name, body) for id, name, body in sections if body]
+    links = [el("a", name, href=f"#{id}") for id, name, _ in shown]
+    whole = el(
+        "html",
+        el(
+            "head",
+            el("meta", charset="utf-8"),
+            el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+            el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            el("title", title),
+            style(),
+        ),
+        el(
+            "body",
+            el(
+                "header",
+                el("h1", title),
+                el("p", summary, class_="summary") if summary else None,
+                known,
+                el("nav", *links, aria_label="Sections") if links else None,
+            ),
+            el("main", *(el("section", el("h2", n), body, id=id) for id, n, body in shown)),
+            el("footer", el("p", "Everything on this page is inside this one file.")),
+        ),
+        lang="en",
+    )
+    return f"<!doctype html>\n{whole}\n"
 
 
 @cache

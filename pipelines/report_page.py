@@ -36,12 +36,10 @@ from pipelines.report_html import (
     join,
     note,
     number,
-    style,
+    page,
     table,
 )
 from pipelines.report_sections import ingestion, tokenizers, training
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def render(report: Report) -> str:
@@ -64,46 +62,16 @@ def render(report: Report) -> str:
         ),
         ("where", "Where to look", _where(report.where)),
     ]
-    sections = [(id, title, body) for id, title, body in built if body]
-    links = [el("a", title, href=f"#{id}") for id, title, _ in sections]
-    page = el(
-        "html",
-        el(
-            "head",
-            el("meta", charset="utf-8"),
-            el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-            el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            el("title", head.title),
-            style(),
-        ),
-        el(
-            "body",
-            _header(head, links),
-            el("main", *(el("section", el("h2", t), body, id=id) for id, t, body in sections)),
-            el("footer", el("p", "Everything on this page is inside this one file.")),
-        ),
-        lang="en",
-    )
-    return f"<!doctype html>\n{page}\n"
-
-
-# -- headline -------------------------------------------------------------------------------------
-
-
-def _header(head: Headline, links: Sequence[Html]) -> Html:
     known = [
         ("Date", head.date),
         ("Code", head.code_version),
         ("Total time", duration(head.seconds)),
         *head.facts.items(),
     ]
-    return el(
-        "header",
-        el("h1", head.title),
-        el("p", head.summary, class_="summary") if head.summary else None,
-        facts(known),
-        el("nav", *links, aria_label="Sections") if links else None,
-    )
+    return page(head.title, head.summary, facts(known), built)
+
+
+# -- headline -------------------------------------------------------------------------------------
 
 
 def _scores(head: Headline) -> Html | None:

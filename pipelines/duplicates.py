@@ -1,0 +1,690 @@
+"""Rows that repeat an earlier row: the same bytes, or the same picture at another size or quality.
+
+    found = find(dataset, in_order(records), against=("images/cc3m",))  # a list for each part
+    records = remove(dataset, mark, records, found)                     # parts without those rows
+
+**What counts.** Two pictures are the same by the one definition of `pipelines.leaks`: at most
+`MOST_BITS` bits and `MOST_COLOUR` levels of colour apart. Texts, and pictures that can't be read,
+are compared by checksum.
+
+**What stays.** Rows have an order: the datasets of `against` as given, then this one; in each, its
+files' order, then the row. Going through it, a row goes if it is the same as an earlier row *that
+stays*. Named is the first such row with an equal signature, or else the first such row. So of a
+chain a ~ b ~ c where a and c differ, a and c stay: whatever goes has its like among what stays, and
+no two rows that stay were found the same. Rows of `against` always stay.
+
+**Which pairs are compared.** Hashes that may differ in 92 of 256 bits share no band worth the name
+(93 bands have under three bits each: every pair would be compared), so candidates come from the
+colours. Each of `TABLES` tables cuts ten sums of mean colours, with fixed signs, into cells; two
+pictures are compared if they share a cell in any table. That depends on the two signatures alone.
+It finds what is the same *and near*: of 420 drawn scenes, every copy that was re-encoded (quality
+50, WEBP), shrunk to nine tenths or enlarged; of 780 copies of half the size or of quality 20, all
+but 2; and one in 800 pairs of different scenes is compared for nothing. What is at the very edge of
+the definition can be missed. `pipelines.leaks` compares all with all, for held-out pictures must
+not be missed; 21 million with each other can't be compared so.
+
+**How.** Every part has a side file of signatures. Slabs of parts deal their rows, by cell, into
+buckets; each bucket finds its pairs; slab by slab, in order, the rule above is applied. A process
+holds one slab or one bucket, whatever the dataset's size; for 21 million pictures the buckets take
+about 70 GB of the store while the search runs. Finished steps are found again when a job is
+repeated. The result is a function of the rows and their order: slabs, buckets and processes don't
+show in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import itertools
+import json
+import posixpath
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines import leaks
+from pipelines.leaks import Signature, same_picture
+from pipelines.parts import each
+from pipelines.storage import Dataset, FileRecord, PartRecord, Store, fingerprint
+
+SAME_BYTES = "duplicate: same bytes"
+SAME_PICTURE = "duplicate: same picture"
+STAGE = "duplicates"
+
+_VERSION = 1  # of signatures, cells and lists: raised when any of them changes
+TABLES = 12
+_SUMS = 10
+_WIDTH = 600.0
+_COARSE = 4  # sums are over fields of 4 x 4, twice as coarse as the colours: steadier
+_BITS, _COLOURS = leaks.HASH_SIDE**2 // 8, 3 * leaks.COLOUR_SIDE**2
+
+SIGNATURES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("sha256", pa.binary(32)),  # of the stored bytes, or of the text
+        ("bits", pa.binary(_BITS)),  # null, as the colours, where there is no picture to read
+        ("colours", pa.binary(_COLOURS)),
+    ]
+)
+_DEALT = pa.schema([("key", pa.uint64()), ("row", pa.int64()), ("table", pa.int8()), *SIGNATURES])
+_PAIRS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("of_row", pa.int64()),
+        ("of", pa.string()),
+        ("twin", pa.bool_()),  # equal signatures, so that all else is equal, too
+        ("same_bytes", pa.bool_()),
+        ("bits", pa.int16()),
+        ("colour", pa.int16()),
+    ]
+)
+LIST = pa.schema(
+    [
+        ("row", pa.int32()),  # within the part
+        ("reason", pa.string()),
+        ("of", pa.string()),  # the id of the row that stays
+        ("of_dataset", pa.string()),
+        ("bits", pa.int16()),
+        ("colour", pa.int16()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much one process holds at a time. The result doesn't depend on it."""
+
+    slab_rows: int = 500_000
+    """Rows of the parts that are dealt, and judged, together: about 250 MB."""
+    bucket_rows: int = 500_000
+    """Entries of one bucket, about; a row has one in each table: about 300 MB."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rows to drop of a dataset's files: an object of the store for each file that has any."""
+
+    compared: int
+    """Rows, those of `against` included."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Rows to drop, by reason."""
+    lists: dict[str, str] = field(default_factory=dict)
+    """By a file's path within the dataset, the name of its list."""
+
+    def rows(self, store: Store, file: FileRecord) -> pa.Table:
+        """A file's list, with the columns of `LIST`, in the order of its rows."""
+        name = self.lists.get(file.path)
+        return LIST.empty_table() if name is None else _read(store, name)
+
+
+def in_order(records: Iterable[PartRecord]) -> list[FileRecord]:
+    """The parts' files in the order that the dataset will have when it is published."""
+    return [record.file for record in sorted(records, key=lambda record: record.name)]
+
+
+# -- signatures -----------------------------------------------------------------------------------
+
+
+def sign(batches: Iterable[pa.RecordBatch]) -> pa.Table:
+    """The signatures of a part's rows, in their order: a column `image`, or else `text`."""
+    rows = [row for batch in batches for row in _sign(batch)]
+    return pa.Table.from_pylist(rows, SIGNATURES)
+
+
+def signatures_name(dataset: Dataset, file: FileRecord) -> str:
+    """Where the signatures of one of a dataset's files are, or belong."""
+    return _signatures_name(dataset.name, file.path)
+
+
+def write_signatures(dataset: Dataset, file: FileRecord, signatures: pa.Table) -> None:
+    """Keep signatures beside their part, for a job that has its images at hand anyway."""
+    _write(dataset.store, signatures_name(dataset, file), signatures)
+
+
+def sign_files(dataset: Dataset, files: Sequence[FileRecord], *, here: bool = False) -> None:
+    """Write the signatures that aren't there yet: one task for each file."""
+    there = _objects(dataset, files)
+    todo = [f for f in files if signatures_name(dataset, f) not in there]
+    units = [{"dataset": dataset.name, "path": f.path} for f in todo]
+    work = functools.partial(_sign_file, dataset.store)
+    _each(f"{dataset.name}: signatures", work, units, here=here)
+
+
+def _sign(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    names = batch.schema.names
+    pictures = "image" in names
+    columns = [c for c in ("id", "image", "text", "sha256") if c in names]
+    for row in batch.select(columns).to_pylist():
+        if pictures:
+            data = (row["image"] or {}).get("bytes") or b""
+        else:
+            data = (row["text"] or "").encode()
+        known = row.get("sha256")
+        digest = bytes.fromhex(known) if known else hashlib.sha256(data).digest()
+        signed = _signature(data) if pictures else None
+        yield {
+            "id": str(row["id"]),
+            "sha256": digest,
+            "bits": signed and signed.bits,
+            "colours": signed and signed.colours,
+        }
+
+
+def _signature(data: bytes) -> Signature | None:
+    try:
+        return leaks.signature(data)
+    except Exception:  # decoders raise nearly anything; its checksum is compared instead
+        return None
+
+
+def _sign_file(store: Store, unit: dict[str, Any]) -> None:
+    path = store.path(unit["dataset"], unit["path"])
+    with pq.ParquetFile(path, filesystem=store.fs) as file:
+        wanted = {"id", "image", "text", "sha256"} & set(file.schema_arrow.names)
+        table = sign(file.iter_batches(batch_size=64, columns=sorted(wanted)))
+    _write(store, _signatures_name(unit["dataset"], unit["path"]), table)
+
+
+def _signatures_name(dataset: str, path: str) -> str:
+    folder, name = posixpath.split(path)
+    stem = name.removesuffix(".parquet")
+    return posixpath.join(dataset, folder, f"_signatures-{stem}-v{_VERSION}.parquet")
+
+
+def _objects(dataset: Dataset, files: Sequence[FileRecord]) -> set[str]:
+    """Names of the objects beside these files: one listing for each folder."""
+    folders = {posixpath.join(dataset.name, posixpath.dirname(f.path)) for f in files}
+    return {posixpath.join(folder, n) for folder in folders for n in dataset.store.list(folder)}
+
+
+# -- finding --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file among all that are compared; `start` is the number of its first row."""
+
+    dataset: str
+    path: str
+    rows: int
+    start: int
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One search: what it compares, and how it is cut. Small: it goes along with every task."""
+
+    store: Store
+    work: str
+    buckets: int
+    slab_starts: tuple[int, ...]
+    """The number of each slab's first row."""
+    first_new: int
+    """Rows from here on may go; those before are other datasets' and stay."""
+
+    def slab(self, row: int) -> int:
+        return int(np.searchsorted(self.slab_starts, row, side="right")) - 1
+
+    def dealt(self, bucket: int) -> str:
+        return f"{self.work}/bucket-{bucket:05d}"
+
+    def pairs(self, slab: int) -> str:
+        return f"{self.work}/pairs-{slab:05d}"
+
+    def judged(self, slab: int) -> str:
+        return f"{self.work}/judged-{slab:05d}.parquet"
+
+
+def find(
+    dataset: Dataset,
+    files: Sequence[FileRecord],
+    *,
+    against: Sequence[str] = (),
+    sizes: Sizes = Sizes(),  # noqa: B008 (frozen)
+    here: bool = False,
+) -> Found:
+    """Find the rows of a dataset's files that repeat an earlier row, or find that done already.
+
+    Args:
+        dataset: Whose files they are; it needn't be committed yet.
+        files: The files in the order that the dataset will have.
+        against: Committed datasets of the same store whose rows come first, in this order.
+        sizes: How much a process holds.
+        here: Do all in this process, without Ray.
+
+    Raises:
+        StoreError: a dataset of `against` has no commit.
+    """
+    store = dataset.store
+    compared: list[_File] = []
+    identity: list[list[Any]] = []
+    for name in (*against, None):
+        other = dataset if name is None else store.dataset(name)
+        records = list(files) if name is None else other.commit().files
+        sign_files(other, records, here=here)
+        identity.append([other.name, [[f.rows, f.sha256] for f in records]])
+        for file in records:
+            start = compared[-1].start + compared[-1].rows if compared else 0
+            compared.append(_File(other.name, file.path, file.rows, start))
+    mark = fingerprint("duplicates", {"version": _VERSION, "same": _definition()},
+                       [json.dumps(i) for i in identity])  # fmt: skip
+    folder = f"{dataset.name}/_duplicates-{mark}"
+    result = f"{folder}/found.json"
+    if not store.exists(result):
+        own = compared[len(compared) - len(files) :]
+        rows = sum(f.rows for f in compared)
+        slabs = _slabs([f for f in compared if f.rows], sizes.slab_rows)
+        search = _Search(
+            store,
+            work=f"{folder}/work-{fingerprint('work', asdict(sizes))[:8]}",
+            buckets=max(1, -(-rows * TABLES // sizes.bucket_rows)),
+            slab_starts=tuple(slab[0].start for slab in slabs),
+            first_new=own[0].start if own else rows,
+        )
+        _deal_all(search, slabs, here=here)
+        _match_all(search, here=here)
+        for number, slab in enumerate(slabs):  # in order: each needs what became of those before
+            new = slab[-1].start >= search.first_new
+            if new and not store.exists(search.judged(number)):
+                _write(store, search.judged(number), _judge(search, number))
+        found = _write_lists(search, folder, compared, own, rows)
+        store.write_json(result, asdict(found))
+        for name in store.list(folder):
+            if name.startswith("work-"):  # those of other sizes, given up, too
+                store.delete(f"{folder}/{name}")
+    return Found(**store.read_json(result))
+
+
+def _definition() -> list[int]:
+    """What decides whether two pictures are the same, and whether they are compared."""
+    return [leaks.MOST_BITS, leaks.MOST_COLOUR, TABLES, _SUMS, int(_WIDTH)]
+
+
+def _slabs(files: Sequence[_File], rows: int) -> list[list[_File]]:
+    slabs: list[list[_File]] = []
+    held = rows
+    for file in files:
+        if held >= rows:
+            slabs.append([])
+            held = 0
+        slabs[-1].append(file)
+        held += file.rows
+    return slabs
+
+
+# -- cells ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _sums() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The signs of each sum, and by how much its cells are shifted; the same ones for ever."""
+    count = TABLES * _SUMS
+    fields = 3 * _COARSE**2
+    stream = hashlib.shake_256(b"beit3-ray duplicates").digest(count * fields + 4 * count)
+    signs = np.frombuffer(stream, np.uint8, count * fields).reshape(count, fields) & 1
+    shifts = np.frombuffer(stream, "<u4", count, offset=count * fields) % int(_WIDTH)
+    return signs.astype(np.float32) * 2 - 1, shifts.astype(np.float32)
+
+
+def cell_keys(colours: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """For each row of mean colours, the number of its cell in each table.
+
+    All is exact: sums of whole numbers below 2**24, in whatever order they are added.
+    """
+    cells = leaks.COLOUR_SIDE // _COARSE
+    fields = colours.reshape(-1, _COARSE, cells, _COARSE, cells, 3).sum(axis=(2, 4), dtype=np.int32)
+    signs, shifts = _sums()
+    sums = fields.reshape(-1, 3 * _COARSE**2).astype(np.float32) @ signs.T + shifts
+    places = np.floor_divide(sums, np.float32(_WIDTH)).astype(np.int64).astype(np.uint64)
+    places = places.reshape(-1, TABLES, _SUMS)
+    keys = np.broadcast_to(np.arange(1, TABLES + 1, dtype=np.uint64), places.shape[:2])
+    for i in range(_SUMS):
+        keys = (keys ^ places[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
+        keys = keys ^ (keys >> np.uint64(29))
+    return keys
+
+
+# -- dealing --------------------------------------------------------------------------------------
+
+
+def _deal_all(search: _Search, slabs: Sequence[Sequence[_File]], *, here: bool) -> None:
+    units = [
+        {"number": number, "files": [asdict(f) for f in slab]} for number, slab in enumerate(slabs)
+    ]
+    work = functools.partial(_step, _deal, search, "dealt")
+    _each("duplicates: dealing", work, _todo(search, "dealt", units), here=here)
+
+
+def _deal(search: _Search, unit: dict[str, Any]) -> None:
+    """Deal a slab's signatures into the buckets of their cells."""
+    files = [_File(**f) for f in unit["files"]]
+    tables = [_read(search.store, _signatures_name(f.dataset, f.path)) for f in files]
+    for file, table in zip(files, tables, strict=True):
+        if table.num_rows != file.rows:
+            raise ValueError(f"{file.dataset}/{file.path}: {table.num_rows} signatures, not one "
+                             f"for each of {file.rows} rows: delete them")  # fmt: skip
+    signed = pa.concat_tables(tables).combine_chunks()
+    numbers = np.concatenate([np.arange(f.start, f.start + f.rows) for f in files])
+    pictured = signed["colours"].is_valid().to_numpy()
+    keys = np.zeros((len(numbers), TABLES), np.uint64)
+    keys[pictured] = cell_keys(_matrix(signed["colours"], _COLOURS)[pictured])
+    keys[~pictured, 0] = _matrix(signed["sha256"], 32)[~pictured, :8].copy().view(np.uint64)[:, 0]
+    used = np.repeat(pictured[:, None], TABLES, axis=1)
+    used[:, 0] = True  # what can't be seen is compared once, by checksum
+    place, table = np.nonzero(used)
+    keys = keys[place, table]
+    bucket = (keys % np.uint64(search.buckets)).astype(np.int64)
+    order = np.argsort(bucket, kind="stable")
+    ends = np.searchsorted(bucket[order], np.arange(search.buckets + 1))
+    for number in range(search.buckets):
+        mine = order[ends[number] : ends[number + 1]]
+        if mine.size:
+            dealt = signed.take(pa.array(place[mine]))
+            columns = [keys[mine], numbers[place[mine]], table[mine].astype(np.int8)]
+            arrays = [pa.array(c) for c in columns] + dealt.columns
+            name = f"{search.dealt(number)}/{unit['number']:05d}.parquet"
+            _write(search.store, name, pa.Table.from_arrays(arrays, schema=_DEALT))
+
+
+# -- matching -------------------------------------------------------------------------------------
+
+
+def _match_all(search: _Search, *, here: bool) -> None:
+    units = [{"number": number} for number in range(search.buckets)]
+    work = functools.partial(_step, _match, search, "matched")
+    _each("duplicates: matching", work, _todo(search, "matched", units), here=here)
+
+
+def _match(search: _Search, unit: dict[str, Any]) -> None:
+    """Find a bucket's pairs, and keep them by the slab of the later row."""
+    bucket = unit["number"]
+    found: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+    finished: defaultdict[int, list[pa.RecordBatch]] = defaultdict(list)
+    for pair in _bucket_pairs(search, bucket):
+        slab = search.slab(pair["row"])
+        found[slab].append(pair)
+        if len(found[slab]) >= 10_000:  # plain rows take ten times the memory
+            finished[slab].append(pa.RecordBatch.from_pylist(found.pop(slab), _PAIRS))
+    for slab in sorted(found.keys() | finished.keys()):
+        last = pa.RecordBatch.from_pylist(found.pop(slab, []), _PAIRS)
+        table = pa.Table.from_batches([*finished[slab], last])
+        _write(search.store, f"{search.pairs(slab)}/{bucket:05d}.parquet", table)
+
+
+def _bucket_pairs(search: _Search, bucket: int) -> Iterator[dict[str, Any]]:
+    folder = search.dealt(bucket)
+    tables = [_read(search.store, f"{folder}/{n}") for n in search.store.list(folder)]
+    if not tables:
+        return
+    dealt = pa.concat_tables(tables).combine_chunks()
+    order = np.lexsort((dealt["row"].to_numpy(), dealt["key"].to_numpy()))
+    dealt = dealt.take(pa.array(order))
+    keys, rows = dealt["key"].to_numpy(), dealt["row"].to_numpy()
+    edges = np.flatnonzero(np.diff(keys, prepend=~keys[0], append=~keys[-1]))
+    for start, end in itertools.pairwise(edges.tolist()):
+        # A cell with one row, or with none that may go, has nothing to say.
+        if end - start > 1 and rows[end - 1] >= search.first_new:
+            yield from _cell_pairs(dealt.slice(start, end - start), search.first_new)
+
+
+def _cell_pairs(cell: pa.Table, first_new: int) -> Iterator[dict[str, Any]]:
+    """The pairs of a cell's rows, which are in order; the later of each is a new one.
+
+    Rows with equal signatures share all their cells and all their likes: each is paired with the
+    first of them, in the first table, and only the first is compared with others.
+    """
+    rows, ids = cell["row"].to_pylist(), cell["id"]
+    tables, checksums = cell["table"].to_pylist(), cell["sha256"].to_pylist()
+    bits, colours = cell["bits"].to_pylist(), cell["colours"].to_pylist()
+
+    def pair(later: int, earlier: int, *, twin: bool, bits: int, colour: int) -> dict[str, Any]:
+        return {
+            "row": rows[later],
+            "of_row": rows[earlier],
+            "of": ids[earlier].as_py(),
+            "twin": twin,
+            "same_bytes": checksums[later] == checksums[earlier],
+            "bits": bits,
+            "colour": colour,
+        }
+
+    firsts: dict[Any, int] = {}
+    for place in range(len(rows)):
+        # A picture is known by what it looks like, all else by its checksum.
+        known_by = checksums[place] if bits[place] is None else (bits[place], colours[place])
+        first = firsts.setdefault(known_by, place)
+        if rows[first] != rows[place] >= first_new and tables[place] == 0:
+            yield pair(place, first, twin=True, bits=0, colour=0)
+    seen = [place for place in firsts.values() if bits[place] is not None]
+    all_bits, all_colours = leaks.packed([bits[p] for p in seen], [colours[p] for p in seen])
+    for i, place in enumerate(seen):
+        if i and rows[place] >= first_new:
+            own = Signature(bits[place], colours[place])
+            likes = same_picture(own, all_bits[:, :i], all_colours[:i])
+            for like, apart, colour in zip(*(a.tolist() for a in likes), strict=True):
+                yield pair(place, seen[like], twin=False, bits=apart, colour=colour)
+
+
+# -- judging --------------------------------------------------------------------------------------
+
+
+def _judge(search: _Search, slab: int) -> pa.Table:
+    """The rows of a slab that go, each with the first of its likes that stays; in order."""
+    folder = search.pairs(slab)
+    tables = [_read(search.store, f"{folder}/{name}") for name in search.store.list(folder)]
+    if not tables:
+        return _PAIRS.empty_table()
+    table = pa.concat_tables(tables).sort_by([("row", "ascending"), ("of_row", "ascending")])
+    gone = _gone_before(search, slab, table)
+    verdicts: list[dict[str, Any]] = []
+    for batch in table.to_batches(max_chunksize=10_000):
+        for pair in batch.to_pylist():
+            if verdicts and verdicts[-1]["row"] == pair["row"]:
+                continue  # judged, by an earlier of its likes; or found in several tables
+            if pair["of_row"] not in gone:
+                verdict = pair
+            elif pair["twin"]:  # what it equals went: it goes for the same reason
+                verdict = {**gone[pair["of_row"]], "row": pair["row"]}
+            else:
+                continue
+            verdicts.append(verdict)
+            gone[pair["row"]] = verdict
+    return pa.Table.from_pylist(verdicts, _PAIRS)
+
+
+def _gone_before(search: _Search, slab: int, pairs: pa.Table) -> dict[int, dict[str, Any]]:
+    """Of the earlier slabs' rows that these pairs name, those that went."""
+    named = np.unique(pairs["of_row"].to_numpy())
+    named = named[named >= search.first_new]
+    gone: dict[int, dict[str, Any]] = {}
+    for earlier in sorted({search.slab(int(row)) for row in named} - {slab}):
+        judged = _read(search.store, search.judged(earlier))
+        wanted = pc.is_in(judged["row"], value_set=pa.array(named))  # type: ignore[attr-defined]
+        gone |= {row["row"]: row for row in judged.filter(wanted).to_pylist()}
+    return gone
+
+
+def _write_lists(
+    search: _Search, folder: str, compared: Sequence[_File], own: Sequence[_File], rows: int
+) -> Found:
+    """Cut the verdicts into a list for each file."""
+    counts: Counter[str] = Counter()
+    lists: dict[str, str] = {}
+    starts = np.array([f.start for f in compared if f.rows])
+    names = [f.dataset for f in compared if f.rows]
+    judged, held = LIST.empty_table(), -1
+    for file in own:
+        if not file.rows:
+            continue
+        slab = search.slab(file.start)
+        if slab != held:
+            judged, held = _read(search.store, search.judged(slab)), slab
+        numbers = judged["row"].to_numpy()
+        first, end = np.searchsorted(numbers, [file.start, file.start + file.rows])
+        if first == end:
+            continue
+        mine = judged.slice(first, end - first)
+        of = np.searchsorted(starts, mine["of_row"].to_numpy(), side="right") - 1
+        reasons = [SAME_BYTES if same else SAME_PICTURE for same in mine["same_bytes"].to_pylist()]
+        counts.update(reasons)
+        columns = [numbers[first:end] - file.start, reasons, mine["of"], [names[i] for i in of]]
+        columns += [mine["bits"], mine["colour"]]
+        arrays = [c if isinstance(c, pa.ChunkedArray) else pa.array(c, kind)
+                  for c, kind in zip(columns, LIST.types, strict=True)]  # fmt: skip
+        folder_of, base = posixpath.split(file.path)
+        lists[file.path] = f"{folder}/{folder_of}/{base}"
+        _write(search.store, lists[file.path], pa.Table.from_arrays(arrays, schema=LIST))
+    return Found(rows, dict(sorted(counts.items())), lists)
+
+
+# -- dropping -------------------------------------------------------------------------------------
+
+
+def drop(table: pa.Table, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """A part's table without the rows of its list, and those rows as they are set aside."""
+    columns = [c for c in ("id", "url") if c in table.column_names]
+    gone = table.select(columns).take(rows["row"]).to_pylist()
+    return table.filter(_others(table, rows)), [
+        {
+            "id": row["id"],
+            "url": row.get("url") or "",
+            "reason": found["reason"],
+            "detail": _detail(found),
+            "stage": STAGE,
+        }
+        for row, found in zip(gone, rows.to_pylist(), strict=True)
+    ]
+
+
+def _others(table: pa.Table, rows: pa.Table) -> pa.Array:
+    """Which of a part's rows are not in its list."""
+    keep = np.ones(table.num_rows, bool)
+    keep[rows["row"].to_numpy()] = False
+    return pa.array(keep)
+
+
+def _detail(found: dict[str, Any]) -> str:
+    of = f"{found['of_dataset']}: {found['of']}"
+    if found["reason"] == SAME_BYTES:
+        return of
+    return f"{of}: {found['bits']} bits and {found['colour']} levels of colour differ"
+
+
+def remove(
+    dataset: Dataset,
+    mark: str,
+    records: Sequence[PartRecord],
+    found: Found,
+    *,
+    here: bool = False,
+) -> list[PartRecord]:
+    """The parts as they are to be committed: those that lose rows are written anew under `mark`.
+
+    `mark` is another fingerprint than that of the parts given. Rows that go are set aside, and the
+    counts that ingestion keeps (rows, images, captions, bytes, set_aside, stages) follow.
+    """
+    folder = f"data-{mark[:8]}"
+    if any(posixpath.dirname(r.file.path) == folder for r in records):
+        raise ValueError(f"{dataset.name}: {mark} is the parts' own fingerprint; give another")
+    done = dataset.finished_parts(mark)
+    todo = [r for r in records if r.file.path in found.lists and r.name not in done]
+    units = [{"record": r.to_json(), "list": found.lists[r.file.path]} for r in todo]
+    work = functools.partial(_rewrite, dataset, mark)
+    _each(f"{dataset.name}: without duplicates", work, units, here=here)
+    done = dataset.finished_parts(mark)
+    return [done[r.name] if r.file.path in found.lists else r for r in records]
+
+
+def _rewrite(dataset: Dataset, mark: str, unit: dict[str, Any]) -> None:
+    record = PartRecord.from_json(unit["record"])
+    rows = _read(dataset.store, unit["list"])
+    table = _read(dataset.store, f"{dataset.name}/{record.file.path}")
+    aside: list[dict[str, Any]] = []
+    if record.set_aside:
+        aside = _read(dataset.store, f"{dataset.name}/{record.set_aside.path}").to_pylist()
+    kept, dropped = drop(table, rows)
+    lost = table.take(rows["row"])
+    stats = _without(record.stats, lost, dropped)
+    # First the signatures: with the part's record all is there.
+    signed = _read(dataset.store, signatures_name(dataset, record.file))
+    folder = f"data-{mark[:8]}"
+    written = FileRecord(f"{folder}/part-{record.name}.parquet", 0, 0, "")
+    write_signatures(dataset, written, signed.filter(_others(signed, rows)))
+    dataset.write_part(mark, record.name, kept, set_aside=[*aside, *dropped], stats=stats)
+
+
+def _without(
+    stats: dict[str, Any], lost: pa.Table, dropped: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """A part's counts after these rows left it; counts that it doesn't keep are not made up."""
+    gone = {"rows": lost.num_rows}
+    if "image" in lost.column_names:
+        sizes = pc.binary_length(pc.struct_field(lost["image"], "bytes"))  # type: ignore[attr-defined]
+        gone |= {"images": lost.num_rows, "bytes": pc.sum(sizes).as_py() or 0}  # type: ignore[attr-defined]
+        gone["captions"] = len(lost["captions"].combine_chunks().flatten())
+    else:
+        gone["bytes"] = pc.sum(pc.binary_length(lost["text"])).as_py() or 0  # type: ignore[attr-defined]
+    after = {k: v - gone.get(k, 0) if isinstance(v, int) else v for k, v in stats.items()}
+    for name, of in (("set_aside", "reason"), ("stages", "stage")):
+        added = Counter(row[of] for row in dropped)
+        after[name] = dict(sorted((Counter(stats.get(name, {})) + added).items()))
+    return after
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+def _todo(search: _Search, step: str, units: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = set(search.store.list(f"{search.work}/{step}"))
+    return [u for u in units if f"{u['number']:05d}.json" not in done]
+
+
+def _step(
+    work: Callable[[_Search, dict[str, Any]], None],
+    search: _Search,
+    step: str,
+    unit: dict[str, Any],
+) -> None:
+    """Do one step of a search, then note that it is done."""
+    work(search, unit)
+    search.store.write_json(f"{search.work}/{step}/{unit['number']:05d}.json", {})
+
+
+def _each(
+    label: str,
+    work: Callable[[dict[str, Any]], None],
+    units: Sequence[dict[str, Any]],
+    *,
+    here: bool,
+) -> None:
+    for _ in each(label, work, units, here=here):
+        pass
+
+
+def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.uint8]:
+    """Values of one width as rows of bytes; those of nulls are anything."""
+    array = column.combine_chunks()
+    if not len(array):
+        return np.zeros((0, width), np.uint8)
+    start = array.offset * width
+    return np.frombuffer(array.buffers()[1], np.uint8)[start:][: len(array) * width].reshape(
+        -1, width
+    )
+
+
+def _read(store: Store, name: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(store.read(name)))
+
+
+def _write(store: Store, name: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    store.write(name, memoryview(sink.getvalue()))
