@@ -20,7 +20,16 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from pipelines import cluster, console, leaks, published_images, sources
+from pipelines import (
+    cluster,
+    console,
+    data_report,
+    duplicates,
+    leaks,
+    published_images,
+    retry,
+    sources,
+)
 from pipelines.config import cli, stop, to_dict
 from pipelines.ingest_config import PRESETS, IngestConfig
 from pipelines.ingest_plan import plan, show
@@ -32,7 +41,7 @@ from pipelines.ingest_workers import (
     PairWorker,
     further_parts,
 )
-from pipelines.parts import Resources, run_parts, sum_stats
+from pipelines.parts import PartRecord, Resources, run_parts, sum_stats
 from pipelines.storage import Commit, Store, StoreError, fingerprint
 
 __all__ = ["IMAGE_SCHEMA", "PRESETS", "TEXT_SCHEMA", "IngestConfig", "plan", "run"]
@@ -69,6 +78,8 @@ def run(config: IngestConfig) -> Commit:
         worker = FileWorker(config, dataset, mark, held_out)
         commit = _make(config, mark, inputs, lambda: listed, worker)
     _report(commit)
+    if config.report:
+        data_report.run(data_report.DataReportConfig(config.store, config.dataset))
     return commit
 
 
@@ -79,27 +90,47 @@ def _make(
     units: Callable[[], Sequence[dict[str, Any]]],
     worker: PairWorker | FileWorker,
 ) -> Commit:
-    """The dataset's life, as `parts.make_dataset`'s, but that a unit may write several parts."""
+    """The dataset's life, as `parts.make_dataset`'s, but that a unit may write several parts, and
+    that duplicates are dropped from the parts before they are committed."""
     dataset = Store(config.store).dataset(config.dataset)
-    found = dataset.finished(mark)
-    if found is not None:
+    against = [(name, dataset.store.dataset(name).commit().identity) for name in config.against]
+    whole = fingerprint("ingest", {"parts": mark, "against": against}) if config.unique else mark
+    found = dataset.finished(whole)
+    if found is not None and not config.retry_failed:
         console.say(f"{dataset.name}: already there ({found.rows:,} rows), skipped")
         return found
-    listed = units()  # first: bad annotations should be said before a cluster starts
-    leaks.prepare(dataset.store, worker.held_out)
-    cluster.start()
-    resources = Resources(actors=config.processes)
-    parts = run_parts(dataset, mark, listed, partial(_same, worker), resources=resources)
-    if isinstance(worker, FileWorker):
-        parts += further_parts(dataset, mark, [unit["name"] for unit in listed])
+    if found is None and config.retry_failed:
+        raise StoreError(f"{dataset.uri}: not there yet; ingest it without --retry-failed first")
+
+    def parts_of(listed: Sequence[dict[str, Any]]) -> list[PartRecord]:
+        leaks.prepare(dataset.store, worker.held_out)
+        cluster.start()
+        resources = Resources(actors=config.processes)
+        parts = run_parts(dataset, mark, listed, partial(_same, worker), resources=resources)
+        if isinstance(worker, FileWorker):
+            parts += further_parts(dataset, mark, [unit["name"] for unit in listed])
+        if not config.unique:
+            return parts
+        before = (*config.against, dataset.name) if found else config.against
+        same = duplicates.find(dataset, duplicates.in_order(parts), against=before)
+        return duplicates.remove(dataset, whole, parts, same)
+
+    if found is not None:
+        failed = retry.failed_shards(dataset, found, mark, config.shard_size)
+        if not failed.units:
+            console.say(f"{dataset.name}: no download failed that may work now")
+            return found
+        return retry.amend(dataset, found, failed, parts_of(failed.units))
+    parts = parts_of(units())  # bad annotations are said before a cluster starts
+    held_out = [{"dataset": s.dataset, "commit": s.commit} for s in worker.held_out]
     return dataset.publish(
-        mark,
+        whole,
         parts,
         job="ingest",
         schema=TEXT_SCHEMA if dataset.name.startswith("text/") else IMAGE_SCHEMA,
-        stats=sum_stats(parts),
+        stats=sum_stats(part.stats for part in parts),
         config=to_dict(config),
-        inputs=inputs + [{"dataset": s.dataset, "commit": s.commit} for s in worker.held_out],
+        inputs=[*inputs, *held_out, *({"dataset": n, "commit": i} for n, i in against)],
     )
 
 

@@ -110,6 +110,16 @@ class IngestConfig:
     part_megabytes: int = 256
     """Megabytes (2**20 bytes) after which archives and texts go on in another Parquet file."""
 
+    unique: bool = False
+    """Set aside rows that repeat an earlier row of the dataset: the same bytes, or the same picture
+    at another size or quality; of texts, the same text."""
+    against: tuple[str, ...] = ()
+    """With unique: datasets of the store, such as images/cc3m, whose rows count as earlier, too."""
+    retry_failed: bool = False
+    """Try the failed downloads of the dataset again, and commit it anew with what came."""
+    report: bool = True
+    """Write reports/<dataset>/<commit>/report.html, and log it to MLflow."""
+
     language: str = ""
     """Keep texts, and captions, of this language only: an ISO 639 code such as en."""
     min_caption_words: int = 0
@@ -155,6 +165,10 @@ class IngestConfig:
 
     def _check_source(self) -> None:
         source = sources.load(self.source)
+        if self.against and not self.unique:
+            raise ValueError("against: needs unique, which drops duplicates")
+        if self.retry_failed and (source.KIND != "pairs" or self.images):
+            raise ValueError(f"retry_failed: {self.source} is not downloaded")
         if self.images and not getattr(source, "HAS_FILES", False):
             raise ValueError(f"images: {self.source} has no published images; coco and vg have")
         unknown = set(self.splits) - set(getattr(source, "SPLITS", self.splits))

@@ -161,11 +161,11 @@ def _part_task(
     return _write(dataset, fingerprint, make_worker(), batch)
 
 
-def sum_stats(records: Iterable[PartRecord]) -> dict[str, Any]:
+def sum_stats(counters: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Add up the parts' counters; nested dicts of counts are added key by key."""
     total: dict[str, Any] = {}
-    for record in records:
-        for key, value in record.stats.items():
+    for stats in counters:
+        for key, value in stats.items():
             if isinstance(value, dict):
                 total[key] = dict(Counter(total.get(key, {})) + Counter(value))
             else:
@@ -200,7 +200,7 @@ def make_dataset(
         records,
         job=job,
         schema=schema,
-        stats={**sum_stats(records), **(extra_stats or {})},
+        stats={**sum_stats(r.stats for r in records), **(extra_stats or {})},
         config=config,
         inputs=inputs,
     )

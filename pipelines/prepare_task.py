@@ -169,7 +169,7 @@ def make_here(
         records,
         job=job,
         schema=schema,
-        stats={**sum_stats(records), **(extra_stats or {})},
+        stats={**sum_stats(r.stats for r in records), **(extra_stats or {})},
         config=config,
         inputs=inputs,
     )

@@ -358,16 +358,17 @@ class Dataset:
     ) -> PartRecord:
         """Write one part: its Parquet file, its set-aside rows, and last the record of both."""
         folder = f"data-{fingerprint[:8]}"
-        data = self._write_table(f"{folder}/part-{name}.parquet", table)
+        data = self.write_table(f"{folder}/part-{name}.parquet", table)
         aside = None
         if set_aside:
             aside_table = pa.Table.from_pylist(list(set_aside))
-            aside = self._write_table(f"{folder}/_set-aside-{name}.parquet", aside_table)
+            aside = self.write_table(f"{folder}/_set-aside-{name}.parquet", aside_table)
         record = PartRecord(name, data, aside, stats or {})
         self.store.write(f"{self.name}/{folder}/_part-{name}.json", record.to_json().encode())
         return record
 
-    def _write_table(self, relative: str, table: pa.Table) -> FileRecord:
+    def write_table(self, relative: str, table: pa.Table) -> FileRecord:
+        """Write a Parquet file below the dataset's folder."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd")
         data = memoryview(sink.getvalue())  # no copy: a part may be hundreds of megabytes

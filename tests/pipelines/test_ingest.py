@@ -50,6 +50,7 @@ def config(world: World, source: str, store: str | Path, **changes: Any) -> Inge
     folder = {"text_files": "text", "imagenet21k": "imagenet"}.get(source, source)
     # The timeout is what a busy machine needs; only the URLs that never answer wait so long.
     settings: dict[str, Any] = {"threads": 16, "timeout": 3.0, "retries": 0, "shard_size": 10}
+    settings["report"] = False  # test_data_report.py looks at it
     return IngestConfig(
         source=source,
         annotations=str(world.annotations(folder)),
@@ -172,7 +173,7 @@ def test_archives_and_texts(web: tuple[World, Server], tmp_path: Path, s3_store:
     bucket = Store(s3_store)
     for file in world.annotations("text").rglob("*.*"):
         bucket.upload(file, f"raw/{file.relative_to(world.annotations('text')).as_posix()}")
-    cfg = IngestConfig("text_files", f"{s3_store}/raw", s3_store, name="small")
+    cfg = IngestConfig("text_files", f"{s3_store}/raw", s3_store, name="small", report=False)
     texts = run(cfg)
     table = bucket.dataset("text/small").read_table()
     assert table.schema.equals(ingest.TEXT_SCHEMA)
@@ -242,7 +243,7 @@ def zipped(files: dict[str, bytes]) -> bytes:
 def ingested(root: Path, source: str, **changes: Any) -> tuple[Commit, list[Any], list[Any]]:
     """The commit of what lies in `root/data`, its rows, and what was set aside."""
     store = root / "store"
-    cfg = IngestConfig(source, str(root / "data"), store=str(store), **changes)
+    cfg = IngestConfig(source, str(root / "data"), store=str(store), report=False, **changes)
     commit = run(cfg)
     dataset = Store(store).dataset(cfg.dataset)
     return commit, dataset.read_table().to_pylist(), dataset.read_set_aside()
@@ -403,7 +404,7 @@ def test_archives_folders_and_zips_in_a_bucket(tmp_path: Path, s3_store: str) ->
     kinds = {"tar": "imagenet1k", "folder": "imagenet1k", "shards": "webdataset", "zip": "stories"}
     ids = {}
     for folder, source in kinds.items():
-        cfg = IngestConfig(source, f"{s3_store}/{folder}", s3_store, name=folder)
+        cfg = IngestConfig(source, f"{s3_store}/{folder}", s3_store, name=folder, report=False)
         assert run(cfg).stats["set_aside"] == {}
         ids[folder] = bucket.dataset(cfg.dataset).read_table(["id"])["id"].to_pylist()
     photos = ["imagenet1k/n00000001_1", "imagenet1k/n00000001_2"]

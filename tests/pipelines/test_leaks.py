@@ -197,6 +197,7 @@ def test_leaks_never_reach_a_dataset(world: World, tmp_path: Path) -> None:
     store = Store(tmp_path)
     held = hold_out(store, TASK, coco_tests(world))
     config = IngestConfig(
+        report=False,
         source="cc12m",
         annotations=str(world.annotations("cc12m")),
         store=str(tmp_path),
@@ -232,7 +233,10 @@ def test_leaks_never_reach_a_dataset(world: World, tmp_path: Path) -> None:
 def test_archives_are_searched_too(world: World, tmp_path: Path) -> None:
     store = Store(tmp_path)
     config = IngestConfig(
-        source="imagenet21k", annotations=str(world.annotations("imagenet")), store=str(tmp_path)
+        report=False,
+        source="imagenet21k",
+        annotations=str(world.annotations("imagenet")),
+        store=str(tmp_path),
     )
     all_rows = ingest.run(replace(config, name="all"))
     rows = store.dataset("images/all").read_table(["id", "image"]).to_pylist()

@@ -16,7 +16,7 @@ from ray import cloudpickle
 from ray.exceptions import RayTaskError
 
 from pipelines.parts import PartOutput, Resources, make_dataset, run_parts, sum_stats
-from pipelines.storage import FileRecord, PartRecord, Store, StoreError
+from pipelines.storage import Store, StoreError
 
 PRINT = "f" * 16
 SCHEMA = pa.schema([("name", pa.string()), ("square", pa.int64())])
@@ -205,14 +205,11 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
 
 
 def test_counts_are_added_up() -> None:
-    def record(stats: dict[str, Any]) -> PartRecord:
-        return PartRecord("x", FileRecord("x", 0, 0, ""), None, stats)
-
     found = sum_stats(
         [
-            record({"rows": 2, "set_aside": {"a": 1}}),
-            record({"rows": 3, "set_aside": {"a": 2, "b": 5}, "words": {"7": 1}}),
-            record({}),
+            {"rows": 2, "set_aside": {"a": 1}},
+            {"rows": 3, "set_aside": {"a": 2, "b": 5}, "words": {"7": 1}},
+            {},
         ]
     )
     assert found == {"rows": 5, "set_aside": {"a": 3, "b": 5}, "words": {"7": 1}}
