@@ -138,6 +138,10 @@ def _write(
     dataset: Dataset, fingerprint: str, worker: Worker, batch: dict[str, Any]
 ) -> dict[str, list[str]]:
     unit = json.loads(str(batch["unit"][0]))
+    # Ray runs a task again when its process died, be it after the part had been recorded.
+    recorded = f"{dataset.name}/data-{fingerprint[:8]}/_part-{unit['name']}.json"
+    if dataset.store.exists(recorded):
+        return {"record": [dataset.store.read(recorded).decode()]}
     output = worker(unit)
     record = dataset.write_part(
         fingerprint, unit["name"], output.table, set_aside=output.set_aside, stats=output.stats

@@ -370,7 +370,9 @@ class Dataset:
     def write_table(self, relative: str, table: pa.Table) -> FileRecord:
         """Write a Parquet file below the dataset's folder."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+        with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+            if table.num_rows:  # a row group of no rows is more than some readers can take
+                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
         data = memoryview(sink.getvalue())  # no copy: a part may be hundreds of megabytes
         self.store.write(f"{self.name}/{relative}", data)
         return FileRecord(relative, table.num_rows, data.nbytes, hashlib.sha256(data).hexdigest())

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -83,6 +83,34 @@ class WorldSize:
             text=40,
             nlvr2=20,
         )
+
+    @classmethod
+    def of_rows(cls, rows: int) -> WorldSize:
+        """Return a size for trials of scale: so many records in the sources of pretraining.
+
+        They are those of CC3M, CC12M, SBU, COCO, Visual Genome, ImageNet-21K and the documents;
+        books come on top. What finetuning needs is as little as there can be.
+        """
+        if rows < 500:
+            raise ValueError(f"rows must be at least 500, not {rows}")
+        size = cls(
+            cc3m=rows * 20 // 100,
+            cc12m=rows * 24 // 100,
+            sbu=rows * 12 // 100,
+            coco_train=rows * 11 // 100,
+            coco_val=rows // 200,
+            coco_test=rows // 200,
+            vg=rows * 12 // 100,
+            flickr30k=1,
+            imagenet=rows * 8 // 100,
+            synsets=35,
+            imagenet1k=1,
+            text=1,
+            nlvr2=1,
+        )
+        coco = size.coco_train + size.coco_val + size.coco_test
+        images = size.cc3m + size.cc12m + size.sbu + coco + size.vg + size.imagenet
+        return replace(size, text=rows - images)
 
 
 @dataclass
