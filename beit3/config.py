@@ -40,6 +40,8 @@ class ModelConfig:
     final_norm: bool = True
     """Norm of the encoder's output. The released ImageNet and VQA models have none: their heads
     bring their own."""
+    norm_eps: float = 1e-5
+    """Added to the variance in every norm of the encoder. BEiT v2's tokenizers have 1e-6."""
     drop_path: float = 0.0
     """Stochastic depth of the last layer; grows linearly from 0 at the first."""
     checkpoint_activations: Checkpointing = "none"

@@ -247,13 +247,17 @@ class Shared(nn.Module):
         return each(self.both, x)
 
 
+def _norm(config: ModelConfig, width: int = 0) -> nn.LayerNorm:
+    return nn.LayerNorm(width or config.hidden, eps=config.norm_eps)
+
+
 class FeedForward(nn.Module):
     """An expert: Linear, GELU, (sub-LN,) Linear. `[tokens, hidden] -> [tokens, hidden]`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden, config.mlp)
-        self.norm = nn.LayerNorm(config.mlp) if config.sub_ln else nn.Identity()
+        self.norm = _norm(config, config.mlp) if config.sub_ln else nn.Identity()
         self.fc2 = nn.Linear(config.mlp, config.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -268,7 +272,7 @@ class Attention(nn.Module):
         copies = PerModality if config.attention == "per_modality" else Shared
         self.heads = config.heads
         self.qkv = copies(lambda: nn.Linear(config.hidden, 3 * config.hidden))
-        self.norm = copies(lambda: nn.LayerNorm(config.hidden) if config.sub_ln else nn.Identity())
+        self.norm = copies(lambda: _norm(config) if config.sub_ln else nn.Identity())
         self.out = copies(lambda: nn.Linear(config.hidden, config.hidden))
 
     def forward(self, x: Streams, layout: Layout, read: Streams | None = None) -> Streams:
@@ -381,9 +385,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, *, drop_path: float, fusion: bool) -> None:
         super().__init__()
         copies = PerModality if config.attention == "per_modality" else Shared
-        self.norm1 = copies(lambda: nn.LayerNorm(config.hidden))
+        self.norm1 = copies(lambda: _norm(config))
         self.attention = Attention(config)
-        self.norm2 = copies(lambda: nn.LayerNorm(config.hidden))
+        self.norm2 = copies(lambda: _norm(config))
         self.experts = Experts(config, fusion=fusion)
         self.drop_path = drop_path
 
@@ -451,9 +455,7 @@ class Encoder(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = copies(
-            lambda: nn.LayerNorm(config.hidden) if config.final_norm else nn.Identity()
-        )
+        self.norm = copies(lambda: _norm(config) if config.final_norm else nn.Identity())
         self.checkpointing = config.checkpoint_activations
         self._initialise(config)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+# Of VQ-KD's encoder and decoder (beit2 `modeling_vqkd.py`, no_weight_decay).
+_TOKENIZER_POSITIONS = ("tokenizer.embedding.positions", "tokenizer.decoder_positions")
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
 
@@ -43,7 +45,8 @@ def layer_scale(name: str, layers: int, decay: float) -> float:
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: not to biases, norms, `[CLS]`, vision positions, the scale."""
-    return parameter.ndim > 1 and not name.endswith("vision_embedding.positions")
+    exempt = name.endswith(("vision_embedding.positions", *_TOKENIZER_POSITIONS))
+    return parameter.ndim > 1 and not exempt
 
 
 def parameter_groups(

@@ -91,7 +91,7 @@ def load_released(
             is missing, unexpected or of another shape is named.
     """
     try:
-        return from_released(_read(path), image_size=image_size, heads=heads)
+        return from_released(read_tensors(path), image_size=image_size, heads=heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -198,7 +198,17 @@ def to_released(released: Released) -> dict[str, Tensor]:
     return converted
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, inside: Sequence[str] = ("model", "module", "state_dict")
+) -> dict[str, Tensor]:
+    """A file of tensors by name: `.safetensors`, or else a pickle, read with `weights_only=True`.
+
+    Args:
+        inside: Names under which a pickle may hold them, the first that is there.
+
+    Raises:
+        ValueError: the file holds anything but tensors, or is damaged.
+    """
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -216,7 +226,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             ) from error
         except (RuntimeError, EOFError, OSError) as error:  # OSError: a zip file cut short
             raise ValueError(f"not a PyTorch file, or damaged ({error})") from error
-    for name in ("model", "module"):
+    for name in inside:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
             break

@@ -9,19 +9,29 @@ Source: "BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers"
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from beit3 import weights
 from beit3.config import ModelConfig
 from beit3.device import to_device
 from beit3.model import PatchEmbedding
 from beit3.multiway import Encoder, Layout, Streams
 from beit3.objectives import normalise
+
+SHAPE_FILE = "vqkd.json"
+NORM_EPS = 1e-6
+"""Of every norm, as in the released tokenizers."""
+_ROWS = 1 << 13
+"""Features compared with the codebook at once: 8192 x 8192 cosines are 256 MiB."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +52,19 @@ class VQKDConfig:
     decay: float = 0.99
     """Decay of the codebook's moving average."""
     revive_below: float = 0.0
-    """Replace codes whose average use per step falls below this by features of the batch."""
+    """Replace codes whose average use per step falls below this by features of the batch; 0, as the
+    authors have it, never does."""
 
     def __post_init__(self) -> None:
         if self.codebook_size > 65536:
             raise ValueError(
                 f"codebook_size {self.codebook_size} is over 65536: visual words are uint16"
             )
+
+    @property
+    def patches(self) -> int:
+        """Visual words of a picture."""
+        return (self.image_size // self.patch_size) ** 2
 
     def transformer(self, layers: int) -> ModelConfig:
         return ModelConfig(
@@ -61,6 +77,7 @@ class VQKDConfig:
             attention="shared",
             multiway=False,
             sub_ln=False,
+            norm_eps=NORM_EPS,
         )
 
 
@@ -80,21 +97,19 @@ PRESETS: dict[str, VQKDConfig] = {
         revive_below=0.02,
     ),
     "base": VQKDConfig(),
+    # For models with patches of 14 pixels, such as the giant.
+    "base14": VQKDConfig(patch_size=14),
 }
 
 
-class Teacher(Protocol):
-    """Gives the features that the tokenizer learns to reconstruct."""
-
-    dim: int
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 `[n, 3, height, width] -> [n, patches, dim]`, without gradients."""
-        ...
-
-
 class Codebook(nn.Module):
-    """Unit vectors `[codes, dim]`, kept as moving averages of the features they stand for."""
+    """Unit vectors `[codes, dim]`, kept as moving averages of the features they stand for.
+
+    Its statistics are those of all workers: trained on several, it moves as it does on one that has
+    the whole batch, if each picture goes to the worker of its number modulo theirs (as
+    `pipelines.loader` deals them out). Its arithmetic is fp32, under autocast too: bf16 can't tell
+    neighbouring codes apart.
+    """
 
     vectors: Tensor
     usage: Tensor
@@ -110,32 +125,36 @@ class Codebook(nn.Module):
 
     def nearest(self, features: Tensor) -> Tensor:
         """Unit features `[n, dim]` to codes `[n]`: largest cosine."""
-        return (features @ self.vectors.T).argmax(-1)
+        with _full_precision(features):
+            return nearest(features.float(), self.vectors)
 
     @torch.no_grad()
     def start(self, features: Tensor, iterations: int = 10) -> None:
-        """K-means (cosine) over all workers' first features; every worker ends with the same."""
+        """K-means (cosine) over all workers' first features; every worker ends with the same.
+
+        Args:
+            features: Unit vectors `[n, dim]`, or `[pictures, patches, dim]`.
+        """
         if bool(self.ready):
             return
-        features = _gather_rows(features)
-        count = len(self.vectors)
-        pick = torch.linspace(0, len(features) - 1, count, device=features.device).long()
-        noise = torch.randn(count, features.shape[1], generator=torch.Generator().manual_seed(0))
-        # A batch may hold fewer distinct features than codes: a little noise tells twins apart.
-        vectors = F.normalize(features[pick] + 0.01 * noise.to(features), dim=-1)
-        for _ in range(iterations):
-            codes = (features @ vectors.T).argmax(-1)
-            sums, counts = _sums(features, codes, count)
-            used = counts > 0
-            vectors[used] = F.normalize(sums[used] / counts[used, None], dim=-1)
-        self.vectors.copy_(vectors)
+        with _full_precision(features):
+            vectors = kmeans(_gather(features.float()), len(self.vectors), iterations)
+        # Sums on a GPU are added in any order: one worker's result holds for all.
+        self.vectors.copy_(_of_first_worker(vectors))
         self.ready.fill_(True)
 
     @torch.no_grad()
     def update(self, features: Tensor, codes: Tensor) -> None:
-        """Move used codes towards the mean of their features, over all workers."""
-        sums, counts = _sums(features, codes, len(self.vectors))
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        """Move used codes towards the mean of their features, over all workers.
+
+        Args:
+            features: Unit vectors `[n, dim]`, or `[pictures, patches, dim]`.
+            codes: `[n]`, or `[pictures, patches]`.
+        """
+        features = features.float()
+        flat = features.reshape(-1, features.shape[-1])
+        sums, counts = _sums(flat, codes.flatten(), len(self.vectors))
+        if _workers() > 1:
             dist.all_reduce(sums)
             dist.all_reduce(counts)
         used = counts > 0
@@ -144,18 +163,38 @@ class Codebook(nn.Module):
         self.vectors.copy_(torch.where(used[:, None], moved, self.vectors))
         self.usage.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         if self.revive_below > 0:
-            self._revive(_gather_rows(features))
+            with _full_precision(features):
+                self._revive(_gather(features))
 
     def _revive(self, features: Tensor) -> None:
         dead = (self.usage < self.revive_below).nonzero().flatten()
         if not len(dead):
             return
         # The features that the codebook serves worst, spread evenly: the same on every worker.
-        worst = (features @ self.vectors.T).amax(-1).argsort()[: 4 * len(dead)]
+        served = torch.cat([(part @ self.vectors.T).amax(-1) for part in features.split(_ROWS)])
+        worst = served.argsort(stable=True)[: 4 * len(dead)]
         step = max(1, len(worst) // len(dead))
         chosen = worst[::step][: len(dead)]
         self.vectors[dead[: len(chosen)]] = features[chosen]
+        self.vectors.copy_(_of_first_worker(self.vectors))
         self.usage[dead[: len(chosen)]] = 1.0
+
+
+def kmeans(features: Tensor, count: int, iterations: int = 10) -> Tensor:
+    """Spherical k-means of unit features `[n, dim]`: `count` unit vectors `[count, dim]`.
+
+    Centres start at features evenly spread over the rows; one that no feature is nearest to stays
+    where it is.
+    """
+    pick = torch.linspace(0, len(features) - 1, count, device=features.device).long()
+    noise = torch.randn(count, features.shape[1], generator=torch.Generator().manual_seed(0))
+    # There may be fewer distinct features than centres: a little noise tells twins apart.
+    vectors = F.normalize(features[pick] + 0.01 * noise.to(features), dim=-1)
+    for _ in range(iterations):
+        sums, counts = _sums(features, nearest(features, vectors), count)
+        used = counts > 0
+        vectors[used] = F.normalize(sums[used] / counts[used, None], dim=-1)
+    return vectors
 
 
 class VQKD(nn.Module):
@@ -167,6 +206,7 @@ class VQKD(nn.Module):
         shape = config.transformer(config.encoder_layers)
         self.grid = shape.grid
         self.embedding = PatchEmbedding(shape)
+        self.embedding.register_parameter("mask_token", None)  # nothing is hidden from it
         self.encoder = Encoder(shape)
         self.to_code = nn.Sequential(
             nn.Linear(config.hidden, config.hidden),
@@ -175,17 +215,32 @@ class VQKD(nn.Module):
         )
         self.codebook = Codebook(config)
         self.from_code = nn.Linear(config.code_dim, config.hidden)
-        self.decoder_positions = nn.Parameter(torch.empty(shape.patches, config.hidden))
+        self.decoder_cls_token = nn.Parameter(torch.zeros(config.hidden))
+        self.decoder_positions = nn.Parameter(torch.empty(1 + shape.patches, config.hidden))
         self.decoder = Encoder(config.transformer(config.decoder_layers))
         self.to_teacher = nn.Sequential(
             nn.Linear(config.hidden, config.hidden),
             nn.Tanh(),
             nn.Linear(config.hidden, config.teacher_dim),
         )
+        nn.init.normal_(self.decoder_cls_token, std=0.02)
         nn.init.normal_(self.decoder_positions, std=0.02)
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 `[n, 3, height, width]` to unit code features `[n, patches, code_dim]`, fp32."""
+        """uint8 `[n, 3, height, width]` to unit code features `[n, patches, code_dim]`, fp32.
+
+        Bytes only: the released tokenizers take [0, 1] and scale it to [-1, 1] themselves, other
+        models take [-1, 1], and a batch of floats doesn't tell which it is in.
+
+        Raises:
+            ValueError: the images are not bytes, or not of the tokenizer's size.
+        """
+        side = self.config.image_size
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"images: expected uint8 [n, 3, {side}, {side}], got "
+                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            )
         tokens = self.embedding(normalise(images).to(self.embedding.positions.dtype))
         hidden = _encode_pictures(self.encoder, tokens)[:, 1:]
         with torch.autocast(images.device.type, enabled=False):
@@ -196,6 +251,13 @@ class VQKD(nn.Module):
         """uint8 `[n, 3, height, width]` to visual words `[n, patches]`."""
         features = self.features(images)
         return self.codebook.nearest(features.flatten(0, 1)).view(features.shape[:2])
+
+    @torch.no_grad()
+    def encode_scored(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Visual words `[n, patches]`, and the cosine of each with its feature."""
+        features = self.features(images)
+        codes = self.codebook.nearest(features.flatten(0, 1)).view(features.shape[:2])
+        return codes, (features * self.codebook.vectors[codes]).sum(-1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Visual words `[n, patches]` to the teacher's feature space `[n, patches, dim]`."""
@@ -217,13 +279,13 @@ class VQKD(nn.Module):
                 f"{list(target.shape)}: teacher and tokenizer need one patch grid"
             )
         features = self.features(images)
-        flat = features.flatten(0, 1)
+        found = features.detach()
         if self.training:
-            self.codebook.start(flat.detach())
-        codes = self.codebook.nearest(flat.detach())
-        quantised = self.codebook.vectors[codes].view_as(features)
+            self.codebook.start(found)
+        codes = self.codebook.nearest(found.flatten(0, 1)).view(features.shape[:2])
+        quantised = self.codebook.vectors[codes]
         if self.training:
-            self.codebook.update(flat.detach(), codes)
+            self.codebook.update(found, codes)
         straight_through = features + (quantised - features).detach()
         reconstruction = self._decode(straight_through)
         cosine = F.cosine_similarity(reconstruction.float(), target.float(), dim=-1).mean()
@@ -232,12 +294,64 @@ class VQKD(nn.Module):
             "loss": 1 - cosine + commitment,
             "cosine": cosine,
             "commitment": commitment,
-            "codes": codes.view(features.shape[:2]),
+            "codes": codes,
         }
 
     def _decode(self, codes: Tensor) -> Tensor:
-        hidden = self.from_code(codes) + self.decoder_positions
-        return self.to_teacher(_encode_pictures(self.decoder, hidden))
+        cls = self.decoder_cls_token.expand(len(codes), 1, -1)
+        hidden = torch.cat([cls, self.from_code(codes).to(cls.dtype)], 1) + self.decoder_positions
+        return self.to_teacher(_encode_pictures(self.decoder, hidden)[:, 1:])
+
+
+def save(folder: Path, model: VQKD) -> None:
+    """Write a tokenizer folder: `model.safetensors` and `vqkd.json`."""
+    save_tensors(folder, model.state_dict(), model.config)
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], config: VQKDConfig) -> None:
+    """`save` for tensors that no module holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / weights.WEIGHTS
+    )
+    (folder / SHAPE_FILE).write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def load(folder: Path) -> VQKD:
+    """Read a tokenizer folder, ready to encode.
+
+    Raises:
+        FileNotFoundError: the folder holds no tokenizer.
+        ValueError: its tensors don't fit its configuration.
+    """
+    model = VQKD(VQKDConfig(**json.loads((folder / SHAPE_FILE).read_text())))
+    weights.load_into(model, weights.load_tensors(folder))
+    return model.eval()
+
+
+def batch_that_fits(model: VQKD, share: float = 1.0, most: int = 1024) -> int:
+    """How many pictures `encode` may take at once: a power of two.
+
+    On a GPU, most of the memory that is free, by what a few pictures take. On a CPU, where larger
+    batches are no faster, 256 MiB of activations.
+
+    Args:
+        share: Of the GPU that is this process's.
+    """
+    config = model.config
+    device = model.codebook.vectors.device
+    if device.type == "cuda":
+        few = torch.zeros(8, 3, config.image_size, config.image_size, dtype=torch.uint8)
+        few = few.to(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        level = torch.cuda.memory_allocated(device)
+        model.encode(few)
+        each = max(1, (torch.cuda.max_memory_allocated(device) - level) // len(few))
+        room = 0.7 * share * torch.cuda.mem_get_info(device)[0]
+    else:
+        wide = (1 + config.patches) * (config.mlp + 8 * config.hidden)
+        each, room = 4 * (wide + config.patches * config.codebook_size), float(1 << 28)
+    return 1 << int(math.log2(min(most, max(1.0, room / each))))
 
 
 def codebook_health(codes: Tensor, codebook_size: int) -> dict[str, float]:
@@ -245,13 +359,17 @@ def codebook_health(codes: Tensor, codebook_size: int) -> dict[str, float]:
 
     Returns `used` (share of codes that occur), `dead` (number that don't), `perplexity`.
     """
-    counts = torch.bincount(codes.flatten(), minlength=codebook_size).float()
-    share = counts / counts.sum().clamp(min=1)
-    entropy = -(share[share > 0] * share[share > 0].log()).sum()
-    used = int((counts > 0).sum())
+    return usage_health(torch.bincount(codes.flatten(), minlength=codebook_size).float())
+
+
+def usage_health(counts: Tensor, least: float = 0.0) -> dict[str, float]:
+    """`codebook_health` of each code's number of uses `[codes]`; used are those above `least`."""
+    share = counts / counts.sum().clamp(min=1e-12)
+    entropy = -torch.special.xlogy(share, share).sum()
+    used = int((counts > least).sum())
     return {
-        "used": used / codebook_size,
-        "dead": float(codebook_size - used),
+        "used": used / len(counts),
+        "dead": float(len(counts) - used),
         "perplexity": float(entropy.exp()),
     }
 
@@ -270,9 +388,32 @@ def _sums(features: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return sums, torch.bincount(codes, minlength=count).to(features.dtype)
 
 
-def _gather_rows(x: Tensor) -> Tensor:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+def nearest(features: Tensor, vectors: Tensor) -> Tensor:
+    """Which of `vectors` `[m, dim]` has the largest cosine: unit features `[n, dim]` to `[n]`."""
+    return torch.cat([(part @ vectors.T).argmax(-1) for part in features.split(_ROWS)])
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _workers() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gather(x: Tensor) -> Tensor:
+    """All workers' rows `[n, ..., dim]` as `[workers * n * ..., dim]`, in the order of the batch.
+
+    Row i of worker r is row `i * workers + r` of the batch.
+    """
+    if _workers() > 1:
+        parts = [torch.empty_like(x) for _ in range(_workers())]
+        dist.all_gather(parts, x.contiguous())
+        x = torch.stack(parts, 1).flatten(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _of_first_worker(x: Tensor) -> Tensor:
+    if _workers() > 1:
+        dist.broadcast(x := x.contiguous(), 0)
+    return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import contextlib
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,24 +12,44 @@ from PIL import Image
 from torch import Tensor
 
 from beit3.transforms import WHOLE, apply_view, decode
-from pipelines.storage import Dataset
+from pipelines.storage import ROW_GROUP_ROWS, Dataset, StoreError
 
 ZOOM = 3
 GAP = 4
+SPREAD = 16  # row groups that pictures are taken from
 
 
-def first_images(dataset: Dataset, count: int, size: int) -> Tensor:
-    """The first pictures of a dataset, whole, as uint8 `[n, 3, size, size]`."""
+def some_images(dataset: Dataset, count: int, size: int) -> Tensor:
+    """Pictures from all over a dataset, whole, as uint8 `[n, 3, size, size]`.
+
+    They come from few row groups, evenly spread, since neighbours are often alike (ImageNet-21K is
+    stored class by class). What does not decode is left out; n may be under `count`.
+
+    Raises:
+        StoreError: there is none.
+    """
+    groups = [
+        (dataset.store.path(dataset.name, file.path), group)
+        for file in dataset.commit().files
+        for group in range(-(-file.rows // ROW_GROUP_ROWS))
+    ]
+    chosen = {int(i) for i in np.linspace(0, len(groups) - 1, SPREAD)} if groups else set()
     pixels: list[np.ndarray] = []
-    for path in dataset.paths():
+    for left, number in zip(range(len(chosen), 0, -1), sorted(chosen), strict=True):
+        path, group = groups[number]
         file = pq.ParquetFile(path, filesystem=dataset.store.fs)
         column = "image" if "image" in file.schema_arrow.names else "images"
-        for batch in file.iter_batches(batch_size=64, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                if len(pixels) == count:
-                    return torch.from_numpy(np.stack(pixels))
-                cell = value[0] if isinstance(value, list) else value
-                pixels.append(apply_view(decode(cell["bytes"]), WHOLE, size))
+        values = file.read_row_group(group, columns=[column]).column(0)
+        enough = len(pixels) + -(-(count - len(pixels)) // left)
+        for value in values:
+            if len(pixels) >= enough:
+                break
+            cell = value.as_py()
+            with contextlib.suppress(OSError):
+                picture = decode((cell[0] if isinstance(cell, list) else cell)["bytes"])
+                pixels.append(apply_view(picture, WHOLE, size))
+    if not pixels:
+        raise StoreError(f"{dataset.uri} has no pictures")
     return torch.from_numpy(np.stack(pixels))
 
 
@@ -83,15 +104,29 @@ def code_maps(images: Tensor, codes: Tensor, grid: int, columns: int = 6) -> Ima
 
 
 def code_patches(
-    images: Tensor, codes: Tensor, patch: int, words: int = 12, examples: int = 10
+    images: Tensor,
+    codes: Tensor,
+    patch: int,
+    words: int = 12,
+    examples: int = 10,
+    scores: Tensor | None = None,
 ) -> Image.Image:
-    """Rows of patches that share a visual word: the commonest words, a row each."""
+    """Rows of patches that share a visual word: the commonest words, a row each.
+
+    Args:
+        scores: `[n, patches]` how near each patch is to its word: the nearest are shown, nearest
+            first. Without them, some of all.
+    """
     grid = images.shape[-1] // patch
     counts = torch.bincount(codes.flatten())
     rows = []
     for word in counts.argsort(descending=True)[:words].tolist():
         places = (codes == word).nonzero()
-        places = places[torch.linspace(0, len(places) - 1, min(examples, len(places))).long()]
+        if scores is None:
+            places = places[torch.linspace(0, len(places) - 1, min(examples, len(places))).long()]
+        else:
+            nearest = scores[codes == word].argsort(descending=True, stable=True)
+            places = places[nearest[:examples]]
         row = []
         for image, place in places.tolist():
             y, x = divmod(place, grid)

@@ -28,7 +28,15 @@ from beit3.masking import Masking, token_mask
 from beit3.objectives import MaskedBatch, MaskedDataModelling, ObjectiveWeights
 from beit3.text import TextTokenizer
 from beit3.transforms import View, apply_view
-from pipelines import bundles, cluster, config, models, pictures, train_text_tokenizer
+from pipelines import (
+    bundles,
+    cluster,
+    config,
+    models,
+    pictures,
+    train_image_tokenizer,
+    train_text_tokenizer,
+)
 from pipelines.loader import ParquetRows
 from pipelines.samples import Pictures, Sample, Samples
 from pipelines.storage import ROW_GROUP_ROWS, Dataset, Store, StoreError, fingerprint
@@ -335,18 +343,23 @@ def check_tokens(store: Store, cfg: PretrainConfig, datasets: dict[str, Dataset]
                 f"({', '.join(sorted(found.values()))}): tokenize them all with one"
             )
     if used["image"]:
-        shape = _tokenizer_shape(store, next(iter(used["image"].values())))
-        grid = shape["image_size"] // shape["patch_size"]
-        if grid != cfg.model.grid or shape["image_size"] != cfg.model.image_size:
+        (identity, name) = next(iter(used["image"].items()))
+        shape = train_image_tokenizer.shape(store, name)
+        if bundles.identity(store, f"tokenizers/image/{name}") != identity:
             raise StoreError(
-                f"visual words are {grid}x{grid} at {shape['image_size']} pixels, the model's "
+                f"tokenizers/image/{name} is not the one that made these tokens: tokenize again"
+            )
+        grid = shape.image_size // shape.patch_size
+        if grid != cfg.model.grid or shape.image_size != cfg.model.image_size:
+            raise StoreError(
+                f"visual words are {grid}x{grid} at {shape.image_size} pixels, the model's "
                 f"patches {cfg.model.grid}x{cfg.model.grid} at {cfg.model.image_size}: tokenize "
                 "with another tokenizer, or set model.image_size and model.patch_size"
             )
-        if shape["codebook_size"] != cfg.model.codebook_size:
+        if shape.codebook_size != cfg.model.codebook_size:
             raise StoreError(
                 f"model.codebook_size {cfg.model.codebook_size} is not the tokenizer's "
-                f"{shape['codebook_size']}: set it to that"
+                f"{shape.codebook_size}: set it to that"
             )
     (identity, name) = next(iter(used["text"].items()))
     tokenizer = train_text_tokenizer.load(store, name)
@@ -355,13 +368,6 @@ def check_tokens(store: Store, cfg: PretrainConfig, datasets: dict[str, Dataset]
             f"tokenizers/text/{name} is not the one that made these tokens: tokenize again"
         )
     return tokenizer
-
-
-def _tokenizer_shape(store: Store, name: str) -> dict[str, Any]:
-    from pipelines.train_image_tokenizer import SHAPE_FILE
-
-    bundles.info(store, f"tokenizers/image/{name}")
-    return store.read_json(f"tokenizers/image/{name}/{SHAPE_FILE}")
 
 
 def main() -> None:

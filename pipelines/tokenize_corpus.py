@@ -5,13 +5,21 @@
 Of each image, `views` crops are drawn and their boxes stored beside their visual words, so that
 pretraining replays exactly what was tokenized. A part of `tokens/<name>` belongs to the part of the
 same number in its source, which holds the pictures; `image_row` says which row.
-The same commit, tokenizers and seed give the same bytes, however many workers there are.
+The same commit, tokenizers and seed give the same bytes, however many workers there are. (Another
+batch size or device rounds otherwise: of two codes that are equally near, it may choose the other.)
+
+A worker's threads decode pictures while it encodes those before, and it holds the pixels of a few
+batches at most, however large the part is.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,29 +28,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from beit3.text import TextTokenizer
+from beit3.text import BOS, EOS, TextTokenizer
 from beit3.transforms import View, apply_view, decode
-from beit3.vqkd import VQKD
+from beit3.vqkd import VQKD, batch_that_fits
 from pipelines import bundles, cluster, config, train_image_tokenizer, train_text_tokenizer
 from pipelines.parts import PartOutput, Resources, make_dataset
 from pipelines.samples import ViewConfig
 from pipelines.storage import Commit, Store, fingerprint
 
-VIEW = pa.struct(
-    [
-        ("box", pa.list_(pa.float64(), 4)),
-        ("flip", pa.bool_()),
-        ("words", pa.list_(pa.uint16())),
-    ]
-)
-IMAGE_TOKENS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("image_row", pa.int32()),
-        ("views", pa.list_(VIEW)),
-        ("captions", pa.list_(pa.list_(pa.int32()))),
-    ]
-)
+AHEAD = 2  # batches that are decoded while one is encoded
+PICTURES, DOCUMENTS = 32, 1024  # rows read at once
+
+
+def image_tokens(patches: int) -> pa.Schema:
+    """Columns of a tokenized image dataset; a picture's words are a list of one fixed size."""
+    words = pa.list_(pa.uint16(), patches)
+    view = pa.struct([("box", pa.list_(pa.float64(), 4)), ("flip", pa.bool_()), ("words", words)])
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("image_row", pa.int32()),
+            ("views", pa.list_(view)),
+            ("captions", pa.list_(pa.list_(pa.int32()))),
+        ]
+    )
+
+
 TEXT_TOKENS = pa.schema([("id", pa.string()), ("ids", pa.list_(pa.int32()))])
 
 
@@ -70,11 +81,13 @@ class TokenizeConfig:
     """Longest piece of a text in tokens, `<s>` and `</s>` included; longer texts become several."""
     max_caption_length: int = 64
     batch_size: int = 64
-    """Views encoded at once."""
+    """Views encoded at once; 0: as many as the device's memory holds."""
     seed: int = 0
     actors: int = 0
     """Size of the actor pool that encodes images; 0: plain tasks on CPUs."""
     gpus_per_actor: float = 0.0
+    cpus_per_actor: float = 1.0
+    """CPUs of an actor: so many threads decode pictures while it encodes others."""
 
     def __post_init__(self) -> None:
         if not (self.images or self.texts or self.held_out):
@@ -86,13 +99,19 @@ class TokenizeConfig:
                 raise ValueError(
                     f"{name}: expected at least 3, <s>, a token and </s>, got {getattr(self, name)}"
                 )
-        if self.gpus_per_actor and not self.actors:
-            raise ValueError("gpus_per_actor needs actors of at least 1")
+        if self.batch_size < 0:
+            raise ValueError(f"batch_size: expected 0 or more, got {self.batch_size}")
+        if self.cpus_per_actor <= 0:
+            raise ValueError(f"cpus_per_actor: expected more than 0, got {self.cpus_per_actor}")
+        if (self.gpus_per_actor or self.cpus_per_actor > 1) and not self.actors:
+            raise ValueError("gpus_per_actor and cpus_per_actor need actors of at least 1")
 
 
 PRESETS = {
     "default": TokenizeConfig(images=("cc3m",)),
-    "gpu": TokenizeConfig(images=("cc3m",), actors=4, gpus_per_actor=1, batch_size=256),
+    "gpu": TokenizeConfig(
+        images=("cc3m",), actors=4, gpus_per_actor=1, cpus_per_actor=8, batch_size=0
+    ),
 }
 
 
@@ -101,10 +120,12 @@ def run(cfg: TokenizeConfig) -> list[Commit]:
 
     Raises:
         StoreError: a dataset or tokenizer is missing or half written.
+        ValueError: the image tokenizer has more codes than uint16 can name.
     """
     store = Store(cfg.store)
     text_tokenizer = train_text_tokenizer.load(store, cfg.text_tokenizer)
     image_tokenizer = bundles.identity(store, f"tokenizers/image/{cfg.image_tokenizer}")
+    patches = train_image_tokenizer.shape(store, cfg.image_tokenizer).patches
     cluster.start()
     tokenizers = {
         "image": {"name": cfg.image_tokenizer, "identity": image_tokenizer},
@@ -112,19 +133,25 @@ def run(cfg: TokenizeConfig) -> list[Commit]:
     }
     kinds = {"images": cfg.images, "tasks": cfg.held_out, "text": cfg.texts}
     return [
-        _tokenize(cfg, store, f"{kind}/{name}", name, tokenizers)
+        _tokenize(cfg, store, f"{kind}/{name}", name, tokenizers, patches)
         for kind, names in kinds.items()
         for name in names
     ]
 
 
 def _tokenize(
-    cfg: TokenizeConfig, store: Store, source: str, name: str, tokenizers: dict[str, Any]
+    cfg: TokenizeConfig,
+    store: Store,
+    source: str,
+    name: str,
+    tokenizers: dict[str, Any],
+    patches: int,
 ) -> Commit:
     is_text = source.startswith("text/")
     commit = store.dataset(source).commit()
     options = config.to_dict(cfg)
-    where = ("store", "images", "texts", "held_out", "batch_size", "actors", "gpus_per_actor")
+    where = {"store", "images", "texts", "held_out", "batch_size"}
+    where |= {"actors", "gpus_per_actor", "cpus_per_actor"}
     options = {k: v for k, v in options.items() if k not in where}
     used = {"text": tokenizers["text"]} if is_text else tokenizers
 
@@ -136,7 +163,7 @@ def _tokenize(
         ]
 
     worker = functools.partial(TextPart if is_text else ImagePart, cfg, source)
-    gpu = not is_text and cfg.actors > 0
+    pool = Resources(cfg.actors, cfg.cpus_per_actor, cfg.gpus_per_actor)
     return make_dataset(
         store.dataset(f"tokens/{name}"),
         job="tokenize_corpus",
@@ -145,8 +172,8 @@ def _tokenize(
         inputs=[{"dataset": source, "identity": commit.identity, "tokenizers": used}],
         units=units,
         make_worker=worker,
-        schema=TEXT_TOKENS if is_text else IMAGE_TOKENS,
-        resources=Resources(actors=cfg.actors, gpus=cfg.gpus_per_actor) if gpu else Resources(),
+        schema=TEXT_TOKENS if is_text else image_tokens(patches),
+        resources=pool if cfg.actors and not is_text else Resources(),
     )
 
 
@@ -163,6 +190,48 @@ def _text_tokenizer(uri: str, name: str) -> TextTokenizer:
     return train_text_tokenizer.load(Store(uri), name)
 
 
+@dataclass
+class _Picture:
+    """A picture's row of its part, its views and their pixels; `broken` says why there are none."""
+
+    number: int
+    id: str
+    captions: list[str]
+    views: list[View] = field(default_factory=list)
+    pixels: list[np.ndarray] = field(default_factory=list)
+    broken: str = ""
+
+
+@dataclass
+class _Columns:
+    """The tokens of a part so far, without pixels."""
+
+    patches: int
+    ids: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
+    words: list[np.ndarray] = field(default_factory=list)
+    captions: list[list[list[int]]] = field(default_factory=list)
+
+    def table(self) -> pa.Table:
+        schema = image_tokens(self.patches)
+        view = schema.field("views").type.value_type
+        words = np.concatenate([np.zeros(0, np.uint16), *(w.ravel() for w in self.words)])
+        boxes = pa.array([list(v.box) for v in self.views], view.field("box").type)
+        flips = pa.array([v.flip for v in self.views], pa.bool_())
+        fixed = pa.FixedSizeListArray.from_arrays(pa.array(words), self.patches)
+        views = pa.StructArray.from_arrays([boxes, flips, fixed], fields=list(view))
+        each = len(self.views) // max(1, len(self.rows))
+        starts = pa.array(np.arange(len(self.rows) + 1) * each, pa.int32())
+        columns = [
+            pa.array(self.ids, pa.string()),
+            pa.array(self.rows, pa.int32()),
+            pa.ListArray.from_arrays(starts, views).cast(schema.field("views").type),
+            pa.array(self.captions, schema.field("captions").type),
+        ]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+
 class ImagePart:
     """Tokenizes one file of an image dataset."""
 
@@ -172,66 +241,89 @@ class ImagePart:
         self.device = "cuda" if cfg.gpus_per_actor else "cpu"
         self.images = _image_tokenizer(cfg.store, cfg.image_tokenizer, self.device)
         self.texts = _text_tokenizer(cfg.store, cfg.text_tokenizer)
+        share = min(1.0, cfg.gpus_per_actor) if cfg.gpus_per_actor else 1.0
+        self.batch = cfg.batch_size or batch_that_fits(self.images, share)
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
-        path = self.store.path(self.dataset.name, unit["path"])
-        table = pq.read_table(path, filesystem=self.store.fs)
-        rows, pixels, aside = [], [], []
-        words: list[np.ndarray] = []
-        for number, row in enumerate(map(_as_pair, table.to_pylist())):
-            try:
-                picture = decode(row["data"])
-            except OSError as error:
-                aside.append({"id": row["id"], "reason": "does not decode", "detail": str(error)})
+        columns, aside = _Columns(self.images.config.patches), []
+        counts = np.zeros(self.images.config.codebook_size, np.int64)
+        batch: list[_Picture] = []
+
+        def encode() -> None:
+            pixels = [view for picture in batch for view in picture.pixels]
+            for start in range(0, len(pixels), self.batch):
+                words = self._encode(pixels[start : start + self.batch])
+                counts[:] += np.bincount(words.ravel(), minlength=len(counts))
+                columns.words.append(words)
+            batch.clear()
+
+        for picture in self._pictures(unit):
+            if picture.broken:
+                reason = {"reason": "does not decode", "detail": picture.broken}
+                aside.append({"id": picture.id} | reason)
                 continue
-            rng = np.random.default_rng((self.cfg.seed, int(unit["name"]), number))
-            views = [self.cfg.view.draw(picture, rng) for _ in range(self.cfg.views)]
-            pixels += [apply_view(picture, v, self.images.config.image_size) for v in views]
-            rows.append((number, row, views))
-            if len(pixels) >= self.cfg.batch_size:
-                words += self._encode(pixels)
-                pixels = []
-        words += self._encode(pixels)
-        records = [
-            self._record(number, row, views, words[i * self.cfg.views :])
-            for i, (number, row, views) in enumerate(rows)
-        ]
-        counts = torch.bincount(
-            torch.from_numpy(np.concatenate(words).astype(np.int64))
-            if words
-            else torch.zeros(0).long(),
-            minlength=self.images.config.codebook_size,
-        )
+            columns.ids.append(picture.id)
+            columns.rows.append(picture.number)
+            columns.views += picture.views
+            columns.captions.append(self._captions(picture.captions))
+            batch.append(picture)
+            if len(batch) * self.cfg.views >= self.batch:
+                encode()
+        encode()
         return PartOutput(
-            pa.Table.from_pylist(records, IMAGE_TOKENS),
+            columns.table(),
             aside,
             {
-                "rows": len(records),
+                "rows": len(columns.rows),
                 "set_aside": {"does not decode": len(aside)} if aside else {},
                 "words": {str(i): n for i, n in enumerate(counts.tolist()) if n},
             },
         )
 
-    def _encode(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
-        """Visual words of each view, `[patches]`."""
-        if not pixels:
-            return []
-        images = torch.from_numpy(np.stack(pixels)).to(self.device)
-        return list(self.images.encode(images).cpu().numpy().astype(np.uint16))
+    def _pictures(self, unit: dict[str, Any]) -> Iterator[_Picture]:
+        """A part's pictures in order, decoded ahead of their turn."""
+        ahead = AHEAD * max(1, self.batch // self.cfg.views)
+        waiting: deque[Future[_Picture]] = deque()
+        with ThreadPoolExecutor(max(1, round(self.cfg.cpus_per_actor))) as threads:
+            for number, row in enumerate(self._rows(unit["path"])):
+                waiting.append(threads.submit(self._decode, unit["name"], number, row))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
-    def _record(
-        self, number: int, row: dict[str, Any], views: list[View], words: list[np.ndarray]
-    ) -> dict[str, Any]:
-        ids = self.texts.encode_batch(row["captions"]) if row["captions"] else []
-        return {
-            "id": row["id"],
-            "image_row": number,
-            "views": [
-                {"box": list(view.box), "flip": view.flip, "words": codes}
-                for view, codes in zip(views, words, strict=False)
-            ],
-            "captions": [self.texts.wrap(caption, self.cfg.max_caption_length) for caption in ids],
-        }
+    def _rows(self, path: str) -> Iterator[dict[str, Any]]:
+        columns = ["id", "image", "captions", "images", "examples"]
+        for batch in _batches(self.store, self.dataset.name, path, columns, PICTURES):
+            yield from map(_as_pair, batch.to_pylist())
+
+    def _decode(self, part: str, number: int, row: dict[str, Any]) -> _Picture:
+        """Decode a picture and draw its views: a function of the seed and of where it stands."""
+        picture = _Picture(number, row["id"], row["captions"])
+        try:
+            image = decode(row["data"])
+        except OSError as error:
+            picture.broken = str(error)
+            return picture
+        rng = np.random.default_rng((self.cfg.seed, _number(part), number))
+        size = self.images.config.image_size
+        picture.views = [self.cfg.view.draw(image, rng) for _ in range(self.cfg.views)]
+        picture.pixels = [apply_view(image, view, size) for view in picture.views]
+        return picture
+
+    def _encode(self, pixels: list[np.ndarray]) -> np.ndarray:
+        """Visual words `[views, patches]`."""
+        images = torch.from_numpy(np.stack(pixels)).to(self.device)
+        return self.images.encode(images).cpu().numpy().astype(np.uint16)
+
+    def _captions(self, captions: list[str]) -> list[list[int]]:
+        ids = self.texts.encode_batch(captions) if captions else []
+        return [self.texts.wrap(caption, self.cfg.max_caption_length) for caption in ids]
+
+
+def _number(part: str) -> int:
+    """What a part's random numbers are drawn by."""
+    return int(part) if part.isdecimal() else zlib.crc32(part.encode())
 
 
 def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
@@ -251,20 +343,48 @@ class TextPart:
         self.texts = _text_tokenizer(cfg.store, cfg.text_tokenizer)
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
-        path = self.store.path(self.dataset.name, unit["path"])
-        table = pq.read_table(path, columns=["id", "text"], filesystem=self.store.fs)
-        documents = self.texts.encode_batch(table["text"].to_pylist())
+        pieces, documents, tokens = [TEXT_TOKENS.empty_table()], 0, 0
+        columns = ["id", "text"]
+        for batch in _batches(self.store, self.dataset.name, unit["path"], columns, DOCUMENTS):
+            made = self._cut(batch)
+            pieces.append(made)
+            documents += batch.num_rows
+            tokens += len(made["ids"].combine_chunks().flatten())
+        table = pa.concat_tables(pieces)
+        stats = {"rows": table.num_rows, "documents": documents, "tokens": tokens}
+        return PartOutput(table, stats=stats)
+
+    def _cut(self, batch: pa.RecordBatch) -> pa.Table:
+        """The pieces of some documents."""
+        ids, lengths = self.texts.encode_packed(batch["text"].to_pylist())
         inner = self.cfg.max_text_length - 2
-        records = [
-            {"id": f"{name}#{start // inner}", "ids": self.texts.wrap(ids[start:], inner + 2)}
-            for name, ids in zip(table["id"].to_pylist(), documents, strict=True)
-            for start in range(0, len(ids), inner)
+        count = -(-lengths // inner)  # pieces of each document
+        owner = np.repeat(np.arange(len(lengths)), count)
+        number = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+        ends = np.cumsum(np.minimum(inner, lengths[owner] - number * inner) + 2)
+        starts = np.concatenate([[0], ends])
+        wrapped = np.full(starts[-1], EOS, np.int32)
+        wrapped[starts[:-1]] = BOS
+        inside = np.ones(len(wrapped), bool)
+        inside[starts[:-1]] = inside[ends - 1] = False
+        wrapped[inside] = ids
+        documents = batch["id"].to_pylist()
+        names = [
+            f"{documents[o]}#{n}" for o, n in zip(owner.tolist(), number.tolist(), strict=True)
         ]
-        tokens = sum(len(r["ids"]) for r in records)
-        return PartOutput(
-            pa.Table.from_pylist(records, TEXT_TOKENS),
-            stats={"rows": len(records), "documents": len(documents), "tokens": tokens},
-        )
+        pieces = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(wrapped))
+        return pa.table([pa.array(names, pa.string()), pieces], TEXT_TOKENS)
+
+
+def _batches(
+    store: Store, dataset: str, path: str, columns: list[str], rows: int
+) -> Iterator[pa.RecordBatch]:
+    """A part, some rows at a time; of the columns those that it has."""
+    with store.fs.open_input_file(store.path(dataset, path)) as source:
+        file = pq.ParquetFile(source)
+        columns = [name for name in columns if name in file.schema_arrow.names]
+        for group in range(file.num_row_groups):  # iter_batches holds on to row groups it has left
+            yield from file.read_row_group(group, columns=columns).to_batches(rows)
 
 
 def main() -> None:

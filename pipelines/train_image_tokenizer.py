@@ -2,36 +2,40 @@
 
     python pipelines/train_image_tokenizer.py --store store --images imagenet21k --teacher teacher
 
-The teacher is a dual encoder of the store (`pipelines/contrast.py` makes one). Leaves the bundle
-`tokenizers/image/<name>`; MLflow gets the loss, codebook usage and perplexity, and code maps.
+The teacher is a dual encoder of the store (`pipelines/contrast.py` makes one), a CLIP
+(`pipelines/import_weights.py` brings one in), or the pixels themselves. Leaves the bundle
+`tokenizers/image/<name>`, whose `health` says whether it is usable; MLflow gets the loss, codebook
+usage and perplexity as curves, code maps, and patches nearest to a code.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from beit3 import weights
-from beit3.config import ModelConfig
-from beit3.objectives import DualEncoder
+from beit3 import vqkd
+from beit3.teachers import PixelTeacher, Teacher, load_teacher
+from beit3.tokenizer_health import Baseline, Health, judge, measure
 from beit3.vqkd import PRESETS as SHAPES
-from beit3.vqkd import VQKD, VQKDConfig, codebook_health
-from pipelines import bundles, cluster, config, models, pictures
+from beit3.vqkd import SHAPE_FILE as SHAPE_FILE
+from beit3.vqkd import VQKD, VQKDConfig, codebook_health, usage_health
+from pipelines import bundles, cluster, config, console, models, pictures
 from pipelines.samples import Pictures, Samples, ViewConfig
-from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.storage import Dataset, Store, StoreError, fingerprint
 from pipelines.tracking import Logger
 from pipelines.trainer import TrainConfig, fit
 
-SHAPE_FILE = "vqkd.json"
+PIXELS = "pixels"
+EVALUATED = 64  # images measured at once
+DEAD_BELOW = 0.01
+"""Average uses per step under which a code counts as dead in the curves."""
 
 
 @dataclass(frozen=True)
@@ -46,37 +50,47 @@ class ImageTokenizerConfig:
     """Image datasets to learn from (`images/<name>`)."""
     held_out: str = ""
     """Dataset of images, not learned from, that the health figures are measured on (`images/<name>`
-    or `tasks/<task>/<split>`); empty: the first images of `images`."""
+    or `tasks/<task>/<split>`); empty: images of the first of `images`."""
     teacher: str = "teacher"
-    """Dual encoder whose patch features are reconstructed (`models/<name>`)."""
+    """Whose patch features are reconstructed: a dual encoder's (`models/<name>`), an imported
+    CLIP's (`teachers/<name>`, said with that prefix), or `pixels`, normalised by patch."""
     tokenizer: VQKDConfig = field(default_factory=VQKDConfig)
     batch_size: int = 512
     view: ViewConfig = field(default_factory=lambda: ViewConfig(scale=(0.08, 1.0)))
     evaluate_images: int = 128
+    """Pictures that the health figures are measured on."""
+    baseline_images: int = 1024
+    """Pictures of `images` that k-means, with which the result is compared, learns from."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         if not self.images:
             raise ValueError("images: name at least one dataset")
+        for name in ("evaluate_images", "baseline_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
-PRESETS = {
-    # BEiT v2's recipe: 100 epochs of ImageNet-1K at batch 512 (microsoft/unilm beit2 TOKENIZER.md).
-    "base": ImageTokenizerConfig(
-        train=TrainConfig(
-            steps=250_000,
-            warmup=25_000,
-            learning_rate=2e-4,
-            min_learning_rate=1e-5,
-            betas=(0.9, 0.99),
-            eps=1e-8,
-            weight_decay=1e-4,
-            clip=0.0,
-            precision="bf16",
-            workers=8,
-            gpus_per_worker=1,
-        )
+# BEiT v2's recipe: 100 epochs of ImageNet-1K at batch 512 (microsoft/unilm beit2 TOKENIZER.md).
+_BASE = ImageTokenizerConfig(
+    evaluate_images=512,
+    train=TrainConfig(
+        steps=250_000,
+        warmup=25_000,
+        learning_rate=2e-4,
+        min_learning_rate=1e-5,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=1e-4,
+        clip=0.0,
+        precision="bf16",
+        workers=8,
+        gpus_per_worker=1,
     ),
+)
+PRESETS = {
+    "base": _BASE,
+    "base14": replace(_BASE, tokenizer=SHAPES["base14"]),
     "tiny": ImageTokenizerConfig(
         tokenizer=SHAPES["tiny"],
         batch_size=32,
@@ -103,23 +117,23 @@ class PictureBatch:
 class Distillation(nn.Module):
     """The tokenizer beside its frozen teacher; forward takes a batch."""
 
-    def __init__(self, tokenizer: VQKD, teacher: DualEncoder) -> None:
+    def __init__(self, tokenizer: VQKD, teacher: Teacher) -> None:
         super().__init__()
         self.tokenizer = tokenizer
-        self.teacher = teacher.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Distillation:
-        super().train(mode)
-        self.teacher.eval()
-        return self
+        self.teacher = teacher
+        self.health: dict[str, Any] | None = None
+        """The last judgement, with its numbers."""
 
     def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
-        with torch.no_grad():
-            target = self.teacher.encode_patches(batch.images)
-        results = self.tokenizer(batch.images, target)
+        results = self.tokenizer(batch.images, self.teacher(batch.images))
         codes = results.pop("codes")
-        health = codebook_health(codes, self.tokenizer.config.codebook_size)
-        return results | {f"batch/{k}": torch.tensor(v) for k, v in health.items()}
+        codebook = self.tokenizer.codebook
+        health = {
+            "batch": codebook_health(codes, self.tokenizer.config.codebook_size),
+            "codebook": usage_health(codebook.usage, DEAD_BELOW),
+        }
+        scalars = {f"{k}/{name}": v for k, values in health.items() for name, v in values.items()}
+        return results | {name: torch.tensor(value) for name, value in scalars.items()}
 
 
 @dataclass(frozen=True)
@@ -128,11 +142,7 @@ class ImageTokenizerRecipe:
     shape: VQKDConfig
 
     def build(self) -> nn.Module:
-        store = Store(self.cfg.store)
-        with models.opened(store, f"models/{self.cfg.teacher}") as folder:
-            teacher_shape, _ = weights.load_config(folder)
-            teacher = DualEncoder(teacher_shape)
-            weights.load_into(teacher, weights.load_tensors(folder))
+        teacher = open_teacher(Store(self.cfg.store), self.cfg.teacher, self.shape)
         return Distillation(VQKD(self.shape), teacher)
 
     def layers(self) -> int:
@@ -165,35 +175,115 @@ class ImageTokenizerRecipe:
         return batch
 
     def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
-        """Usage, perplexity and cosine on held-out images; code maps beside the images."""
+        """Health on held-out images; code maps beside the images, and patches of each code."""
         assert isinstance(module, Distillation)
-        store = Store(self.cfg.store)
-        name = self.cfg.held_out or f"images/{self.cfg.images[0]}"
-        images = pictures.first_images(
-            store.dataset(name), self.cfg.evaluate_images, self.shape.image_size
+        store, cfg, tokenizer = Store(self.cfg.store), self.cfg, module.tokenizer
+        device = tokenizer.codebook.vectors.device
+        images = pictures.some_images(
+            store.dataset(cfg.held_out or f"images/{cfg.images[0]}"),
+            cfg.evaluate_images,
+            self.shape.image_size,
         )
-        device = module.tokenizer.codebook.vectors.device
-        codes, cosines = [], []
-        for part in images.to(device).split(64):
-            results = module.tokenizer(part, module.teacher.encode_patches(part))
-            codes.append(results["codes"])
-            cosines.append(float(results["cosine"]) * len(part))
-        all_codes = torch.cat(codes).cpu()
-        sheet = pictures.code_maps(images[:12], all_codes[:12], module.tokenizer.grid)
-        logger.picture(f"code_maps/step-{step:06d}.png", sheet)
+        codes, scores = (
+            torch.cat(parts).cpu()
+            for parts in zip(
+                *(tokenizer.encode_scored(part.to(device)) for part in images.split(EVALUATED)),
+                strict=True,
+            )
+        )
+        logger.picture(
+            f"code_maps/step-{step:06d}.png",
+            pictures.code_maps(images[:12], codes[:12], tokenizer.grid),
+        )
         logger.picture(
             f"code_patches/step-{step:06d}.png",
-            pictures.code_patches(images, all_codes, module.tokenizer.config.patch_size),
+            pictures.code_patches(images, codes, tokenizer.config.patch_size, scores=scores),
         )
-        health = codebook_health(all_codes, self.shape.codebook_size)
-        return {**health, "cosine": sum(cosines) / len(images)}
+        names = [f"images/{name}" for name in cfg.images]
+        last = step == cfg.train.steps
+        learned = [store.dataset(name) for name in names] if last else []
+        found = check(
+            tokenizer,
+            module.teacher,
+            images,
+            learned=learned,
+            baseline_images=cfg.baseline_images,
+            held_out=bool(cfg.held_out) and cfg.held_out not in names,
+        )
+        judged = judge(
+            found,
+            revived=self.shape.revive_below > 0,
+            trained_on=sum(store.dataset(name).commit().rows for name in names),
+        )
+        module.health = judged.to_dict(found)
+        return found.metrics
 
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
         assert isinstance(module, Distillation)
-        tensors = {k: v.cpu().contiguous() for k, v in module.tokenizer.state_dict().items()}
-        save_file(tensors, folder / weights.WEIGHTS)
-        (folder / SHAPE_FILE).write_text(json.dumps(asdict(self.shape), indent=1) + "\n")
-        return {"codebook_size": self.shape.codebook_size}
+        vqkd.save(folder, module.tokenizer)
+        return {
+            "codebook_size": self.shape.codebook_size,
+            "teacher": self.cfg.teacher,
+            "images": list(self.cfg.images),
+            "health": module.health,
+        }
+
+
+def open_teacher(store: Store, name: str, tokenizer: VQKDConfig) -> Teacher:
+    """A teacher for a tokenizer of this shape, by the name that `ImageTokenizerConfig.teacher` has.
+
+    Raises:
+        StoreError: it is missing, or its patch grid can't be made the tokenizer's.
+    """
+    if name == PIXELS:
+        return PixelTeacher(tokenizer.image_size, tokenizer.patch_size)
+    bundle = teacher_bundle(name)
+    with models.opened(store, bundle) as folder:
+        try:
+            return load_teacher(folder, tokenizer.image_size, tokenizer.patch_size, bundle)
+        except ValueError as error:
+            raise StoreError(str(error)) from error
+
+
+def teacher_bundle(name: str) -> str:
+    return name if "/" in name else f"models/{name}"
+
+
+def check(
+    tokenizer: VQKD,
+    teacher: Teacher | None,
+    images: Tensor,
+    *,
+    learned: Sequence[Dataset],
+    baseline_images: int,
+    held_out: bool,
+) -> Health:
+    """Health of a tokenizer on images, uint8 `[n, 3, size, size]`.
+
+    Args:
+        teacher: Without it nothing is said of the reconstruction.
+        learned: Datasets whose images k-means learns from; none: it is left out.
+        held_out: Whether the tokenizer has not learned from the images.
+    """
+    device = tokenizer.codebook.vectors.device
+
+    def targets(some: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for part in some.split(EVALUATED):
+            moved = part.to(device)
+            yield moved, None if teacher is None else teacher(moved)
+
+    baseline = None
+    if teacher is not None and learned:
+        each = -(-baseline_images // len(learned))
+        size = tokenizer.config.image_size
+        features = (
+            target
+            for dataset in learned
+            for _, target in targets(pictures.some_images(dataset, each, size))
+            if target is not None
+        )
+        baseline = Baseline.of(features, tokenizer.config.codebook_size)
+    return measure(tokenizer, targets(images), baseline, held_out=held_out)
 
 
 def load(store: Store, name: str) -> tuple[VQKD, str]:
@@ -202,10 +292,18 @@ def load(store: Store, name: str) -> tuple[VQKD, str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         bundles.load(store, bundle, folder)
-        shape = VQKDConfig(**json.loads((folder / SHAPE_FILE).read_text()))
-        model = VQKD(shape)
-        weights.load_into(model, weights.load_tensors(folder))
-    return model.eval(), bundles.identity(store, bundle)
+        model = vqkd.load(folder)
+    return model, bundles.identity(store, bundle)
+
+
+def shape(store: Store, name: str) -> VQKDConfig:
+    """The shape of a tokenizer of the store, without its weights.
+
+    Raises:
+        StoreError: there is none.
+    """
+    bundles.info(store, f"tokenizers/image/{name}")
+    return VQKDConfig(**store.read_json(f"tokenizers/image/{name}/{SHAPE_FILE}"))
 
 
 def run(cfg: ImageTokenizerConfig) -> dict[str, Any]:
@@ -215,33 +313,27 @@ def run(cfg: ImageTokenizerConfig) -> dict[str, Any]:
         StoreError: the teacher or a dataset is missing, or the teacher has another patch grid.
     """
     store = Store(cfg.store)
-    with models.opened(store, f"models/{cfg.teacher}") as folder:
-        teacher, _ = weights.load_config(folder)
-    _check_teacher(cfg, teacher)
-    shape = replace(cfg.tokenizer, teacher_dim=teacher.hidden)
+    teacher = open_teacher(store, cfg.teacher, cfg.tokenizer)
+    fitting = replace(cfg.tokenizer, teacher_dim=teacher.dim)
     inputs = [store.dataset(f"images/{name}").commit().identity for name in cfg.images]
-    inputs.append(bundles.identity(store, f"models/{cfg.teacher}"))
+    if cfg.held_out:
+        store.dataset(cfg.held_out).commit()
+    if cfg.teacher != PIXELS:
+        inputs.append(bundles.identity(store, teacher_bundle(cfg.teacher)))
     if cfg.train.workers:
         cluster.start()
-    return fit(
+    info = fit(
         store,
         name=cfg.name,
         output=f"tokenizers/image/{cfg.name}",
         fingerprint=fingerprint("train_image_tokenizer", models.decisive(cfg), inputs),
-        recipe=ImageTokenizerRecipe(cfg, shape),
+        recipe=ImageTokenizerRecipe(cfg, fitting),
         config=cfg.train,
         parameters=config.flatten(cfg),
     )
-
-
-def _check_teacher(cfg: ImageTokenizerConfig, teacher: ModelConfig) -> None:
-    ours, theirs = cfg.tokenizer.image_size // cfg.tokenizer.patch_size, teacher.grid
-    if ours != theirs or cfg.tokenizer.image_size != teacher.image_size:
-        raise StoreError(
-            f"models/{cfg.teacher}: its patch grid is {theirs}x{theirs} at {teacher.image_size} "
-            f"pixels, the tokenizer's {ours}x{ours} at {cfg.tokenizer.image_size}: set "
-            "tokenizer.image_size and tokenizer.patch_size to the teacher's"
-        )
+    if info.get("health"):
+        console.say(info["health"]["text"])
+    return info
 
 
 def main() -> None:

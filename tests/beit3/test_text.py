@@ -56,6 +56,17 @@ def reference_vocabulary(model: bytes) -> dict[str, int]:
     return vocabulary
 
 
+def test_packed_ids_are_those_of_each_text(tokenizer: TextTokenizer) -> None:
+    texts = [SENTENCES[0], "", "漢 a red 漢", *SENTENCES[1:]]
+    ids, lengths = tokenizer.encode_packed(texts)
+    wanted = [tokenizer.encode(text) for text in texts]
+    assert lengths.tolist() == [len(one) for one in wanted] and ids.dtype == "int32"
+    assert ids.tolist() == [i for one in wanted for i in one] and UNK in ids
+    assert tokenizer.encode_batch(texts) == wanted
+    assert tokenizer.encode_batch(texts, threads=2) == wanted
+    assert [part.tolist() for part in tokenizer.encode_packed([])] == [[], []]
+
+
 def test_ids_follow_the_released_numbering(model: bytes, tokenizer: TextTokenizer) -> None:
     vocabulary = reference_vocabulary(model)
     assert [vocabulary[s] for s in ("<s>", "<pad>", "</s>", "<unk>")] == [BOS, PAD, EOS, UNK]

@@ -13,7 +13,18 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3.vqkd import VQKD, Codebook, VQKDConfig, codebook_health
+from beit3.optimisation import parameter_groups
+from beit3.vqkd import (
+    PRESETS,
+    VQKD,
+    Codebook,
+    VQKDConfig,
+    codebook_health,
+    kmeans,
+    load,
+    save,
+    usage_health,
+)
 
 TINY = VQKDConfig(
     image_size=16,
@@ -154,10 +165,10 @@ def test_without_revival_dead_codes_stay() -> None:
 def test_a_training_step_starts_the_codebook_from_its_features() -> None:
     model = build().train()
     images, target = batch(images=8)
-    features = model.features(images).detach().flatten(0, 1)
+    features = model.features(images).detach()
     expected = Codebook(TINY)
     expected.start(features)
-    expected.update(features, expected.nearest(features))
+    expected.update(features, expected.nearest(features.flatten(0, 1)))
     model(images, target)
     torch.testing.assert_close(model.codebook.vectors, expected.vectors)
 
@@ -248,6 +259,98 @@ def test_codebook_health() -> None:
     assert health == {"used": 0.25, "dead": 6.0, "perplexity": pytest.approx(2.0)}
 
 
+def test_usage_health_counts_what_is_above_the_least() -> None:
+    health = usage_health(torch.tensor([4.0, 4.0, 0.001, 0.0]), least=0.01)
+    assert (health["used"], health["dead"]) == (0.5, 2.0)
+    assert health["perplexity"] == pytest.approx(2.0, abs=0.01)
+
+
+# -- the facts of BEiT v2 --------------------------------------------------------------------------
+
+
+def test_the_presets_are_beit_v2_s() -> None:
+    base = PRESETS["base"]
+    assert (base.codebook_size, base.code_dim, base.decay) == (8192, 32, 0.99)
+    assert (base.encoder_layers, base.decoder_layers, base.teacher_dim) == (12, 3, 512)
+    assert base.image_size // base.patch_size == 14
+    assert base.revive_below == 0 < PRESETS["tiny"].revive_below
+    assert PRESETS["base14"] == replace(base, patch_size=14)
+    with torch.device("meta"):
+        model = VQKD(base)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(norms) == 2 * 12 + 1 + 2 * 3 + 1 and {m.eps for m in norms} == {1e-6}
+    assert model.decoder_positions.shape == (1 + 14 * 14, 768)
+    assert model.decoder_cls_token.shape == (768,)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_decoder_reads_codes_its_cls_and_its_positions(depth: int) -> None:
+    model = build(decoder_layers=depth).eval()
+    codes = torch.tensor([[0, 1, 2, 3], [3, 3, 3, 3]])
+    plain = model.decode(codes)
+    assert plain.shape == (2, 4, 6) and len(model.decoder.blocks) == depth
+    assert len(plain[1].unique(dim=0)) == 4  # one code, but at four positions
+    with torch.no_grad():
+        model.decoder_cls_token.add_(torch.randn(16))
+    assert not torch.allclose(model.decode(codes), plain)
+
+
+def test_positions_and_cls_tokens_do_not_decay() -> None:
+    model = torch.nn.ModuleDict({"tokenizer": build()})
+    names = {id(p): name for name, p in model.named_parameters()}
+    exempt = {
+        names[id(p)]
+        for group in parameter_groups(model, weight_decay=0.1)
+        if not group["weight_decay"]
+        for p in group["params"]
+    }
+    assert {f"tokenizer.{n}" for n in ("embedding.positions", "decoder_positions")} <= exempt
+    assert {f"tokenizer.{n}" for n in ("embedding.cls_token", "decoder_cls_token")} <= exempt
+    assert "tokenizer.from_code.weight" not in exempt
+
+
+@pytest.mark.parametrize("wrong", ["floats", "size", "channels"])
+def test_pictures_are_bytes_of_the_tokenizers_size(wrong: str) -> None:
+    """Of floats nobody can tell whether they are in [0, 1], [-1, 1] or [0, 255]."""
+    images = batch()[0]
+    given = {
+        "floats": images.float() / 255,
+        "size": images[:, :, :8],
+        "channels": images[:, :1],
+    }[wrong]
+    with pytest.raises(ValueError, match=r"expected uint8 \[n, 3, 16, 16\], got (float32|uint8)"):
+        build().encode(given)
+
+
+def test_codes_are_found_in_full_precision_under_autocast() -> None:
+    vectors = F.normalize(torch.ones(64, 16) + 2e-3 * torch.randn(64, 16), dim=-1)
+    codebook = started(vectors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(codebook.nearest(vectors), torch.arange(64))
+        other = Codebook(replace(TINY, codebook_size=4, code_dim=16))
+        other.start(vectors)
+    assert torch.equal(other.vectors, kmeans(vectors, 4))
+
+
+def test_scores_are_the_cosines_of_words_with_their_features() -> None:
+    model = build().eval()
+    images, _ = batch()
+    codes, scores = model.encode_scored(images)
+    assert torch.equal(codes, model.encode(images))
+    cosines = model.features(images) @ model.codebook.vectors.T
+    torch.testing.assert_close(scores, cosines.amax(-1))
+
+
+def test_a_tokenizer_passes_through_a_folder(tmp_path: Path) -> None:
+    model = build().train()
+    model(*batch())
+    save(tmp_path, model)
+    again = load(tmp_path)
+    assert again.config == model.config and not again.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
 # -- several workers -----------------------------------------------------------------------------
 
 
@@ -265,20 +368,42 @@ def _batches() -> list[Tensor]:
     return [units(24), *(units(24, seed=s).abs() for s in range(1, 6))]
 
 
+def _train(rank: int, world: int) -> dict[str, Tensor]:
+    """Six optimizer steps on a global batch of 8 pictures, of which a worker has its share."""
+    model = build(revive_below=0.9, decay=0.8).train()
+    # The keys' bias has no gradient but rounding; a large eps keeps Adam from magnifying that.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.1)
+    for step in range(6):
+        images, target = (part[rank::world].contiguous() for part in batch(images=8, seed=step))
+        results = model(images, target)
+        optimizer.zero_grad()
+        results["loss"].backward()
+        for parameter in model.parameters():
+            if world > 1 and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world
+        optimizer.step()
+    return model.state_dict()
+
+
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    state = _run_codebook([part.chunk(2)[rank].contiguous() for part in _batches()])
-    torch.save(state, f"{folder}/{rank}.pt")
+    codebook = _run_codebook([part[rank::2].contiguous() for part in _batches()])
+    torch.save({"codebook": codebook, "model": _train(rank, 2)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_workers_move_the_codebook_as_one_does(tmp_path: Path) -> None:
+def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
+    """The codebook alone, with revival; and whole steps of the tokenizer."""
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    single = _run_codebook(_batches())
-    assert bool((single["usage"] != 1).any())
-    for name, value in single.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value)
+    single = {"codebook": _run_codebook(_batches()), "model": _train(0, 1)}
+    assert bool((single["codebook"]["usage"] != 1).any())
+    moved = single["model"]["codebook.usage"]
+    assert bool((moved > 1).any()) and bool((moved == 1).any())  # used, and just revived
+    for part, states in single.items():
+        for name, value in states.items():
+            assert torch.equal(first[part][name], second[part][name]), name
+            torch.testing.assert_close(first[part][name], value, rtol=2e-4, atol=2e-5)

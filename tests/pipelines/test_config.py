@@ -185,7 +185,18 @@ def test_help_explains_fields_and_presets(capsys: pytest.CaptureFixture[str]) ->
     assert "small, large" in text
 
 
-@pytest.mark.parametrize("job", ["ingest", "tokenize_corpus", "train_text_tokenizer", "pretrain"])
+@pytest.mark.parametrize(
+    "job",
+    [
+        "ingest",
+        "tokenize_corpus",
+        "train_text_tokenizer",
+        "pretrain",
+        "train_image_tokenizer",
+        "import_weights",
+        "check_tokenizer",
+    ],
+)
 def test_presets_of_the_jobs_survive_yaml(job: str) -> None:
     presets = importlib.import_module(f"pipelines.{job}").PRESETS
     for preset in presets.values():

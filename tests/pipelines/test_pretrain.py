@@ -14,7 +14,7 @@ import pytest
 import small_corpus
 import torch
 
-from beit3 import weights
+from beit3 import vqkd, weights
 from beit3.text import UNK
 from beit3.transforms import View, apply_view, decode
 from pipelines import (
@@ -29,7 +29,6 @@ from pipelines import (
 )
 from pipelines.pretrain import PretrainConfig, PretrainRecipe, run
 from pipelines.storage import Dataset, Store, StoreError, fingerprint
-from pipelines.tokenize_corpus import IMAGE_TOKENS
 
 ALONE, PAIRS, TEXTS = 4, 8, 4  # of a batch
 
@@ -151,7 +150,7 @@ def republished(
     change(origin["tokenizers"])
     mark = fingerprint("republished", name)
     dataset.publish(
-        mark, [dataset.write_part(mark, "00000", table)], job="by hand", schema=IMAGE_TOKENS,
+        mark, [dataset.write_part(mark, "00000", table)], job="by hand", schema=table.schema,
         stats={}, config=commit.lineage["config"], inputs=[origin],
     )  # fmt: skip
     return dataset
@@ -171,6 +170,20 @@ def test_tokens_of_two_tokenizers_don_t_mix(kind: str, copied: Callable[..., Sto
     config = small_corpus.pretraining(store, pairs=("pairs", "odd"))
     with pytest.raises(StoreError, match=rf"with different {kind} tokenizers \(other, "):
         run(config)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_an_image_tokenizer_that_was_replaced_is_noticed(copied: Callable[..., Store]) -> None:
+    store = copied("tokens", "tokenizers")
+    name = "tokenizers/image/vqkd"
+    with tempfile.TemporaryDirectory() as folder:
+        info = bundles.load(store, name, Path(folder))
+        model = vqkd.load(Path(folder))
+        model.codebook.vectors.neg_()
+        vqkd.save(Path(folder), model)
+        bundles.save(store, name, Path(folder), info)
+    with pytest.raises(StoreError, match="image/vqkd is not the one that made these tokens"):
+        run(small_corpus.pretraining(store))
 
 
 @pytest.mark.usefixtures("nothing_starts")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_corpus
@@ -20,9 +21,11 @@ import torch
 
 from beit3.text import BOS, EOS
 from beit3.transforms import View, apply_view, decode
+from beit3.vqkd import SHAPE_FILE, VQKD, VQKDConfig, batch_that_fits
 from pipelines import tokenize_corpus, train_image_tokenizer, train_text_tokenizer
+from pipelines.ingest import IMAGE_SCHEMA
 from pipelines.storage import Commit, Store, StoreError
-from pipelines.tokenize_corpus import TokenizeConfig, run
+from pipelines.tokenize_corpus import ImagePart, TokenizeConfig, image_tokens, run
 
 SOURCES = ("images", "text", "tasks", "tokenizers")
 NAMES = ("pairs", "alone", "words", "captioning/val")
@@ -126,16 +129,81 @@ def test_a_commit_names_its_source_and_tokenizers(corpus: Store) -> None:
 # -- who makes it ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("actors", [1, 2])
-def test_actors_make_the_same_bytes_as_tasks(
-    actors: int, corpus: Store, copied: Callable[..., Store]
+def test_any_number_of_actors_makes_the_same_bytes(copied: Callable[..., Store]) -> None:
+    """And so do plain tasks, and another number of threads."""
+    store = copied("tokenizers")
+    parts = [small_corpus.image_rows("many", 7 * i, 7, captions=1) for i in range(4)]
+    small_corpus.publish(store, "images/many", IMAGE_SCHEMA, *parts)
+    config = small_corpus.tokens(store, images=("many",), texts=(), held_out=(), batch_size=4)
+    (wanted,) = run(config)
+    assert len(wanted.files) == 4
+    for actors, cpus in ((1, 2.0), (2, 0.5), (3, 0.5)):
+        store.delete("tokens")
+        (made,) = run(replace(config, actors=actors, cpus_per_actor=cpus))
+        assert files(made) == files(wanted), actors
+        assert (made.fingerprint, made.stats) == (wanted.fingerprint, wanted.stats)
+
+
+def test_words_are_lists_of_one_size(corpus: Store) -> None:
+    for name in ("pairs", "captioning/val"):
+        dataset = corpus.dataset(f"tokens/{name}")
+        view = dataset.read_table().schema.field("views").type.value_type
+        assert view.field("words").type == pa.list_(pa.uint16(), 9)
+        assert dataset.read_table().schema.equals(image_tokens(9))
+        assert "fixed_size_list<" in dataset.commit().schema
+
+
+def test_few_pixels_are_held_at_once(corpus: Store, copied: Callable[..., Store]) -> None:
+    """However many pictures a part has."""
+    store = copied("tokenizers")
+    rows = small_corpus.image_rows("many", 0, 60, captions=0)
+    commit = small_corpus.publish(store, "images/many", IMAGE_SCHEMA, rows)
+    config = small_corpus.tokens(store, images=("many",), texts=(), held_out=(), batch_size=4)
+    worker = ImagePart(replace(config, actors=1, cpus_per_actor=3), "images/many")
+    held, most = [0], [0]
+    decode_one, encode = worker._decode, worker._encode
+
+    def decoding(*arguments: Any) -> Any:
+        picture = decode_one(*arguments)
+        held[0] += len(picture.pixels)
+        return picture
+
+    def encoding(pixels: list[np.ndarray]) -> np.ndarray:
+        time.sleep(0.02)  # so that decoding runs ahead as far as it may
+        most[0] = max(most[0], held[0])
+        held[0] -= len(pixels)
+        return encode(pixels)
+
+    worker._decode, worker._encode = decoding, encoding  # type: ignore[method-assign]
+    output = worker({"name": "00000", "path": commit.files[0].path})
+    assert output.table.num_rows == 60 and held[0] == 0
+    batches = 1 + tokenize_corpus.AHEAD  # and one picture that waits at the border
+    assert 4 < most[0] <= 4 * batches + 2 * 2
+
+
+def test_the_batch_may_be_left_to_the_machine(corpus: Store, copied: Callable[..., Store]) -> None:
+    store = copied(*SOURCES)
+    (made,) = run(
+        small_corpus.tokens(store, images=("pairs",), texts=(), held_out=(), batch_size=0)
+    )
+    assert made.fingerprint == commits(corpus)["pairs"].fingerprint
+    tokenizer, _ = train_image_tokenizer.load(corpus, "vqkd")
+    assert batch_that_fits(tokenizer) == 1024
+    with torch.device("meta"):
+        base = VQKD(VQKDConfig())
+    base.codebook.vectors = torch.zeros(1)
+    assert 8 <= batch_that_fits(base) <= 32
+
+
+def test_a_codebook_that_uint16_can_t_name_is_refused(
+    copied: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = copied(*SOURCES)
-    run(small_corpus.tokens(store, images=("pairs",), texts=(), held_out=(), actors=actors))
-    made = store.dataset("tokens/pairs").commit()
-    wanted = commits(corpus)["pairs"]
-    assert len(made.files) == 2 and files(made) == files(wanted)
-    assert made.fingerprint == wanted.fingerprint and made.stats == wanted.stats
+    monkeypatch.setattr(tokenize_corpus.cluster, "start", None)  # not called
+    name = f"tokenizers/image/vqkd/{SHAPE_FILE}"
+    store.write_json(name, store.read_json(name) | {"codebook_size": 65537})
+    with pytest.raises(ValueError, match="codebook_size 65537 is over 65536"):
+        run(small_corpus.tokens(store))
 
 
 def test_what_is_there_is_skipped_and_other_options_are_refused(
@@ -225,7 +293,10 @@ def test_what_is_missing_is_named(corpus: Store) -> None:
         ({"images": ("a",), "views": 0}, "views: expected at least 1"),
         ({"images": ("a",), "max_text_length": 2}, "max_text_length"),
         ({"images": ("a",), "max_caption_length": 2}, "max_caption_length"),
-        ({"images": ("a",), "gpus_per_actor": 1.0}, "needs actors"),
+        ({"images": ("a",), "gpus_per_actor": 1.0}, "need actors"),
+        ({"images": ("a",), "cpus_per_actor": 2}, "need actors"),
+        ({"images": ("a",), "actors": 1, "cpus_per_actor": 0}, "cpus_per_actor: expected more"),
+        ({"images": ("a",), "batch_size": -1}, "batch_size: expected 0 or more"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], said: str) -> None:

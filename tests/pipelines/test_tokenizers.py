@@ -21,6 +21,7 @@ from beit3.text import BOS, EOS, PAD, UNK, TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
 from pipelines import (
     bundles,
+    check_tokenizer,
     cluster,
     contrast,
     models,
@@ -29,6 +30,7 @@ from pipelines import (
     train_text_tokenizer,
     trainer,
 )
+from pipelines.check_tokenizer import CheckConfig
 from pipelines.contrast import ContrastConfig, ContrastRecipe
 from pipelines.storage import Store, StoreError
 from pipelines.train_image_tokenizer import ImageTokenizerConfig, ImageTokenizerRecipe
@@ -135,6 +137,8 @@ def test_impossible_options_are_named() -> None:
         TextTokenizerConfig(texts=("a",), sample=0.0)
     with pytest.raises(ValueError, match="images: name at least one"):
         ImageTokenizerConfig(images=())
+    with pytest.raises(ValueError, match="baseline_images: expected at least 1"):
+        ImageTokenizerConfig(baseline_images=0)
     with pytest.raises(ValueError, match="images: name at least one"):
         ContrastConfig(images=())
 
@@ -197,6 +201,8 @@ def test_the_image_tokenizer_leaves_a_bundle_and_its_health(corpus: Store) -> No
     assert identity == bundles.identity(corpus, "tokenizers/image/vqkd")
     assert not model.training and model.config.teacher_dim == small_corpus.SHAPE.hidden
 
+    assert (info["teacher"], info["images"]) == ("teacher", ["pairs"])
+
     # Its health is that of the held-out pictures, whole.
     rows = corpus.dataset("tasks/captioning/val").read_table().to_pylist()
     pixels = [apply_view(decode(row["images"][0]["bytes"]), WHOLE, SIZE) for row in rows]
@@ -205,9 +211,54 @@ def test_the_image_tokenizer_leaves_a_bundle_and_its_health(corpus: Store) -> No
     assert len(codes.unique()) == round(health["used"] * CODES)
 
 
+def test_the_tokenizers_health_is_said_in_words(corpus: Store) -> None:
+    info = bundles.info(corpus, "tokenizers/image/vqkd")
+    health, numbers = info["health"], info["health"]["numbers"]
+    assert health["verdict"] in ("usable", "doubtful", "unusable")
+    assert health["text"].startswith(f"The tokenizer is {health['verdict']}.\n- Usage: ")
+    assert (numbers["pictures"], numbers["words"], numbers["codes"]) == (9, 81, CODES)
+    assert (numbers["held_out"], numbers["centres"]) == (True, CODES)
+    assert numbers["baseline_features"] == 34 * 9
+    assert numbers["floor"] < numbers["kmeans"] <= 1
+    for key in ("used", "dead", "perplexity", "cosine"):
+        assert info["metrics"][key] == numbers[key]
+    assert info["metrics"]["cosine_kmeans"] == numbers["kmeans"]
+    assert info["metrics"]["cosine_floor"] == numbers["floor"]
+
+
+def test_a_tokenizer_is_checked_by_a_command(
+    corpus: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CheckConfig(store=corpus.uri, images=("captioning/val",))
+    judged = check_tokenizer.run(config)
+    assert judged.text == bundles.info(corpus, "tokenizers/image/vqkd")["health"]["text"]
+    assert f"tokenizers/image/vqkd: {judged.text}" in capsys.readouterr().out
+    own = check_tokenizer.run(replace(config, images=("pairs", "alone")))
+    assert "of 48 pictures" in own.text  # one does not decode
+    assert "of those that it learned from" in own.text
+    with pytest.raises(ValueError, match="192 wide, the tokenizer makes 32"):
+        check_tokenizer.run(replace(config, teacher="pixels"))
+    with pytest.raises(StoreError, match="tokenizers/image/nothing: missing"):
+        check_tokenizer.run(replace(config, name="nothing"))
+    with pytest.raises(ValueError, match="images: name at least one"):
+        CheckConfig()
+    with pytest.raises(ValueError, match="count: expected at least 1"):
+        replace(config, count=0)
+
+
+def test_pixels_may_be_the_teacher(corpus: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_corpus.image_tokenizer(corpus, name="of-pixels", teacher="pixels", held_out="")
+    info = train_image_tokenizer.run(config)
+    model, _ = train_image_tokenizer.load(corpus, "of-pixels")
+    assert model.config.teacher_dim == 3 * small_corpus.PATCH**2
+    assert info["health"]["text"] in capsys.readouterr().out
+    assert not info["health"]["numbers"]["held_out"]
+
+
 def test_the_image_tokenizers_run_has_curves_and_pictures(corpus: Store, tmp_path: Path) -> None:
     run_id = bundles.info(corpus, "tokenizers/image/vqkd")["mlflow_run"]
-    for key in ("loss", "cosine", "batch/used", "batch/perplexity", "batch/dead"):
+    curves = [f"{a}/{b}" for a in ("batch", "codebook") for b in ("used", "perplexity", "dead")]
+    for key in ("loss", "cosine", "commitment", *curves):
         assert len(history(corpus, run_id, f"train/{key}")) == 4, key
     tracker = tracking.client(tracking.tracking_uri(corpus))
     for folder in ("code_maps", "code_patches"):
@@ -265,14 +316,16 @@ def test_an_image_tokenizer_is_trained_once(
     ("changes", "said"),
     [
         ({"teacher": "nobody"}, "models/nobody: missing"),
+        ({"teacher": "tokenizers/image/vqkd"}, "neither a dual encoder nor an imported CLIP"),
         ({"images": ("nothing",)}, "images/nothing does not exist"),
+        ({"held_out": "images/nothing"}, "images/nothing does not exist"),
         (
             {"tokenizer": replace(small_corpus.WORDS, patch_size=4)},
             r"its patch grid is 3x3 at 24 pixels, the tokenizer's 6x6 at 24",
         ),
         (
-            {"tokenizer": replace(small_corpus.WORDS, image_size=48, patch_size=16)},
-            r"the tokenizer's 3x3 at 48",
+            {"tokenizer": replace(small_corpus.WORDS, image_size=40)},
+            r"the tokenizer's 5x5 at 40: too different",
         ),
     ],
 )

@@ -1,0 +1,102 @@
+"""Is an image tokenizer usable? Measures one on images and says so in words.
+
+    python pipelines/check_tokenizer.py --store store --name vqkd --images captioning/val
+
+Usage and perplexity of its codes, and its reconstruction of the teacher's features between those of
+one vector for all and of k-means (`beit3.tokenizer_health` says what is compared). Ends with exit
+status 1 where the tokenizer is unusable.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from beit3.tokenizer_health import Judgement, judge
+from pipelines import bundles, config, console, pictures, train_image_tokenizer
+from pipelines.storage import Store
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Check an image tokenizer."""
+
+    store: str = "store"
+    """Where datasets and tokenizers live: a folder or an s3:// URI."""
+    name: str = "vqkd"
+    """`tokenizers/image/<name>`."""
+    images: tuple[str, ...] = ()
+    """Images to measure on, best such that it has not learned from: `images/<name>`, or, with a
+    slash in the name, `tasks/<name>`."""
+    learned: tuple[str, ...] = ()
+    """Image datasets that k-means learns from; empty: those that the tokenizer learned from."""
+    teacher: str = ""
+    """As in training; empty: the one that it was trained with. Of an imported tokenizer there is
+    none, and only the use of its codes is measured."""
+    count: int = 512
+    """Images to measure on, of each dataset."""
+    baseline_images: int = 1024
+    gpu: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError("images: name at least one dataset")
+        for name in ("count", "baseline_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+PRESETS = {"default": CheckConfig(images=("cc3m",))}
+
+
+def run(cfg: CheckConfig) -> Judgement:
+    """Measure, print and return the judgement.
+
+    Raises:
+        StoreError: the tokenizer, its teacher or a dataset is missing.
+        ValueError: the teacher's features are not of the width that the tokenizer makes.
+    """
+    store = Store(cfg.store)
+    info = bundles.info(store, f"tokenizers/image/{cfg.name}")
+    tokenizer, _ = train_image_tokenizer.load(store, cfg.name)
+    device = torch.device("cuda" if cfg.gpu else "cpu")
+    name = cfg.teacher or info.get("teacher") or ""
+    teacher = None
+    if name:
+        teacher = train_image_tokenizer.open_teacher(store, name, tokenizer.config).to(device)
+        if teacher.dim != tokenizer.config.teacher_dim:
+            raise ValueError(
+                f"teacher {name}: its features are {teacher.dim} wide, the tokenizer makes "
+                f"{tokenizer.config.teacher_dim}: it was trained with another"
+            )
+    learned = [f"images/{n}" for n in cfg.learned or info.get("images", [])]
+    named = [f"tasks/{n}" if "/" in n else f"images/{n}" for n in cfg.images]
+    size = tokenizer.config.image_size
+    images = torch.cat([pictures.some_images(store.dataset(n), cfg.count, size) for n in named])
+    own = {f"images/{n}" for n in info.get("images", [])}
+    found = train_image_tokenizer.check(
+        tokenizer.to(device),
+        teacher,
+        images,
+        learned=[store.dataset(n) for n in learned],
+        baseline_images=cfg.baseline_images,
+        held_out=not own & set(named),
+    )
+    judged = judge(
+        found,
+        revived=tokenizer.config.revive_below > 0,
+        trained_on=sum(store.dataset(n).commit().rows for n in own),
+    )
+    console.say(f"tokenizers/image/{cfg.name}: {judged.text}")
+    return judged
+
+
+def main() -> None:
+    judged = run(config.cli(PRESETS, description=__doc__ or ""))
+    sys.exit(1 if judged.verdict == "unusable" else 0)
+
+
+if __name__ == "__main__":
+    main()

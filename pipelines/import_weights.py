@@ -1,0 +1,169 @@
+"""Bring what others trained into the store: tokenizers, and CLIP as VQ-KD's teacher.
+
+    python pipelines/import_weights.py --kind image-tokenizer --name vqkd \
+        --path vqkd_encoder_base_decoder_3x768x12_clip.pth
+    python pipelines/import_weights.py --kind text-tokenizer --name released --path beit3.spm
+    python pipelines/import_weights.py --kind teacher --name clip --path clip-vit-base-patch16
+
+From local files only. Leaves `tokenizers/image/<name>`, `tokenizers/text/<name>` or
+`teachers/<name>`, which the other jobs take as if they were made here. Pickles are read as tensors
+and in no other way; what does not fit is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from beit3 import teachers, vqkd, vqkd_released
+from beit3.text import TextTokenizer
+from pipelines import bundles, config, console
+from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.train_text_tokenizer import TOKENIZER_FILE
+
+FOLDERS = {
+    "image-tokenizer": "tokenizers/image",
+    "text-tokenizer": "tokenizers/text",
+    "teacher": "teachers",
+}
+RELEASED_PIECES = 64_000
+"""Of the authors' beit3.spm."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Bring weights into the store."""
+
+    kind: Literal["image-tokenizer", "text-tokenizer", "teacher"]
+    """A VQ-KD checkpoint of the authors' (or a folder that `beit3.vqkd_released` made); a
+    SentencePiece model, such as the authors' beit3.spm; or a CLIP vision tower: a folder that
+    transformers or OpenCLIP wrote, or an OpenCLIP weights file."""
+    path: str
+    """The file or folder."""
+    name: str
+    """What it is called in the store."""
+    store: str = "store"
+    """Where datasets and models live: a folder or an s3:// URI."""
+    image_size: int = 0
+    """Image tokenizer: interpolate its positions for pictures of so many pixels; 0: as it is."""
+    heads: int = 0
+    """Attention heads, where the file doesn't tell and they are not 64 wide."""
+    activation: Literal["", "gelu", "quick_gelu"] = ""
+    """Teacher: of an OpenCLIP weights file alone, which doesn't tell. OpenAI's models have
+    quick_gelu, most others gelu."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name: say what it is to be called")
+
+
+PRESETS = {"default": ImportConfig("image-tokenizer", "vqkd.pth", "vqkd")}
+
+
+def run(cfg: ImportConfig) -> dict[str, Any]:
+    """Import, or skip what is there; returns the bundle's info.
+
+    Raises:
+        StoreError: the name is taken by another file.
+        ValueError: the file is not of this kind, or does not fit.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(cfg.path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    store = Store(cfg.store)
+    output = f"{FOLDERS[cfg.kind]}/{cfg.name}"
+    options = config.to_dict(cfg) | {"store": "", "path": "", "name": ""}
+    sources = _checksums(path)
+    print_of = fingerprint("import_weights", options, [str(sources)])
+    if bundles.exists(store, output):
+        found = bundles.info(store, output)
+        if found["fingerprint"] != print_of:
+            raise StoreError(
+                f"{store.uri}/{output} exists and comes from elsewhere: choose another --name, or "
+                "delete that folder first"
+            )
+        console.say(f"{output}: already there, skipped")
+        return found
+    store.check_writable()
+    read = {
+        "image-tokenizer": _image_tokenizer,
+        "text-tokenizer": _text_tokenizer,
+        "teacher": _teacher,
+    }[cfg.kind]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "bundle"
+        folder.mkdir()
+        said, notes = read(cfg, folder)
+        info = {"fingerprint": print_of, "imported": {"from": path.name, "sha256": sources}}
+        bundles.save(store, output, folder, info | notes)
+    console.say(f"{output}: {said}")
+    return bundles.info(store, output)
+
+
+def _image_tokenizer(cfg: ImportConfig, folder: Path) -> tuple[str, dict[str, Any]]:
+    path = Path(cfg.path)
+    if path.is_dir():
+        if cfg.image_size or cfg.heads:
+            raise ValueError("image_size, heads: belong to a released file, not to a folder")
+        model = vqkd.load(path)
+        shape, tensors = model.config, model.state_dict()
+    else:
+        shape, tensors = vqkd_released.load_released(
+            path, image_size=cfg.image_size or None, heads=cfg.heads or None
+        )
+    vqkd.save_tensors(folder, tensors, shape)
+    grid = shape.image_size // shape.patch_size
+    said = f"{shape.codebook_size:,} codes, {grid}x{grid} patches at {shape.image_size} pixels"
+    # As of a trained one, but that nothing of its training is known.
+    unknown = {"steps": 0, "metrics": {}, "teacher": "", "images": [], "health": None}
+    return said, {"codebook_size": shape.codebook_size, **unknown}
+
+
+def _text_tokenizer(cfg: ImportConfig, folder: Path) -> tuple[str, dict[str, Any]]:
+    tokenizer = TextTokenizer.from_file(cfg.path)
+    (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
+    pieces = tokenizer.vocab_size - 2
+    said = f"{pieces:,} pieces, {tokenizer.vocab_size:,} ids, <mask> is {tokenizer.mask_id}"
+    if pieces != RELEASED_PIECES:
+        said += f" (the authors' beit3.spm has {RELEASED_PIECES:,} pieces)"
+    return said, {
+        "identity": tokenizer.identity,
+        "vocab_size": tokenizer.vocab_size,
+        "sentences": 0,
+        "inputs": {},
+    }
+
+
+def _teacher(cfg: ImportConfig, folder: Path) -> tuple[str, dict[str, Any]]:
+    shape, tensors = teachers.read_clip(
+        Path(cfg.path), activation=cfg.activation or None, heads=cfg.heads or None
+    )
+    teachers.save_clip(folder, shape, tensors)
+    grid = shape.image_size // shape.patch_size
+    said = (
+        f"a CLIP of {shape.layers} layers, {grid}x{grid} patches at {shape.image_size} pixels, "
+        f"{shape.dim} features"
+    )
+    return said, {"kind": "clip", "dim": shape.dim}
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    """SHA-256 of the file, or of each file of the folder."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    sums = {}
+    for file in files:
+        with file.open("rb") as opened:
+            sums[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return sums
+
+
+def main() -> None:
+    run(config.cli(PRESETS, description=__doc__ or ""))
+
+
+if __name__ == "__main__":
+    main()
