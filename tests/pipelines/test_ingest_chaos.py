@@ -188,6 +188,7 @@ def check(bucket: Bucket, unbroken: Found) -> None:
     assert not again, f"made again though they had been recorded: {again}"
 
 
+@pytest.mark.slow
 def test_a_worker_and_the_driver_killed(
     web: Web, unbroken: Found, bucket: Bucket, tmp_path: Path
 ) -> None:
