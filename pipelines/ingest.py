@@ -33,7 +33,7 @@ from pipelines import (
 from pipelines.config import cli, stop, to_dict
 from pipelines.ingest_config import PRESETS, IngestConfig
 from pipelines.ingest_plan import plan, show
-from pipelines.ingest_units import describe_local, local, records, unit_files, url_shards
+from pipelines.ingest_units import describe_local, records, unit_files, url_shards
 from pipelines.ingest_workers import (
     IMAGE_SCHEMA,
     TEXT_SCHEMA,
@@ -42,7 +42,7 @@ from pipelines.ingest_workers import (
     further_parts,
 )
 from pipelines.parts import PartRecord, Resources, run_parts, sum_stats
-from pipelines.storage import Commit, Store, StoreError, fingerprint
+from pipelines.storage import Commit, Store, StoreError, fingerprint, local_folder
 
 __all__ = ["IMAGE_SCHEMA", "PRESETS", "TEXT_SCHEMA", "IngestConfig", "plan", "run"]
 
@@ -65,7 +65,7 @@ def run(config: IngestConfig) -> Commit:
     dataset = store.dataset(config.dataset)
     held_out = () if source.KIND == "text" else tuple(leaks.sources(store, config.held_out))
     if source.KIND == "pairs":
-        with local(config.annotations) as root:
+        with local_folder(config.annotations) as root:
             inputs = [describe_local(f, root) for f in source.files(root, config.options)]
             inputs += published_images.load(config.images).described if config.images else []
             mark = _fingerprint(config, inputs, held_out)

@@ -8,8 +8,9 @@ from typing import Any
 from pipelines import console, sources
 from pipelines.addresses import refuse
 from pipelines.ingest_config import IngestConfig
-from pipelines.ingest_units import local, records, unit_files
+from pipelines.ingest_units import records, unit_files
 from pipelines.sources import ImageRecord
+from pipelines.storage import local_folder
 
 
 def plan(config: IngestConfig) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def plan(config: IngestConfig) -> dict[str, Any]:
         return {"files": len(units), "bytes": size, **_time(config, hours)}
     images = captions = 0
     aside: Counter[str] = Counter()
-    with local(config.annotations) as root:
+    with local_folder(config.annotations) as root:
         for item in records(source, root, config):
             if not isinstance(item, ImageRecord):
                 aside[item.reason] += 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from itertools import islice
@@ -33,18 +31,6 @@ URL_SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
-
-
-@contextlib.contextmanager
-def local(annotations: str) -> Iterator[Path]:
-    """The annotations' folder on this machine; one at another URI is copied for the while."""
-    if "://" not in annotations:
-        yield Path(annotations)
-        return
-    remote = Store(annotations)
-    with tempfile.TemporaryDirectory(prefix="beit3-annotations-") as folder:
-        pafs.copy_files(remote.root, folder, source_filesystem=remote.fs)
-        yield Path(folder)
 
 
 def describe_local(file: Path, root: Path) -> dict[str, Any]:

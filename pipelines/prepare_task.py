@@ -11,13 +11,11 @@ vocabulary (`labels`) of tasks that have one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
 from beit3 import tasks
 from beit3.tasks import Example
@@ -34,7 +31,15 @@ from pipelines import cluster, console
 from pipelines.config import cli, stop, to_dict
 from pipelines.images import ImagePolicy, Rejected, clean_image
 from pipelines.parts import PartOutput, Worker, make_dataset, sum_stats
-from pipelines.storage import Commit, Dataset, PartRecord, Store, StoreError, fingerprint
+from pipelines.storage import (
+    Commit,
+    Dataset,
+    PartRecord,
+    Store,
+    StoreError,
+    fingerprint,
+    local_folder,
+)
 
 SCHEMA = pa.schema(
     [
@@ -113,7 +118,7 @@ def run(config: PrepareConfig) -> dict[str, Commit]:
     """
     store = Store(config.store)
     store.check_writable()
-    with _local(config.annotations) as root:
+    with local_folder(config.annotations) as root:
         return {split: _prepare(config, store, root, split) for split in config.splits}
 
 
@@ -218,18 +223,6 @@ def _report(commit: Commit) -> None:
         f"{commit.dataset}: {commit.rows:,} records, {stats.get('examples', 0):,} examples{classes}"
         + (f"; set aside: {aside}" if aside else "")
     )
-
-
-@contextlib.contextmanager
-def _local(annotations: str) -> Iterator[Path]:
-    """The annotations on this machine; a folder at another URI is copied for the while."""
-    if "://" not in annotations:
-        yield Path(annotations)
-        return
-    remote = Store(annotations)
-    with tempfile.TemporaryDirectory(prefix="beit3-annotations-") as folder:
-        pafs.copy_files(remote.root, folder, source_filesystem=remote.fs)
-        yield Path(folder)
 
 
 class _ImageWorker:

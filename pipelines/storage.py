@@ -25,8 +25,9 @@ import json
 import os
 import posixpath
 import subprocess
+import tempfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,18 @@ class Store:
 
     def dataset(self, name: str) -> Dataset:
         return Dataset(self, name)
+
+
+@contextlib.contextmanager
+def local_folder(place: str) -> Iterator[Path]:
+    """A folder of published files on this machine; one at another URI is copied for the while."""
+    if "://" not in place:
+        yield Path(place)
+        return
+    remote = Store(place)
+    with tempfile.TemporaryDirectory(prefix="beit3-annotations-") as folder:
+        pafs.copy_files(remote.root, folder, source_filesystem=remote.fs)
+        yield Path(folder)
 
 
 @dataclass(frozen=True)
