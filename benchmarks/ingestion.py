@@ -7,7 +7,8 @@
 A web server in a process of its own serves noise JPEGs of 400 to 640 pixels (`benchmarks/_photos`).
 `ours` is `pipelines.ingest.run` on a local Ray, one shard at once for each core. `bare` is
 `img2dataset.download` with as many processes, as many threads in each, the same shards, the same
-shorter side and JPEG quality, Parquet too, and its own default checks. Both write to a folder.
+shorter side, filter and JPEG quality, Parquet too, and its own default checks. Both write to a
+folder. (Ours is `--downscale area` here, as `bare` is; its own default is hamming.)
 The data report, which a job makes of what it has ingested, is no part of it unless asked for.
 
 Every measurement has a fresh process. Its life has two parts, told apart by the server:
@@ -44,6 +45,7 @@ import numpy as np
 import psutil
 
 from benchmarks import _measure, _photos
+from pipelines.images import FILTERS
 
 FORMULATIONS = ("ours", "bare")
 _SAMPLING_SECONDS = 0.5
@@ -90,6 +92,7 @@ def again(folder: Path, options: argparse.Namespace) -> int:
         threads=options.threads,
         shard_size=options.shard_size,
         short_side=options.short_side,
+        downscale=options.downscale,
         report=options.report,
     )
     return run(config).rows
@@ -98,7 +101,7 @@ def again(folder: Path, options: argparse.Namespace) -> int:
 def bare(folder: Path, options: argparse.Namespace) -> int:
     from img2dataset import download
 
-    from pipelines.images import JPEG_QUALITY
+    from pipelines.images import ImagePolicy
 
     out = folder / "bare"
     download(
@@ -114,7 +117,7 @@ def bare(folder: Path, options: argparse.Namespace) -> int:
         image_size=options.short_side,
         resize_mode="keep_ratio",
         resize_only_if_bigger=True,
-        encode_quality=JPEG_QUALITY,
+        encode_quality=ImagePolicy.encode_quality,
         timeout=10,
         retries=1,
     )
@@ -355,13 +358,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--images", type=int, default=4_000, help="images of the comparison")
+    parser.add_argument("--images", type=int, default=20_000, help="images of the comparison")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; 0: no comparison")
     parser.add_argument("--small", type=int, default=2_000)
     parser.add_argument("--large", type=int, default=50_000, help="0: not measured")
     parser.add_argument("--threads", type=int, default=64, help="of each process")
     parser.add_argument("--shard-size", type=int, default=1_000)
     parser.add_argument("--short-side", type=int, default=288)
+    parser.add_argument("--downscale", choices=tuple(FILTERS), default="area",
+                        help="the filter of ours; bare has area")  # fmt: skip
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="processes of each")
     parser.add_argument("--photos", type=int, default=200, help="different pictures of the web")
     parser.add_argument("--seed", type=int, default=0)

@@ -13,11 +13,19 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipelines.bare_images import BadFile, Bare, strip
 
-JPEG_QUALITY = 92
+REVISION = 2
+"""Another number wherever the same bytes and policy would give other stored bytes than before."""
+RESIZE_MODES = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
+FILTERS = {
+    "hamming": Image.Resampling.HAMMING,
+    "area": Image.Resampling.BOX,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 _TURNS = {  # EXIF's ways up
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,13 +59,22 @@ class ImagePolicy:
     """What is kept, and how large."""
 
     short_side: int = 288
-    """Images are shrunk (never enlarged) so that their shorter side is at most so many pixels."""
+    """The size in pixels that `resize_mode` shrinks images to; none is enlarged."""
     min_side: int = 32
     """Images whose shorter side has fewer pixels, as published, are set aside."""
     max_aspect: float = 10.0
     """Images whose longer side is more than so many times the shorter one are set aside."""
     max_pixels: int = 100_000_000
     """Images with more pixels, by their header, are never decoded."""
+    resize_mode: str = "keep_ratio"
+    """What gets the size: the shorter side (keep_ratio), the longer one (keep_ratio_largest), both
+    (center_crop; border, which adds white), or neither (no). The names are img2dataset's."""
+    downscale: str = "hamming"
+    """The filter that shrinks, a key of FILTERS. By CPU time: area, hamming, bicubic, lanczos."""
+    encode_quality: int = 92
+    """JPEG quality of images that are encoded anew."""
+    reencode: bool = False
+    """Encode anew also JPEGs that need no change."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +99,7 @@ class Rejected:
 def clean_image(data: bytes, policy: ImagePolicy | None = None) -> CleanImage | Rejected:
     """Check an image, turn it upright, make it RGB and small; deterministic, never raises.
 
-    A JPEG that needs no change keeps its bytes, save its metadata; all else becomes a JPEG of
-    quality 92.
+    A JPEG that needs no change keeps its bytes, save its metadata; all else becomes a JPEG.
     """
     policy = policy or ImagePolicy()
     if not data:
@@ -143,27 +159,50 @@ def _sniff(data: bytes) -> str | Rejected:
 
 def _convert(image: Image.Image, bare: Bare, policy: ImagePolicy) -> CleanImage:
     width, height = image.size
-    scale = min(1.0, policy.short_side / min(width, height))
+    scale = _scale(image.size, policy)
     if scale < 1.0 and image.format == "JPEG":
         # libjpeg may decode at a half, a quarter or an eighth; twice the final size loses nothing.
         image.draft(None, (round(2 * scale * width), round(2 * scale * height)))
     image.load()
     turn = _TURNS.get(bare.orientation)
-    if image.format == "JPEG" and image.mode == "RGB" and turn is None and scale == 1.0:
-        return _clean(bare.data, width, height)
-    upright = image if turn is None else image.transpose(turn)
     if bare.orientation >= 5:  # a quarter turn
         width, height = height, width
-    rgb = _to_rgb(upright)
-    target = (max(1, round(width * scale)), max(1, round(height * scale)))
-    if rgb.size != target:
-        rgb = rgb.resize(target, Image.Resampling.LANCZOS)
-    if max(target) > _MAX_JPEG_SIDE:
-        raise ValueError(f"{target[0]}x{target[1]} is too long for a JPEG")
+    shrunk = (max(1, round(width * scale)), max(1, round(height * scale)))
+    final = _final_size(shrunk, policy)
+    as_is = image.format == "JPEG" and image.mode == "RGB" and turn is None
+    if as_is and not policy.reencode and (width, height) == shrunk == final:
+        return _clean(bare.data, width, height)
+    rgb = _to_rgb(image if turn is None else image.transpose(turn))
+    if rgb.size != shrunk:
+        rgb = rgb.resize(shrunk, FILTERS[policy.downscale])
+    if shrunk != final:
+        fill = policy.resize_mode == "border"
+        rgb = ImageOps.pad(rgb, final, color="white") if fill else ImageOps.fit(rgb, final)
+    if max(final) > _MAX_JPEG_SIDE:
+        raise ValueError(f"{final[0]}x{final[1]} is too long for a JPEG")
     rgb.info = {}  # Pillow would write some of what it read
     out = io.BytesIO()
-    rgb.save(out, "JPEG", quality=JPEG_QUALITY)
-    return _clean(out.getvalue(), *target)
+    rgb.save(out, "JPEG", quality=policy.encode_quality)
+    return _clean(out.getvalue(), *final)
+
+
+def _scale(size: tuple[int, int], policy: ImagePolicy) -> float:
+    if policy.resize_mode == "no":
+        return 1.0
+    longer = policy.resize_mode in ("keep_ratio_largest", "border")
+    return min(1.0, policy.short_side / (max(size) if longer else min(size)))
+
+
+def _final_size(shrunk: tuple[int, int], policy: ImagePolicy) -> tuple[int, int]:
+    """What crop and border make of an image's size; square, also where it is too small to shrink.
+
+    A crop cuts to the shorter side then, a border fills up to the longer one.
+    """
+    if policy.resize_mode == "center_crop":
+        return (min(shrunk), min(shrunk))
+    if policy.resize_mode == "border":
+        return (max(shrunk), max(shrunk))
+    return shrunk
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

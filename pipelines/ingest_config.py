@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pipelines import sources
 from pipelines.fetch import FetchPolicy
-from pipelines.images import ImagePolicy
+from pipelines.images import FILTERS, RESIZE_MODES, REVISION, ImagePolicy
 from pipelines.records import TextPolicy
 
 
@@ -93,6 +93,15 @@ class IngestConfig:
     """Records in one part: one task's work, and one Parquet file."""
     short_side: int = 288
     """Larger images are shrunk so that their shorter side has so many pixels."""
+    resize_mode: str = "keep_ratio"
+    """What short_side is the size of: keep_ratio, the shorter side; keep_ratio_largest, the longer;
+    center_crop or border (white), both; no: images keep their size. As img2dataset's."""
+    downscale: str = "hamming"
+    """The filter that shrinks images: area, hamming, bicubic or lanczos, from fast to sharp."""
+    encode_quality: int = 92
+    """JPEG quality of images that are shrunk, or weren't RGB JPEGs."""
+    reencode: bool = False
+    """Encode also JPEGs anew that need no change; by default they keep their bytes."""
     min_side: int = 32
     """Images whose shorter side has fewer pixels are set aside."""
     max_aspect: float = 10.0
@@ -160,6 +169,12 @@ class IngestConfig:
         a = self.assume
         if min(a.nodes, a.images_per_second, a.megabytes_per_second) <= 0:
             raise ValueError("assume: nodes and what they do a second must be above 0")
+        if not 1 <= self.encode_quality <= 95:
+            raise ValueError(f"encode_quality: must be 1 to 95, not {self.encode_quality}")
+        for field, known in (("resize_mode", RESIZE_MODES), ("downscale", tuple(FILTERS))):
+            if getattr(self, field) not in known:
+                said = ", ".join(known)
+                raise ValueError(f"{field}: {getattr(self, field)!r} is none of {said}")
         if self.name is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", self.name):
             raise ValueError(f"name: {self.name!r} is not a name of letters, digits, '_', '-', '.'")
 
@@ -189,7 +204,7 @@ class IngestConfig:
 
     @property
     def policy(self) -> ImagePolicy:
-        return ImagePolicy(self.short_side, self.min_side, self.max_aspect, self.max_pixels)
+        return ImagePolicy(**{f.name: getattr(self, f.name) for f in fields(ImagePolicy)})
 
     @property
     def fetch(self) -> FetchPolicy:
@@ -232,6 +247,8 @@ class IngestConfig:
         """The options that decide what the dataset holds; the others may change between runs."""
         decides = {name: getattr(self, name) for name in _DECIDES_OUTPUT}
         source = sources.load(self.source)
+        if source.KIND != "text":
+            decides["revision"] = REVISION
         if source.KIND == "text" or getattr(source, "OWN", False):
             decides["name"] = self.short_name  # it is in the ids
         if self.images:
@@ -240,7 +257,8 @@ class IngestConfig:
 
 
 _DECIDES_OUTPUT = ("source", "limit", "respect_robots", "allow_loopback", "shard_size")
-_DECIDES_OUTPUT += ("short_side", "min_side", "max_aspect", "max_pixels", "max_captions")
+_DECIDES_OUTPUT += tuple(field.name for field in fields(ImagePolicy))
+_DECIDES_OUTPUT += ("max_captions",)
 _DECIDES_OUTPUT += ("document_chars", "sample", "splits", "url_column", "caption_column")
 _DECIDES_OUTPUT += ("part_megabytes", "language", "min_caption_words", "max_caption_words")
 _DECIDES_OUTPUT += ("min_caption_chars", "max_caption_chars", "max_repetition")

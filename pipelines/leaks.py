@@ -40,7 +40,7 @@ MOST_BITS = 92
 MOST_COLOUR = 32
 """Levels, of 255, by which the mean colour of no field may differ more."""
 
-_VERSION = 1  # of the signatures: raised when they or their file change
+_VERSION = 2  # of the signatures: raised when they or their file change
 _ANY = ImagePolicy(min_side=1, max_aspect=1e9)  # prepared images were judged already
 _SCHEMA = pa.schema(
     [
@@ -109,7 +109,12 @@ def packed(
 
 
 def same_picture(
-    picture: Signature, bits: NDArray[np.uint64], colours: NDArray[np.uint8]
+    picture: Signature,
+    bits: NDArray[np.uint64],
+    colours: NDArray[np.uint8],
+    *,
+    most_bits: int = MOST_BITS,
+    most_colour: int = MOST_COLOUR,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Which of many signatures are of the same picture as this one, ascending.
 
@@ -118,11 +123,11 @@ def same_picture(
     apart: NDArray[Any] = np.zeros(bits.shape[1], np.int16)
     for words, word in zip(bits, np.frombuffer(picture.bits, np.uint64), strict=True):
         apart += np.bitwise_count(words ^ word)
-    near = np.flatnonzero(apart <= MOST_BITS)
+    near = np.flatnonzero(apart <= most_bits)
     # Wide enough for differences of bytes; only the few near ones are compared.
     own = np.frombuffer(picture.colours, np.uint8).astype(np.int16)
     colour = np.abs(colours[near] - own).max(axis=1, initial=0)
-    close = colour <= MOST_COLOUR
+    close = colour <= most_colour
     near = near[close]
     return near, apart[near], colour[close]
 

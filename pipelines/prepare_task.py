@@ -231,7 +231,7 @@ class _ImageWorker:
     def __init__(self, images: str, short_side: int) -> None:
         self.folder = Store(images)
         # A benchmark's images are all wanted, however small or narrow.
-        self.policy = ImagePolicy(short_side=short_side, min_side=1, max_aspect=1e9)
+        self.policy = ImagePolicy(short_side, 1, 1e9, downscale="lanczos")
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         rows: list[dict[str, Any]] = []

@@ -383,7 +383,7 @@ class Dataset:
     def write_table(self, relative: str, table: pa.Table) -> FileRecord:
         """Write a Parquet file below the dataset's folder."""
         sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        with pq.ParquetWriter(sink, table.schema, **_encoding(table.schema)) as writer:
             if table.num_rows:  # a row group of no rows is more than some readers can take
                 writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
         data = memoryview(sink.getvalue())  # no copy: a part may be hundreds of megabytes
@@ -458,6 +458,27 @@ class Dataset:
     def _put(self, commit: Commit, version: int) -> bool:
         body = json.dumps(asdict(commit), indent=1, default=str).encode()
         return self.store.put_if_absent(f"{self.name}/_commits/{version:08d}.json", body)
+
+
+def _encoding(schema: pa.Schema) -> dict[str, Any]:
+    """How columns are stored: small, but pictures as they are, which neither shrink nor repeat."""
+    leaves = [leaf for field in schema for leaf in _leaves(field, field.name)]
+    others = [path for path, type in leaves if not pa.types.is_binary(type)]
+    return {
+        "compression": {path: "zstd" if path in others else "none" for path, _ in leaves},
+        "use_dictionary": others,
+    }
+
+
+def _leaves(field: pa.Field, path: str) -> Iterator[tuple[str, pa.DataType]]:
+    """The Parquet columns of a field, with their paths."""
+    if pa.types.is_struct(field.type):
+        for child in field.type.fields:
+            yield from _leaves(child, f"{path}.{child.name}")
+    elif pa.types.is_nested(field.type):
+        yield from _leaves(field.type.value_field, f"{path}.list.element")
+    else:
+        yield path, field.type
 
 
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
