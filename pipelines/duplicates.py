@@ -1,13 +1,13 @@
 """Rows that repeat an earlier row: the same bytes, or the same picture at another size or quality.
 
     found = find(dataset, in_order(records), against=("images/cc3m",))  # a list for each part
-    records = remove(dataset, mark, records, found)                     # parts without those rows
+    records = drop_duplicates.remove(dataset, mark, records, found)     # parts without those rows
 
-**What counts.** Two pictures are the same if their signatures (`pipelines.leaks`) are at most
-`MOST_BITS` bits and `MOST_COLOUR` levels of colour apart. That is closer than for held-out pictures,
-where one that is missed costs more than one that is taken wrongly: of the 3.4 million pairs of 2,600
-drawn scenes none is as close, but 8 are by the limits of `leaks`. Texts, and pictures that can't be
-read, are compared by checksum.
+**What counts.** Two pictures are the same if their signatures (`pipelines.signatures`) are at most
+`MOST_BITS` bits and `MOST_COLOUR` levels of colour apart. That is closer than held-out pictures
+have it, where one that is missed costs more than one taken wrongly: of all pairs of different drawn
+scenes none is so close, but some are by the limits of leaks (`benchmarks/same_picture.py`). Texts,
+and pictures that can't be read, are compared by checksum.
 
 **What stays.** Rows have an order: the datasets of `against` as given, then this one; in each, its
 files' order, then the row. Going through it, a row goes if it is the same as an earlier row *that
@@ -19,11 +19,11 @@ no two rows that stay were found the same. Rows of `against` always stay.
 (73 bands have under four bits each: every pair would be compared), so candidates come from the
 colours. Each of `TABLES` tables cuts ten sums of mean colours, with fixed signs, into cells; two
 pictures are compared if they share a cell in any table. That depends on the two signatures alone.
-It finds what is the same *and near*: of 420 drawn scenes, every copy that was re-encoded (quality
-50, WEBP), shrunk to nine tenths or enlarged; of 840 copies of half the size or of quality 20, all
-but 35; and one in 800 pairs of different scenes is compared for nothing. What is at the very edge of
-the definition can be missed. `pipelines.leaks` compares all with all, for held-out pictures must
-not be missed; 21 million with each other can't be compared so.
+It finds what is the same *and near*: of drawn scenes, every copy that was re-encoded at a usual
+quality, shrunk to nine tenths or enlarged, and most of half the size or of quality 20; one in 800
+pairs of different scenes is compared for nothing. What is at the very edge of the definition can be
+missed. `pipelines.leaks` compares all with all, for held-out pictures must not be missed; 21
+million with each other can't be compared so.
 
 **How.** Every part has a side file of signatures. Slabs of parts deal their rows, by cell, into
 buckets; each bucket finds its pairs; slab by slab, in order, the rule above is applied. A process
@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import itertools
 import json
 import posixpath
@@ -52,9 +51,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines import leaks
-from pipelines.leaks import Signature
+from pipelines import signatures
 from pipelines.parts import each
+from pipelines.signatures import COLOUR_BYTES, COLOUR_SIDE, HASH_BYTES, Signature
 from pipelines.storage import Dataset, FileRecord, PartRecord, Store, fingerprint
 
 MOST_BITS = 72
@@ -71,14 +70,13 @@ TABLES = 12
 _SUMS = 10
 _WIDTH = 600.0
 _COARSE = 4  # sums are over fields of 4 x 4, twice as coarse as the colours: steadier
-_BITS, _COLOURS = leaks.HASH_SIDE**2 // 8, 3 * leaks.COLOUR_SIDE**2
 
 SIGNATURES = pa.schema(
     [
         ("id", pa.string()),
         ("sha256", pa.binary(32)),  # of the stored bytes, or of the text
-        ("bits", pa.binary(_BITS)),  # null, as the colours, where there is no picture to read
-        ("colours", pa.binary(_COLOURS)),
+        ("bits", pa.binary(HASH_BYTES)),  # null, as the colours, where there is no picture to read
+        ("colours", pa.binary(COLOUR_BYTES)),
     ]
 )
 _DEALT = pa.schema([("key", pa.uint64()), ("row", pa.int64()), ("table", pa.int8()), *SIGNATURES])
@@ -129,7 +127,7 @@ class Found:
     def rows(self, store: Store, file: FileRecord) -> pa.Table:
         """A file's list, with the columns of `LIST`, in the order of its rows."""
         name = self.lists.get(file.path)
-        return LIST.empty_table() if name is None else _read(store, name)
+        return LIST.empty_table() if name is None else store.read_table(name)
 
 
 def in_order(records: Iterable[PartRecord]) -> list[FileRecord]:
@@ -153,7 +151,7 @@ def signatures_name(dataset: Dataset, file: FileRecord) -> str:
 
 def write_signatures(dataset: Dataset, file: FileRecord, signatures: pa.Table) -> None:
     """Keep signatures beside their part, for a job that has its images at hand anyway."""
-    _write(dataset.store, signatures_name(dataset, file), signatures)
+    dataset.store.write_table(signatures_name(dataset, file), signatures)
 
 
 def sign_files(dataset: Dataset, files: Sequence[FileRecord], *, here: bool = False) -> None:
@@ -187,7 +185,7 @@ def _sign(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 def _signature(data: bytes) -> Signature | None:
     try:
-        return leaks.signature(data)
+        return signatures.signature(data)
     except Exception:  # decoders raise nearly anything; its checksum is compared instead
         return None
 
@@ -197,7 +195,7 @@ def _sign_file(store: Store, unit: dict[str, Any]) -> None:
     with pq.ParquetFile(path, filesystem=store.fs) as file:
         wanted = {"id", "image", "text", "sha256"} & set(file.schema_arrow.names)
         table = sign(file.iter_batches(batch_size=64, columns=sorted(wanted)))
-    _write(store, _signatures_name(unit["dataset"], unit["path"]), table)
+    store.write_table(_signatures_name(unit["dataset"], unit["path"]), table)
 
 
 def _signatures_name(dataset: str, path: str) -> str:
@@ -301,7 +299,7 @@ def find(
         for number, slab in enumerate(slabs):  # in order: each needs what became of those before
             new = slab[-1].start >= search.first_new
             if new and not store.exists(search.judged(number)):
-                _write(store, search.judged(number), _judge(search, number))
+                store.write_table(search.judged(number), _judge(search, number))
         found = _write_lists(search, folder, compared, own, rows)
         store.write_json(result, asdict(found))
         for name in store.list(folder):
@@ -346,7 +344,7 @@ def cell_keys(colours: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
     All is exact: sums of whole numbers below 2**24, in whatever order they are added.
     """
-    cells = leaks.COLOUR_SIDE // _COARSE
+    cells = COLOUR_SIDE // _COARSE
     fields = colours.reshape(-1, _COARSE, cells, _COARSE, cells, 3).sum(axis=(2, 4), dtype=np.int32)
     signs, shifts = _sums()
     sums = fields.reshape(-1, 3 * _COARSE**2).astype(np.float32) @ signs.T + shifts
@@ -373,7 +371,7 @@ def _deal_all(search: _Search, slabs: Sequence[Sequence[_File]], *, here: bool) 
 def _deal(search: _Search, unit: dict[str, Any]) -> None:
     """Deal a slab's signatures into the buckets of their cells."""
     files = [_File(**f) for f in unit["files"]]
-    tables = [_read(search.store, _signatures_name(f.dataset, f.path)) for f in files]
+    tables = [search.store.read_table(_signatures_name(f.dataset, f.path)) for f in files]
     for file, table in zip(files, tables, strict=True):
         if table.num_rows != file.rows:
             raise ValueError(f"{file.dataset}/{file.path}: {table.num_rows} signatures, not one "
@@ -382,7 +380,7 @@ def _deal(search: _Search, unit: dict[str, Any]) -> None:
     numbers = np.concatenate([np.arange(f.start, f.start + f.rows) for f in files])
     pictured = signed["colours"].is_valid().to_numpy()
     keys = np.zeros((len(numbers), TABLES), np.uint64)
-    keys[pictured] = cell_keys(_matrix(signed["colours"], _COLOURS)[pictured])
+    keys[pictured] = cell_keys(_matrix(signed["colours"], COLOUR_BYTES)[pictured])
     keys[~pictured, 0] = _matrix(signed["sha256"], 32)[~pictured, :8].copy().view(np.uint64)[:, 0]
     used = np.repeat(pictured[:, None], TABLES, axis=1)
     used[:, 0] = True  # what can't be seen is compared once, by checksum
@@ -398,7 +396,7 @@ def _deal(search: _Search, unit: dict[str, Any]) -> None:
             columns = [keys[mine], numbers[place[mine]], table[mine].astype(np.int8)]
             arrays = [pa.array(c) for c in columns] + dealt.columns
             name = f"{search.dealt(number)}/{unit['number']:05d}.parquet"
-            _write(search.store, name, pa.Table.from_arrays(arrays, schema=_DEALT))
+            search.store.write_table(name, pa.Table.from_arrays(arrays, schema=_DEALT))
 
 
 # -- matching -------------------------------------------------------------------------------------
@@ -423,12 +421,12 @@ def _match(search: _Search, unit: dict[str, Any]) -> None:
     for slab in sorted(found.keys() | finished.keys()):
         last = pa.RecordBatch.from_pylist(found.pop(slab, []), _PAIRS)
         table = pa.Table.from_batches([*finished[slab], last])
-        _write(search.store, f"{search.pairs(slab)}/{bucket:05d}.parquet", table)
+        search.store.write_table(f"{search.pairs(slab)}/{bucket:05d}.parquet", table)
 
 
 def _bucket_pairs(search: _Search, bucket: int) -> Iterator[dict[str, Any]]:
     folder = search.dealt(bucket)
-    tables = [_read(search.store, f"{folder}/{n}") for n in search.store.list(folder)]
+    tables = [search.store.read_table(f"{folder}/{n}") for n in search.store.list(folder)]
     if not tables:
         return
     dealt = pa.concat_tables(tables).combine_chunks()
@@ -471,11 +469,11 @@ def _cell_pairs(cell: pa.Table, first_new: int) -> Iterator[dict[str, Any]]:
         if rows[first] != rows[place] >= first_new and tables[place] == 0:
             yield pair(place, first, twin=True, bits=0, colour=0)
     seen = [place for place in firsts.values() if bits[place] is not None]
-    all_bits, all_colours = leaks.packed([bits[p] for p in seen], [colours[p] for p in seen])
+    all_bits, all_colours = signatures.packed([bits[p] for p in seen], [colours[p] for p in seen])
     for i, place in enumerate(seen):
         if i and rows[place] >= first_new:
             own = Signature(bits[place], colours[place])
-            likes = leaks.same_picture(
+            likes = signatures.same_picture(
                 own, all_bits[:, :i], all_colours[:i], most_bits=MOST_BITS, most_colour=MOST_COLOUR
             )
             for like, apart, colour in zip(*(a.tolist() for a in likes), strict=True):
@@ -488,7 +486,7 @@ def _cell_pairs(cell: pa.Table, first_new: int) -> Iterator[dict[str, Any]]:
 def _judge(search: _Search, slab: int) -> pa.Table:
     """The rows of a slab that go, each with the first of its likes that stays; in order."""
     folder = search.pairs(slab)
-    tables = [_read(search.store, f"{folder}/{name}") for name in search.store.list(folder)]
+    tables = [search.store.read_table(f"{folder}/{name}") for name in search.store.list(folder)]
     if not tables:
         return _PAIRS.empty_table()
     table = pa.concat_tables(tables).sort_by([("row", "ascending"), ("of_row", "ascending")])
@@ -515,7 +513,7 @@ def _gone_before(search: _Search, slab: int, pairs: pa.Table) -> dict[int, dict[
     named = named[named >= search.first_new]
     gone: dict[int, dict[str, Any]] = {}
     for earlier in sorted({search.slab(int(row)) for row in named} - {slab}):
-        judged = _read(search.store, search.judged(earlier))
+        judged = search.store.read_table(search.judged(earlier))
         wanted = pc.is_in(judged["row"], value_set=pa.array(named))  # type: ignore[attr-defined]
         gone |= {row["row"]: row for row in judged.filter(wanted).to_pylist()}
     return gone
@@ -535,7 +533,7 @@ def _write_lists(
             continue
         slab = search.slab(file.start)
         if slab != held:
-            judged, held = _read(search.store, search.judged(slab)), slab
+            judged, held = search.store.read_table(search.judged(slab)), slab
         numbers = judged["row"].to_numpy()
         first, end = np.searchsorted(numbers, [file.start, file.start + file.rows])
         if first == end:
@@ -550,102 +548,8 @@ def _write_lists(
                   for c, kind in zip(columns, LIST.types, strict=True)]  # fmt: skip
         folder_of, base = posixpath.split(file.path)
         lists[file.path] = f"{folder}/{folder_of}/{base}"
-        _write(search.store, lists[file.path], pa.Table.from_arrays(arrays, schema=LIST))
+        search.store.write_table(lists[file.path], pa.Table.from_arrays(arrays, schema=LIST))
     return Found(rows, dict(sorted(counts.items())), lists)
-
-
-# -- dropping -------------------------------------------------------------------------------------
-
-
-def drop(table: pa.Table, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """A part's table without the rows of its list, and those rows as they are set aside."""
-    columns = [c for c in ("id", "url") if c in table.column_names]
-    gone = table.select(columns).take(rows["row"]).to_pylist()
-    return table.filter(_others(table, rows)), [
-        {
-            "id": row["id"],
-            "url": row.get("url") or "",
-            "reason": found["reason"],
-            "detail": _detail(found),
-            "stage": STAGE,
-        }
-        for row, found in zip(gone, rows.to_pylist(), strict=True)
-    ]
-
-
-def _others(table: pa.Table, rows: pa.Table) -> pa.Array:
-    """Which of a part's rows are not in its list."""
-    keep = np.ones(table.num_rows, bool)
-    keep[rows["row"].to_numpy()] = False
-    return pa.array(keep)
-
-
-def _detail(found: dict[str, Any]) -> str:
-    of = f"{found['of_dataset']}: {found['of']}"
-    if found["reason"] == SAME_BYTES:
-        return of
-    return f"{of}: {found['bits']} bits and {found['colour']} levels of colour differ"
-
-
-def remove(
-    dataset: Dataset,
-    mark: str,
-    records: Sequence[PartRecord],
-    found: Found,
-    *,
-    here: bool = False,
-) -> list[PartRecord]:
-    """The parts as they are to be committed: those that lose rows are written anew under `mark`.
-
-    `mark` is another fingerprint than that of the parts given. Rows that go are set aside, and the
-    counts that ingestion keeps (rows, images, captions, bytes, set_aside, stages) follow.
-    """
-    folder = f"data-{mark[:8]}"
-    if any(posixpath.dirname(r.file.path) == folder for r in records):
-        raise ValueError(f"{dataset.name}: {mark} is the parts' own fingerprint; give another")
-    done = dataset.finished_parts(mark)
-    todo = [r for r in records if r.file.path in found.lists and r.name not in done]
-    units = [{"record": r.to_json(), "list": found.lists[r.file.path]} for r in todo]
-    work = functools.partial(_rewrite, dataset, mark)
-    _each(f"{dataset.name}: without duplicates", work, units, here=here)
-    done = dataset.finished_parts(mark)
-    return [done[r.name] if r.file.path in found.lists else r for r in records]
-
-
-def _rewrite(dataset: Dataset, mark: str, unit: dict[str, Any]) -> None:
-    record = PartRecord.from_json(unit["record"])
-    rows = _read(dataset.store, unit["list"])
-    table = _read(dataset.store, f"{dataset.name}/{record.file.path}")
-    aside: list[dict[str, Any]] = []
-    if record.set_aside:
-        aside = _read(dataset.store, f"{dataset.name}/{record.set_aside.path}").to_pylist()
-    kept, dropped = drop(table, rows)
-    lost = table.take(rows["row"])
-    stats = _without(record.stats, lost, dropped)
-    # First the signatures: with the part's record all is there.
-    signed = _read(dataset.store, signatures_name(dataset, record.file))
-    folder = f"data-{mark[:8]}"
-    written = FileRecord(f"{folder}/part-{record.name}.parquet", 0, 0, "")
-    write_signatures(dataset, written, signed.filter(_others(signed, rows)))
-    dataset.write_part(mark, record.name, kept, set_aside=[*aside, *dropped], stats=stats)
-
-
-def _without(
-    stats: dict[str, Any], lost: pa.Table, dropped: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """A part's counts after these rows left it; counts that it doesn't keep are not made up."""
-    gone = {"rows": lost.num_rows}
-    if "image" in lost.column_names:
-        sizes = pc.binary_length(pc.struct_field(lost["image"], "bytes"))  # type: ignore[attr-defined]
-        gone |= {"images": lost.num_rows, "bytes": pc.sum(sizes).as_py() or 0}  # type: ignore[attr-defined]
-        gone["captions"] = len(lost["captions"].combine_chunks().flatten())
-    else:
-        gone["bytes"] = pc.sum(pc.binary_length(lost["text"])).as_py() or 0  # type: ignore[attr-defined]
-    after = {k: v - gone.get(k, 0) if isinstance(v, int) else v for k, v in stats.items()}
-    for name, of in (("set_aside", "reason"), ("stages", "stage")):
-        added = Counter(row[of] for row in dropped)
-        after[name] = dict(sorted((Counter(stats.get(name, {})) + added).items()))
-    return after
 
 
 # -- steps ----------------------------------------------------------------------------------------
@@ -687,13 +591,3 @@ def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.uint8]:
     return np.frombuffer(array.buffers()[1], np.uint8)[start:][: len(array) * width].reshape(
         -1, width
     )
-
-
-def _read(store: Store, name: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(store.read(name)))
-
-
-def _write(store: Store, name: str, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    store.write(name, memoryview(sink.getvalue()))

@@ -6,6 +6,7 @@ they arrive, while others are still on their way, so that no more than a few bod
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import tempfile
@@ -111,34 +112,13 @@ def _download(
     from img2dataset.resizer import Resizer
 
     limits = Limits(policy.max_megabytes << 20, policy.max_seconds, policy.allow_loopback)
-
-    class Cleaner:
-        """Stands where img2dataset has its writers: takes each download as soon as it is there."""
-
-        def __init__(self, *settings: Any) -> None:
-            pass
-
-        def write(self, data: bytes | None, key: str, caption: None, meta: dict[str, Any]) -> None:
-            if data is None:
-                error = _printable(meta["error_message"] or "")
-                outcomes[int(key)] = Rejected(failure_reason(error), error[:200], "download")
-                return
-            try:
-                outcomes[int(key)] = clean_image(data, images)
-            finally:
-                if len(data) > LARGE_BODY:
-                    limits.large_bodies.release()
-
-        def close(self) -> None:
-            pass
-
     with tempfile.TemporaryDirectory(prefix="beit3-ingest-") as folder:
         shard = Path(folder, "urls.arrow")
         table = pa.table({"url": pa.array(urls, pa.string())})
         with pa.OSFile(str(shard), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         downloader = Downloader(
-            sample_writer_class=Cleaner,
+            sample_writer_class=functools.partial(_Cleaner, outcomes, images, limits),
             resizer=Resizer(
                 image_size=256,  # unused: see below
                 resize_mode="no",
@@ -165,7 +145,37 @@ def _download(
             downloader.download_shard((0, str(shard)))
         finally:
             urllib.request.install_opener(None)  # type: ignore[arg-type]  # the default again
-    return outcomes
+    # img2dataset's closures are cycles, which would keep a shard's images until the next sweep.
+    taken = dict(outcomes)
+    outcomes.clear()
+    return taken
+
+
+class _Cleaner:
+    """Stands where img2dataset has its writers: takes each download as soon as it is there."""
+
+    def __init__(
+        self,
+        outcomes: dict[int, CleanImage | Rejected],
+        images: ImagePolicy | None,
+        limits: Limits,
+        *settings: Any,
+    ) -> None:
+        self.outcomes, self.images, self.limits = outcomes, images, limits
+
+    def write(self, data: bytes | None, key: str, caption: None, meta: dict[str, Any]) -> None:
+        if data is None:
+            error = _printable(meta["error_message"] or "")
+            self.outcomes[int(key)] = Rejected(failure_reason(error), error[:200], "download")
+            return
+        try:
+            self.outcomes[int(key)] = clean_image(data, self.images)
+        finally:
+            if len(data) > LARGE_BODY:
+                self.limits.large_bodies.release()
+
+    def close(self) -> None:
+        pass
 
 
 def _printable(text: str) -> str:

@@ -24,6 +24,7 @@ from pipelines import (
     cluster,
     console,
     data_report,
+    drop_duplicates,
     duplicates,
     leaks,
     published_images,
@@ -113,7 +114,7 @@ def _make(
             return parts
         before = (*config.against, dataset.name) if found else config.against
         same = duplicates.find(dataset, duplicates.in_order(parts), against=before)
-        return duplicates.remove(dataset, whole, parts, same)
+        return drop_duplicates.remove(dataset, whole, parts, same)
 
     if found is not None:
         failed = retry.failed_shards(dataset, found, mark, config.shard_size)

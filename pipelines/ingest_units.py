@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from pipelines.ingest_config import IngestConfig
 from pipelines.records import sampled
@@ -110,9 +109,8 @@ def url_shards(
         count = 0
         rows = (_url_row(item) for item in items())
         while chunk := list(islice(rows, size)):
-            sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pylist(chunk, URL_SCHEMA), sink, compression="zstd")
-            store.write(f"{folder}/_urls-{count:05d}.parquet", sink.getvalue().to_pybytes())
+            table = pa.Table.from_pylist(chunk, URL_SCHEMA)
+            store.write_table(f"{folder}/_urls-{count:05d}.parquet", table)
             count += 1
         store.write_json(index, {"shards": count})
     count = store.read_json(index)["shards"]

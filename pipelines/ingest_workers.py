@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import leaks, published_images, sources
 from pipelines.fetch import fetch_images
@@ -156,7 +155,7 @@ class PairWorker:
     held_out: tuple[leaks.Source, ...] = ()
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
-        rows = pq.read_table(io.BytesIO(self.store.read(unit["urls"]))).to_pylist()
+        rows = self.store.read_table(unit["urls"]).to_pylist()
         part = Part(IMAGE_SCHEMA)
         # Captions first: what they refuse need not be fetched.
         wanted: list[ImageRecord] = []

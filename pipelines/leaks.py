@@ -1,10 +1,7 @@
 """Pictures that must not reach pretraining, found by what they show.
 
 Benchmarks' test images stand all over the web, at other URLs, sizes and qualities, so ids and
-checksums don't find them. Each picture gets a *signature*: a difference hash (is each of 16 x 16
-fields brighter than its left neighbour?) and the mean colours of 8 x 8 fields. Two pictures are the
-same if both are close. The hash alone confuses pictures with empty backgrounds, where noise decides
-the bits, and the colours alone confuse compositions alike; together they are far apart.
+checksums don't find them; signatures do (`pipelines.signatures`).
 
 Over 550 drawn test scenes, copies of nine tenths the size at JPEG quality 75 differ in at most 76
 bits and 22 levels of colour, so all are found; of 2600 other scenes none is taken for one, the
@@ -15,26 +12,28 @@ all, are found.
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines import console
 from pipelines.images import CleanImage, ImagePolicy, clean_image
+from pipelines.signatures import (
+    COLOUR_BYTES,
+    HASH_BYTES,
+    Signature,
+    packed,
+    same_picture,
+    signature,
+)
 from pipelines.storage import Dataset, Store, StoreError
 
-HASH_SIDE = 16  # 256 bits
-COLOUR_SIDE = 8  # 192 means
 MOST_BITS = 92
 """Bits in which the hashes of one picture may differ."""
 MOST_COLOUR = 32
@@ -45,18 +44,10 @@ _ANY = ImagePolicy(min_side=1, max_aspect=1e9)  # prepared images were judged al
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("bits", pa.binary(HASH_SIDE**2 // 8)),
-        ("colours", pa.binary(3 * COLOUR_SIDE**2)),
+        ("bits", pa.binary(HASH_BYTES)),
+        ("colours", pa.binary(COLOUR_BYTES)),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What is compared: the packed bits of the hash, and the mean colours."""
-
-    bits: bytes
-    colours: bytes
 
 
 @dataclass(frozen=True)
@@ -81,57 +72,6 @@ class Source:
         return f"{self.dataset}/_hashes-{self.commit}-v{_VERSION}.parquet"
 
 
-def signature(data: bytes) -> Signature:
-    """The signature of an upright image, as `clean_image` leaves it; raises if it can't be read."""
-    with Image.open(io.BytesIO(data)) as image:
-        rgb = image.convert("RGB")
-    # Box means: what a field holds decides, whatever the number of pixels in it.
-    box = Image.Resampling.BOX
-    grey = np.asarray(rgb.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), box))
-    bits = np.packbits(grey[:, 1:] > grey[:, :-1])
-    colours = np.asarray(rgb.resize((COLOUR_SIDE, COLOUR_SIDE), box))
-    return Signature(bits.tobytes(), colours.tobytes())
-
-
-def packed(
-    bits: Sequence[bytes], colours: Sequence[bytes]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """Many signatures as two arrays, as `same_picture` compares them.
-
-    A column of words for each hash, so that one word of all is compared at a time, which takes a
-    tenth of the time; a row for each picture's colours.
-    """
-    words = np.frombuffer(b"".join(bits), np.uint64).reshape(-1, HASH_SIDE**2 // 64)
-    return (
-        np.ascontiguousarray(words.T),
-        np.frombuffer(b"".join(colours), np.uint8).reshape(-1, 3 * COLOUR_SIDE**2),
-    )
-
-
-def same_picture(
-    picture: Signature,
-    bits: NDArray[np.uint64],
-    colours: NDArray[np.uint8],
-    *,
-    most_bits: int = MOST_BITS,
-    most_colour: int = MOST_COLOUR,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Which of many signatures are of the same picture as this one, ascending.
-
-    The places of those that are, and by how many bits and levels of colour each differs.
-    """
-    apart: NDArray[Any] = np.zeros(bits.shape[1], np.int16)
-    for words, word in zip(bits, np.frombuffer(picture.bits, np.uint64), strict=True):
-        apart += np.bitwise_count(words ^ word)
-    near = np.flatnonzero(apart <= most_bits)
-    # Wide enough for differences of bytes; only the few near ones are compared.
-    own = np.frombuffer(picture.colours, np.uint8).astype(np.int16)
-    colour = np.abs(colours[near] - own).max(axis=1, initial=0)
-    close = colour <= most_colour
-    near = near[close]
-    return near, apart[near], colour[close]
-
-
 class HeldOutPictures:
     """The signatures of held-out pictures: 224 bytes each, whatever the pictures' size."""
 
@@ -150,7 +90,9 @@ class HeldOutPictures:
         return self.nearest(signature(data)) if len(self) else None
 
     def nearest(self, picture: Signature) -> Match | None:
-        near, bits, colour = same_picture(picture, self._bits, self._colours)
+        near, bits, colour = same_picture(
+            picture, self._bits, self._colours, most_bits=MOST_BITS, most_colour=MOST_COLOUR
+        )
         if not near.size:
             return None
         best = int(np.argmin(bits))
@@ -182,9 +124,7 @@ def prepare(store: Store, held_out: Sequence[Source]) -> None:
         dataset = store.dataset(source.dataset)
         total = dataset.commit().rows
         table, unread = _sign(dataset, total)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        store.write(source.file, sink.getvalue().to_pybytes())
+        store.write_table(source.file, table)
         warning = f"; {unread} could not be read, and are NOT held out" if unread else ""
         console.say(f"{source.dataset}: {table.num_rows:,} pictures are held out{warning}")
 
@@ -197,7 +137,7 @@ def load(store_uri: str, held_out: tuple[Source, ...]) -> HeldOutPictures:
     bits: list[bytes] = []
     colours: list[bytes] = []
     for source in held_out:
-        table = pq.read_table(io.BytesIO(store.read(source.file)))
+        table = store.read_table(source.file)
         origins += [(source.dataset, id) for id in table["id"].to_pylist()]
         bits += table["bits"].to_pylist()
         colours += table["colours"].to_pylist()

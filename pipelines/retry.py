@@ -8,7 +8,6 @@ again, it goes on where it was. One part's records are held in memory at a time.
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines.ingest_units import URL_SCHEMA
 from pipelines.parts import PartRecord, sum_stats
@@ -65,9 +63,7 @@ def failed_shards(dataset: Dataset, commit: Commit, mark: str, size: int) -> Fai
     number = 1 + max((_number(f.path) for f in (*commit.files, *commit.set_aside)), default=-1)
     while chunk := list(islice(rows, size)):
         name = f"{folder}/_urls-{number:05d}.parquet"
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(chunk, URL_SCHEMA), sink, compression="zstd")
-        dataset.store.write(name, sink.getvalue().to_pybytes())
+        dataset.store.write_table(name, pa.Table.from_pylist(chunk, URL_SCHEMA))
         failed.units.append({"name": f"{number:05d}", "urls": name})
         number += 1
     return failed
@@ -78,7 +74,7 @@ def _failed_rows(
 ) -> Iterator[dict[str, Any]]:
     version = len(commit.lineage.get("amendments", []))
     for record in commit.set_aside:
-        aside = _read(dataset, f"{dataset.name}/{record.path}")
+        aside = dataset.store.read_table(f"{dataset.name}/{record.path}")
         hopeless = pc.is_in(aside["reason"], pa.array(HOPELESS))  # type: ignore[attr-defined]
         came_to_nothing = pc.is_in(aside["stage"], pa.array(_STAGES))  # type: ignore[attr-defined]
         again = pc.and_not(came_to_nothing, hopeless)  # type: ignore[attr-defined]
@@ -93,12 +89,8 @@ def _failed_rows(
         failed.reasons.update(rows["reason"].to_pylist())
         failed.stages.update(rows["stage"].to_pylist())
         ids = set(rows["id"].to_pylist())
-        shard = _read(dataset, f"{folder}/_urls-{_number(record.path):05d}.parquet")
+        shard = dataset.store.read_table(f"{folder}/_urls-{_number(record.path):05d}.parquet")
         yield from (row for row in shard.to_pylist() if row["id"] in ids)
-
-
-def _read(dataset: Dataset, name: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(dataset.store.read(name)))
 
 
 def _number(path: str) -> int:

@@ -185,6 +185,15 @@ class Store:
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=1, default=str) + "\n").encode())
 
+    def read_table(self, name: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self.read(name)))
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet file of a job's own; those of datasets are `Dataset.write_table`'s."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write(name, memoryview(sink.getvalue()))
+
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Create an object unless there is one already; False when there was."""
         if isinstance(self.fs, pafs.LocalFileSystem):

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import duplicates, leaks
+from pipelines import drop_duplicates, duplicates, signatures
 from pipelines.duplicates import SAME_BYTES, SAME_PICTURE, SIGNATURES, Found, Sizes, find
 from pipelines.images import CleanImage, clean_image
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
-from pipelines.leaks import Signature, signature
 from pipelines.sample_world import picture
+from pipelines.signatures import Signature, signature
 from pipelines.storage import Commit, Dataset, FileRecord, PartRecord, Store, StoreError
 
 MARK, CLEAN = "a" * 16, "b" * 16
@@ -261,9 +261,9 @@ def test_copies_are_duplicates_if_the_signature_says_so(
     kept: list[int] = []
     expected: dict[int, str] = {}
     for number, own in enumerate(signed):
-        bits, colours = leaks.packed([signed[k].bits for k in kept],
+        bits, colours = signatures.packed([signed[k].bits for k in kept],
                                      [signed[k].colours for k in kept])  # fmt: skip
-        likes, *_ = leaks.same_picture(
+        likes, *_ = signatures.same_picture(
             own,
             bits,
             colours,
@@ -291,14 +291,14 @@ def test_signatures_are_kept_beside_their_part(
     files = [dataset.write_part(MARK, "0", image_table(rows)).file]
     duplicates.sign_files(dataset, files, here=True)
     name = duplicates.signatures_name(dataset, files[0])
-    table = pq.read_table(io.BytesIO(dataset.store.read(name)))
+    table = dataset.store.read_table(name)
     assert table.schema == SIGNATURES
     assert table.equals(duplicates.sign(image_table(rows).to_batches(max_chunksize=3)))
     first = table.to_pylist()[0]
     assert Signature(first["bits"], first["colours"]) == signature(rows[0][1])
     assert [row["bits"] is None for row in table.to_pylist()] == [False] * 6 + [True] * 2
 
-    monkeypatch.setattr(leaks, "signature", None)  # would fail, were it called
+    monkeypatch.setattr(signatures, "signature", None)  # would fail, were it called
     assert find(dataset, files, here=True).compared == len(rows)
 
 
@@ -311,7 +311,7 @@ def test_texts_repeat_by_their_letters(tmp_path: Path) -> None:
     found = find(dataset, [record.file], sizes=SMALL, here=True)
     of = {row["row"]: row["of"] for row in listed(dataset, [record.file], found)}
     assert of == {3: "0", 6: "4", 7: "0"} and found.counts == {SAME_BYTES: 3}
-    (after,) = duplicates.remove(dataset, CLEAN, [record], found, here=True)
+    (after,) = drop_duplicates.remove(dataset, CLEAN, [record], found, here=True)
     assert after.stats == {"rows": 5, "read": 9, "bytes": 13, "set_aside": {SAME_BYTES: 3, "x": 1},
                            "stages": {"duplicates": 3}}  # fmt: skip
 
@@ -339,7 +339,7 @@ def test_parts_lose_their_duplicates(tmp_path: Path, drawn: list[tuple[str, byte
     assert files == [r.file for r in records]
     found = find(dataset, files, sizes=SMALL, here=True)
     gone = listed(dataset, files, found)
-    after = duplicates.remove(dataset, CLEAN, records, found, here=True)
+    after = drop_duplicates.remove(dataset, CLEAN, records, found, here=True)
     assert after[3] is records[3]  # nothing to lose: it is the same file
     commit = published(dataset, after)
 
@@ -365,7 +365,7 @@ def test_parts_lose_their_duplicates(tmp_path: Path, drawn: list[tuple[str, byte
     again = find(dataset, commit.files, here=True)
     assert again.lists == {} and again.compared == commit.rows
     with pytest.raises(ValueError, match="own fingerprint"):
-        duplicates.remove(dataset, MARK, records, found, here=True)
+        drop_duplicates.remove(dataset, MARK, records, found, here=True)
 
 
 def test_finished_steps_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,6 +429,6 @@ def test_ray_finds_the_same(tmp_path: Path, drawn: list[tuple[str, bytes]], s3_s
         records = [dataset.write_part(MARK, f"{i}", part) for i, part in enumerate(parts)]
         files = [r.file for r in records]
         found = find(dataset, files, sizes=Sizes(60, 900), here=here)
-        after = duplicates.remove(dataset, CLEAN, records, found, here=here)
+        after = drop_duplicates.remove(dataset, CLEAN, records, found, here=here)
         answers.append((listed(dataset, files, found), json.dumps([r.to_json() for r in after])))
     assert answers[0] == answers[1] and answers[0][0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import ipaddress
 import socket
 import ssl
 import threading
 import time
 import urllib.error
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -196,6 +198,20 @@ def test_one_lookup_for_many_images(server: HostileServer, names: Counter[str]) 
     found = fetch_images([f"{base}/{i}" for i in range(60)], POLICY)
     assert all(isinstance(f, CleanImage) and f.data == GOOD for f in found.values())
     assert names == {"pictures.test": 1}
+
+
+def test_images_leave_memory_with_their_shard(server: HostileServer) -> None:
+    server.answers |= {f"/{i}": response(GOOD) for i in range(20)}
+    gc.collect()
+    gc.disable()  # nothing must wait for its next sweep
+    try:
+        found = fetch_images([f"{server.url}/{i}" for i in range(20)], POLICY)
+        alive = [weakref.ref(image) for image in found.values()]
+        assert all(isinstance(reference(), CleanImage) for reference in alive)
+        del found
+        assert not any(reference() for reference in alive)
+    finally:
+        gc.enable()
 
 
 def test_proxies_of_the_environment_are_not_used(

@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 from pipelines import ingest, leaks
 from pipelines.images import CleanImage, clean_image
 from pipelines.ingest import IngestConfig
-from pipelines.leaks import HeldOutPictures, Source, signature
+from pipelines.leaks import HeldOutPictures, Source
 from pipelines.sample_world import World, WorldSize, generate, picture, serve
+from pipelines.signatures import Signature, signature
 from pipelines.storage import Store, StoreError
 
 EXAMPLES = pa.schema(
@@ -130,7 +131,7 @@ def test_the_nearest_wins_among_many() -> None:
     for i in range(0, 500, 50):
         flipped = np.unpackbits(np.frombuffer(bits[i], np.uint8))
         flipped[random.choice(256, leaks.MOST_BITS + i // 50 - 4, replace=False)] ^= 1
-        near = leaks.Signature(np.packbits(flipped).tobytes(), colours[i])
+        near = Signature(np.packbits(flipped).tobytes(), colours[i])
         distance = (int.from_bytes(near.bits) ^ int.from_bytes(bits[i])).bit_count()
         match = found.nearest(near)
         assert (match is not None) == (distance <= leaks.MOST_BITS)
