@@ -24,10 +24,11 @@ from beit3.config import ModelConfig
 from beit3.objectives import DualEncoder
 from beit3.text import TextTokenizer
 from pipelines import cluster, config, models, train_text_tokenizer
+from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.storage import Store, fingerprint
 from pipelines.tracking import Logger
-from pipelines.trainer import TrainConfig, fit
+from pipelines.trainer import fit
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from pipelines import (
     train_image_tokenizer,
     train_text_tokenizer,
 )
+from pipelines.progress import progress
 from pipelines.sample_world import World, WorldSize, generate, load
 from pipelines.samples import ViewConfig
 from pipelines.storage import Store
-from pipelines.trainer import progress
 from tuning import sweep
 
 if TYPE_CHECKING:

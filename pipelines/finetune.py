@@ -30,11 +30,12 @@ from pipelines import cluster, config, models
 from pipelines.evaluate import TASK_FILE, predict, row_sample
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import labels, read_examples
+from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.samples import Sample as Drawn
 from pipelines.storage import Store, StoreError, fingerprint
 from pipelines.tracking import Logger
-from pipelines.trainer import TrainConfig, fit
+from pipelines.trainer import fit
 
 RANDOM = "random"
 _POSITIONS = "backbone.vision_embedding.positions"

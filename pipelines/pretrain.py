@@ -38,10 +38,11 @@ from pipelines import (
     train_text_tokenizer,
 )
 from pipelines.loader import ParquetRows
+from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Sample, Samples
 from pipelines.storage import ROW_GROUP_ROWS, Dataset, Store, StoreError, fingerprint
 from pipelines.tracking import Logger
-from pipelines.trainer import TrainConfig, fit
+from pipelines.trainer import fit
 
 
 @dataclass(frozen=True)

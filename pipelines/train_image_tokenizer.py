@@ -27,10 +27,11 @@ from beit3.vqkd import PRESETS as SHAPES
 from beit3.vqkd import SHAPE_FILE as SHAPE_FILE
 from beit3.vqkd import VQKD, VQKDConfig, codebook_health, usage_health
 from pipelines import bundles, cluster, config, console, models, pictures
+from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.storage import Dataset, Store, StoreError, fingerprint
 from pipelines.tracking import Logger
-from pipelines.trainer import TrainConfig, fit
+from pipelines.trainer import fit
 
 PIXELS = "pixels"
 EVALUATED = 64  # images measured at once

@@ -19,12 +19,12 @@ from pipelines.contrast import ContrastConfig
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
 from pipelines.pretrain import PretrainConfig
+from pipelines.recipe import TrainConfig
 from pipelines.samples import ViewConfig
 from pipelines.storage import Commit, Store, fingerprint
 from pipelines.tokenize_corpus import TokenizeConfig
 from pipelines.train_image_tokenizer import ImageTokenizerConfig
 from pipelines.train_text_tokenizer import TextTokenizerConfig
-from pipelines.trainer import TrainConfig
 
 SIZE, PATCH, VOCABULARY, CODES = 24, 8, 38, 24
 BROKEN = "alone/000005"

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipelines import bundles, checkpoints
+from pipelines.recipe import TrainConfig
 from pipelines.storage import Store
 from pipelines.tracking import Logger
-from pipelines.trainer import TrainConfig, fit
+from pipelines.trainer import fit
 
 STEPS = 7
 

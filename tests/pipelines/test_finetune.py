@@ -24,9 +24,9 @@ from pipelines import bundles, evaluate, finetune, models, predict, prepare_task
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig, FinetuneRecipe
 from pipelines.prepare_task import PrepareConfig
+from pipelines.recipe import TrainConfig
 from pipelines.sample_world import World, WorldSize, generate
 from pipelines.storage import Store, StoreError
-from pipelines.trainer import TrainConfig
 
 SMALL = replace(MODELS["tiny"], layers=2, hidden=64, mlp=128, vocab_size=256)
 TASKS = ("vqa", "captioning", "retrieval")

@@ -25,9 +25,9 @@ from pipelines import (
     pretrain,
     tracking,
     train_text_tokenizer,
-    trainer,
 )
 from pipelines.pretrain import PretrainConfig, PretrainRecipe, run
+from pipelines.recipe import TrainConfig
 from pipelines.storage import Dataset, Store, StoreError, fingerprint
 
 ALONE, PAIRS, TEXTS = 4, 8, 4  # of a batch
@@ -234,7 +234,7 @@ def test_missing_and_empty_datasets_are_named(copied: Callable[..., Store]) -> N
     [
         ({"images": ()}, "images names 0 datasets, but image_batch is"),
         ({"pair_batch": 0}, "pairs names 5 datasets, but pair_batch is 0"),
-        ({"text_batch": 9, "train": trainer.TrainConfig(workers=2)}, "text_batch 9 is not divis"),
+        ({"text_batch": 9, "train": TrainConfig(workers=2)}, "text_batch 9 is not divis"),
         (
             {"images": (), "texts": (), "pairs": ()}
             | {"image_batch": 0, "text_batch": 0, "pair_batch": 0},

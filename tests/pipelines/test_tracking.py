@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipelines import tracking, trainer
+from pipelines import recipe, tracking, trainer
 from pipelines.storage import Store, StoreError
 from pipelines.tracking import Logger, RunHandle, finish_run, start_run
 
@@ -73,7 +73,7 @@ def test_a_server_that_is_down_is_said_before_work_starts(
     with pytest.raises(StoreError, match="unset MLFLOW_TRACKING_URI to track in a local") as error:
         trainer.fit(
             store, name="down", output="models/down", fingerprint="x", recipe=None,  # type: ignore[arg-type]
-            config=trainer.TrainConfig(workers=0), parameters={},
+            config=recipe.TrainConfig(workers=0), parameters={},
         )  # fmt: skip
     assert down in str(error.value)
     assert not store.exists("models/down") and not store.exists("runs/down/mlflow.json")

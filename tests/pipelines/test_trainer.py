@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from beit3 import weights
 from beit3.objectives import MaskedDataModelling
 from pipelines import bundles, checkpoints, models, pretrain, tracking, trainer
+from pipelines.progress import progress
+from pipelines.recipe import TrainConfig
 from pipelines.storage import Store, StoreError
 from pipelines.tracking import Logger
-from pipelines.trainer import TrainConfig, fit, progress
+from pipelines.trainer import fit
 
 OBJECTIVES = ("image", "text", "pair_image", "pair_text")
 

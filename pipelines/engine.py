@@ -1,0 +1,61 @@
+"""The DeepSpeed engine of a run: optimizer, ZeRO, precision, gradient accumulation and clipping."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from beit3.optimisation import cosine_schedule, parameter_groups
+from pipelines.recipe import Run, TrainConfig
+
+
+def build(run: Run, module: nn.Module) -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # noqa: PTH123
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # On CPU it would compile an all-reduce of its own. gloo's will do: it needs no compiler,
+        # and a build that was killed would leave a lock file that hangs every later run.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_init_required=False)
+        config = run.config
+        groups = parameter_groups(
+            module,
+            weight_decay=config.weight_decay,
+            layers=run.recipe.layers(),
+            layer_decay=config.layer_decay,
+            head_scale=config.head_scale,
+        )
+        optimizer = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps
+        )
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,  # ours is a packed batch: one object a step
+            "gradient_accumulation_steps": config.accumulate,
+            "gradient_clipping": config.clip,
+            "zero_optimization": {"stage": config.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+        if config.precision == "bf16":
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    return engine
+
+
+def set_learning_rate(engine: Any, config: TrainConfig, step: int) -> None:
+    rate = cosine_schedule(
+        step,
+        peak=config.learning_rate,
+        warmup=config.warmup,
+        steps=config.steps,
+        floor=config.min_learning_rate,
+    )
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
