@@ -52,8 +52,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             boto3.client("s3").create_bucket(Bucket=_BUCKET)
             yield url
         finally:
-            process.terminate()
-            process.wait(10)
+            process.kill()  # it may hold gigabytes of objects, and nothing that it must end well
+            process.wait()
 
 
 def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
