@@ -326,10 +326,11 @@ def _list(values: Sequence[float]) -> str:
 
 
 def grow(web: _photos.Web, options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Few and many images, and a second run over the many."""
-    runs: dict[int, list[Measured]] = {options.small: [], options.large: []}
+    """Few, more and many images, and a second run over the many."""
+    middle = max(options.small + 1, 2 * options.large // 5)
+    runs: dict[int, list[Measured]] = {options.small: [], middle: [], options.large: []}
     seconds, asked = 0.0, 0
-    for count in (options.small, options.large, options.small):
+    for count in (options.small, options.large, middle, options.small):
         with prepared(web, count) as folder:
             measured = measure("ours", folder, web, count, arguments)
             print(f"  {count}: {json.dumps(asdict(measured))}", file=sys.stderr, flush=True)
@@ -337,10 +338,10 @@ def grow(web: _photos.Web, options: argparse.Namespace, arguments: Sequence[str]
             if count == options.large:
                 seconds = measure("again", folder, web, count, arguments).whole
                 asked = web.ask("/stats")["count"]
-    print(f"\nfew and many; the few before and after the many\n{HEAD}")
+    print(f"\nfew, more and many; the few before and after the many\n{HEAD}")
     for count, measured in runs.items():
         print(row(f"{count:,} images", measured))
-    few, many = runs[options.small], runs[options.large]
+    few, _, many = runs.values()
     print(f"at the peak of the many, MB: {many[0].at_peak}")
     for what, of in (
         ("time for an image", lambda m: m.work / m.images),
@@ -349,6 +350,12 @@ def grow(web: _photos.Web, options: argparse.Namespace, arguments: Sequence[str]
     ):
         ratio = median(map(of, many)) / median(map(of, few))
         print(f"{what}, {options.large:,} / {options.small:,}: {ratio:.3f}")
+    # What is done once, as the workers start, is in both terms of a difference.
+    few_s, more_s, many_s = (median(m.work for m in measured) for measured in runs.values())
+    first = (more_s - few_s) / (middle - options.small)
+    later = (many_s - more_s) / (options.large - middle)
+    print(f"time for a further image: {1e3 * first:.3f} ms from {options.small:,} to {middle:,}, "
+          f"{1e3 * later:.3f} ms from there to {options.large:,}: {later / first:.3f}")  # fmt: skip
     print(f"a second run over {options.large:,}: {seconds:.1f} s, {asked} requests")
 
 
