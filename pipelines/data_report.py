@@ -35,6 +35,7 @@ from pipelines import cluster, console, tracking
 from pipelines.config import cli, stop
 from pipelines.data_report_page import Shown, render
 from pipelines.parts import each
+from pipelines.records import SURE, detect
 from pipelines.report_content import Sample
 from pipelines.storage import Commit, Dataset, Store, StoreError
 
@@ -45,7 +46,8 @@ MOST_DOMAINS = 50_000
 _BATCH = 256
 _MOST_WORDS, _MOST_CHARACTERS = 1_000, 10_000  # longer captions are counted as so long
 _TEXT_CHARS = 600  # shown of a sample
-_LANGUAGES = ("language", "languages", "lang")
+UNSURE = "not sure"
+"""Of texts whose language is less likely than the filter wants it; short ones, mostly."""
 _NOT_THE_DOMAINS = ("annotations", "filter", "duplicates")  # stages that judge what came
 _CAPTION = "caption"  # the stage of rows about one caption of a record that is kept
 _HELD_OUT = re.compile(r"held out: (?:same picture as )?(.*)", re.DOTALL)
@@ -177,15 +179,13 @@ def _count_file(
     best: list[tuple[str, str, int]] = []
     name = posixpath.basename(unit["path"])  # as the commit's identity knows the file
     row = 0
-    path = dataset.store.path(dataset.name, unit["path"])
-    with pq.ParquetFile(path, filesystem=dataset.store.fs) as file:
-        for batch in file.iter_batches(batch_size=_BATCH):
-            add(counts, _kept(batch, source) if unit["kept"] else _set_aside(batch, source))
-            if unit["kept"]:
-                numbers = range(row, row + batch.num_rows)
-                drawn = ((_lot(f"{identity} {name} {n}"), unit["path"], n) for n in numbers)
-                best = heapq.nsmallest(samples, [*best, *drawn])
-            row += batch.num_rows
+    for batch in dataset.batches(unit["path"], _BATCH):
+        add(counts, _kept(batch, source) if unit["kept"] else _set_aside(batch, source))
+        if unit["kept"]:
+            numbers = range(row, row + batch.num_rows)
+            drawn = ((_lot(f"{identity} {name} {n}"), unit["path"], n) for n in numbers)
+            best = heapq.nsmallest(samples, [*best, *drawn])
+        row += batch.num_rows
     return {**counts, "samples": best}
 
 
@@ -215,13 +215,12 @@ def _kept(batch: pa.RecordBatch, source: str) -> dict[str, Any]:
         counts["captions_per_image"] = _values(map(len, captions))
         counts["words"] = _values(min(len(c.split()), _MOST_WORDS) for c in flat)
         counts["characters"] = _values(min(len(c), _MOST_CHARACTERS) for c in flat)
+        counts["languages"] = _languages(flat)
     if "text" in names:
         texts = [t or "" for t in batch["text"].to_pylist()]
         counts["text_characters"] = _octaves(map(len, texts))
         counts["total_bytes"] = sum(len(t.encode()) for t in texts)
-    for column in _LANGUAGES:
-        if column in names:
-            counts["languages"] = _languages(batch[column].to_pylist())
+        counts["languages"] = _languages(texts)
     if "url" in names:
         hosts = Counter(_domain(url) for url in batch["url"].to_pylist() if url)
         counts["domains"] = {host: {"": n} for host, n in hosts.items()}
@@ -263,13 +262,10 @@ def _octaves(values: Iterable[int | None]) -> dict[str, int]:
     )
 
 
-def _languages(values: Iterable[Any]) -> dict[str, int]:
-    """A row's languages: one, or a list with one for each caption."""
-    said: Counter[str] = Counter()
-    for value in values:
-        several = value if isinstance(value, list) else [value]
-        said.update(str(v) if v else "unknown" for v in several)
-    return dict(said)
+def _languages(texts: Iterable[str]) -> dict[str, int]:
+    """Counts by language, as `--language` would judge them."""
+    found = map(detect, texts)
+    return dict(Counter(name if sure >= SURE else UNSURE for name, sure in found))
 
 
 def _domain(url: str) -> str:

@@ -48,7 +48,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import signatures
@@ -191,10 +190,10 @@ def _signature(data: bytes) -> Signature | None:
 
 
 def _sign_file(store: Store, unit: dict[str, Any]) -> None:
-    path = store.path(unit["dataset"], unit["path"])
-    with pq.ParquetFile(path, filesystem=store.fs) as file:
-        wanted = {"id", "image", "text", "sha256"} & set(file.schema_arrow.names)
-        table = sign(file.iter_batches(batch_size=64, columns=sorted(wanted)))
+    batches = store.dataset(unit["dataset"]).batches(
+        unit["path"], 64, columns=["id", "image", "text", "sha256"]
+    )
+    table = sign(batches)
     store.write_table(_signatures_name(unit["dataset"], unit["path"]), table)
 
 

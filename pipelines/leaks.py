@@ -171,17 +171,15 @@ def _sign(dataset: Dataset, total: int) -> tuple[pa.Table, int]:
 
 def _images(dataset: Dataset) -> Iterator[list[tuple[str, bytes]]]:
     """Ids and image bytes, a few rows at a time."""
-    for path in dataset.paths():
-        with pq.ParquetFile(path, filesystem=dataset.store.fs) as file:
-            for batch in file.iter_batches(batch_size=64, columns=["id", "images"]):
-                ids = [str(id) for id in batch["id"].to_pylist()]
-                pairs = zip(ids, batch["images"].to_pylist(), strict=True)
-                yield list(
-                    itertools.chain.from_iterable(
-                        ((id, image["bytes"] or b"") for image in images or ())
-                        for id, images in pairs
-                    )
+    for file in dataset.commit().files:
+        for batch in dataset.batches(file.path, 64, columns=["id", "images"]):
+            ids = [str(id) for id in batch["id"].to_pylist()]
+            pairs = zip(ids, batch["images"].to_pylist(), strict=True)
+            yield list(
+                itertools.chain.from_iterable(
+                    ((id, image["bytes"] or b"") for image in images or ()) for id, images in pairs
                 )
+            )
 
 
 def _sign_one(data: bytes) -> Signature | None:

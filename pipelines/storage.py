@@ -389,6 +389,17 @@ class Dataset:
         self.store.write(f"{self.name}/{folder}/_part-{name}.json", record.to_json().encode())
         return record
 
+    def batches(
+        self, relative: str, rows: int, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """One of the dataset's files, at most so many rows at a time; of `columns` those it has."""
+        with self.store.fs.open_input_file(self.store.path(self.name, relative)) as source:
+            file = pq.ParquetFile(source)
+            if columns is not None:
+                columns = [name for name in columns if name in file.schema_arrow.names]
+            for group in range(file.num_row_groups):  # iter_batches keeps row groups it has left
+                yield from file.read_row_group(group, columns=columns).to_batches(rows)
+
     def write_table(self, relative: str, table: pa.Table) -> FileRecord:
         """Write a Parquet file below the dataset's folder."""
         sink = pa.BufferOutputStream()

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from beit3.text import BOS, EOS, TextTokenizer
@@ -38,6 +37,7 @@ from pipelines.storage import Commit, Store, fingerprint
 
 AHEAD = 2  # batches that are decoded while one is encoded
 PICTURES, DOCUMENTS = 32, 1024  # rows read at once
+GATHERED = 1024  # rows whose tokens are held as Python has them
 
 
 def image_tokens(patches: int) -> pa.Schema:
@@ -213,6 +213,10 @@ class _Columns:
     words: list[np.ndarray] = field(default_factory=list)
     captions: list[list[list[int]]] = field(default_factory=list)
 
+    def clear(self) -> None:
+        for rows in (self.ids, self.rows, self.views, self.words, self.captions):
+            rows.clear()
+
     def table(self) -> pa.Table:
         schema = image_tokens(self.patches)
         view = schema.field("views").type.value_type
@@ -246,6 +250,7 @@ class ImagePart:
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         columns, aside = _Columns(self.images.config.patches), []
+        tables = [columns.table()]  # as Arrow holds them, tokens take a sixth of the memory
         counts = np.zeros(self.images.config.codebook_size, np.int64)
         batch: list[_Picture] = []
 
@@ -256,6 +261,9 @@ class ImagePart:
                 counts[:] += np.bincount(words.ravel(), minlength=len(counts))
                 columns.words.append(words)
             batch.clear()
+            if len(columns.ids) >= GATHERED:
+                tables.append(columns.table())
+                columns.clear()
 
         for picture in self._pictures(unit):
             if picture.broken:
@@ -270,11 +278,12 @@ class ImagePart:
             if len(batch) * self.cfg.views >= self.batch:
                 encode()
         encode()
+        table = pa.concat_tables([*tables, columns.table()])
         return PartOutput(
-            columns.table(),
+            table,
             aside,
             {
-                "rows": len(columns.rows),
+                "rows": table.num_rows,
                 "set_aside": {"does not decode": len(aside)} if aside else {},
                 "words": {str(i): n for i, n in enumerate(counts.tolist()) if n},
             },
@@ -294,7 +303,7 @@ class ImagePart:
 
     def _rows(self, path: str) -> Iterator[dict[str, Any]]:
         columns = ["id", "image", "captions", "images", "examples"]
-        for batch in _batches(self.store, self.dataset.name, path, columns, PICTURES):
+        for batch in self.dataset.batches(path, PICTURES, columns=columns):
             yield from map(_as_pair, batch.to_pylist())
 
     def _decode(self, part: str, number: int, row: dict[str, Any]) -> _Picture:
@@ -345,7 +354,7 @@ class TextPart:
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         pieces, documents, tokens = [TEXT_TOKENS.empty_table()], 0, 0
         columns = ["id", "text"]
-        for batch in _batches(self.store, self.dataset.name, unit["path"], columns, DOCUMENTS):
+        for batch in self.dataset.batches(unit["path"], DOCUMENTS, columns=columns):
             made = self._cut(batch)
             pieces.append(made)
             documents += batch.num_rows
@@ -374,17 +383,6 @@ class TextPart:
         ]
         pieces = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(wrapped))
         return pa.table([pa.array(names, pa.string()), pieces], TEXT_TOKENS)
-
-
-def _batches(
-    store: Store, dataset: str, path: str, columns: list[str], rows: int
-) -> Iterator[pa.RecordBatch]:
-    """A part, some rows at a time; of the columns those that it has."""
-    with store.fs.open_input_file(store.path(dataset, path)) as source:
-        file = pq.ParquetFile(source)
-        columns = [name for name in columns if name in file.schema_arrow.names]
-        for group in range(file.num_row_groups):  # iter_batches holds on to row groups it has left
-            yield from file.read_row_group(group, columns=columns).to_batches(rows)
 
 
 def main() -> None:

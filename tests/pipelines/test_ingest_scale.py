@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import time
 from collections import Counter
@@ -17,6 +18,8 @@ import pytest
 from PIL import Image
 from two_nodes import Driver
 
+from pipelines import data_report
+from pipelines.data_report import DataReportConfig
 from pipelines.sample_world import World, WorldSize, generate, serve
 from pipelines.storage import Commit, Dataset, Store
 
@@ -163,6 +166,23 @@ def test_pandas_reads_it_and_the_checksums_hold(ingested: Ingested) -> None:
                         image.load()
                         assert image.size == (row.width, row.height)
             assert found == list(table["sha256"])
+
+
+@pytest.mark.slow
+def test_the_report_tells_of_every_record(ingested: Ingested, tmp_path: Path) -> None:
+    for source in ("cc12m", "text_files"):
+        dataset = ingested.dataset(source)
+        asked = DataReportConfig(ingested.store.uri, dataset.name, track=False)
+        folder = data_report.run(asked, here=True)
+        page = ingested.store.read(f"{folder}/report.html")
+        (tmp_path / f"{source}.html").write_bytes(page)
+        stats, commit = ingested.store.read_json(f"{folder}/stats.json"), dataset.commit()
+        assert stats["kept"] == commit.rows
+        assert stats["set_aside"] == sum(commit.stats["set_aside"].values())
+        reasons = [reason for of in stats["stages"].values() for reason in of]
+        assert sorted(reasons) == sorted(commit.stats["set_aside"])
+        assert all(html.escape(reason).encode() in page for reason in reasons)
+        assert max(stats["languages"], key=stats["languages"].get) == "en"
 
 
 @pytest.mark.slow
