@@ -24,13 +24,13 @@ def given(value: float, what: str, origin: str) -> Any:
 class Inputs:
     """Everything that the tables are computed from."""
 
-    cpu_ms: float = given(6.2, "CPU ms for an image from the web", "measured")
-    archive_ms: float = given(5.7, "CPU ms for an image from a tar", "measured")
-    text_mb: float = given(18.1, "MB of text a core reads in a second", "measured")
+    cpu_ms: float = given(4.3, "CPU ms for an image from the web", "measured")
+    archive_ms: float = given(3.5, "CPU ms for an image from a tar", "measured")
+    text_mb: float = given(19.5, "MB of text a core reads in a second", "measured")
     text_kept: float = given(0.4, "stored size of text / its size", "assumed")
-    stored_kb: float = given(28.5, "stored kB of an image, short side 288", "measured")
-    process_mb: float = given(775, "memory of a process, MB, at shards of 1,000", "measured")
-    fixed_mb: float = given(963, "memory of a node besides, MB", "measured")
+    stored_kb: float = given(33.9, "stored kB of an image, short side 288", "measured")
+    process_mb: float = given(557, "memory of a process, MB, at shards of 1,000", "measured")
+    fixed_mb: float = given(969, "memory of a node besides, MB", "measured")
     copies: float = given(3, "times that a part is in memory at once", "assumed")
 
     nodes: float = given(4, "nodes", "assumed")

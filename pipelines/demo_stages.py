@@ -148,7 +148,7 @@ def teacher(cfg: DemoConfig) -> contrast.ContrastConfig:
 
 def image_tokenizer(cfg: DemoConfig) -> train_image_tokenizer.ImageTokenizerConfig:
     base = train_image_tokenizer.PRESETS["tiny"]
-    steps = 5 if cfg.small else 200
+    steps = 5 if cfg.small else 800
     return dataclasses.replace(
         base,
         store=cfg.store_uri,
@@ -156,7 +156,11 @@ def image_tokenizer(cfg: DemoConfig) -> train_image_tokenizer.ImageTokenizerConf
         held_out="tasks/captioning/val",
         view=VIEW,
         train=dataclasses.replace(
-            base.train, steps=steps, warmup=steps // 10, checkpoint_every=100
+            base.train,
+            steps=steps,
+            warmup=steps // 10,
+            learning_rate=2e-3,
+            checkpoint_every=100,
         ),
     )
 
