@@ -1,4 +1,4 @@
-"""Batches on their way to a device."""
+"""Batches on their way to a device, and waiting for it."""
 
 from __future__ import annotations
 
@@ -27,3 +27,9 @@ def _moved(value: Any, device: torch.device) -> Any:
         parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         return dataclasses.replace(value, **{k: _moved(v, device) for k, v in parts.items()})
     return value
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

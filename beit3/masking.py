@@ -23,11 +23,10 @@ def block_mask(
     """
     if not 0 <= count <= grid * grid:
         raise ValueError(f"count {count} is not within 0..{grid * grid}")
-    mask = np.zeros((grid, grid), dtype=bool)
+    mask, left = np.zeros((grid, grid), dtype=bool), count
     smallest = min(min_block, max(1, count))
     log_aspect = math.log(min_aspect)
-    while mask.sum() < count:
-        left = count - int(mask.sum())
+    while left > 0:
         for _ in range(10):
             area = rng.uniform(min(smallest, left), left) if left > 1 else 1.0
             aspect = math.exp(rng.uniform(log_aspect, -log_aspect))
@@ -37,15 +36,16 @@ def block_mask(
             top = int(rng.integers(0, grid - height + 1))
             start = int(rng.integers(0, grid - width + 1))
             block = mask[top : top + height, start : start + width]
-            if 0 < block.size - block.sum() <= left:
+            fresh = block.size - int(np.count_nonzero(block))
+            if 0 < fresh <= left:
                 block[:] = True
+                left -= fresh
                 break
         else:
             break
     flat = mask.ravel()
-    missing = count - int(flat.sum())
-    if missing > 0:
-        flat[rng.choice(np.flatnonzero(~flat), missing, replace=False)] = True
+    if left > 0:
+        flat[rng.choice(np.flatnonzero(~flat), left, replace=False)] = True
     return mask
 
 

@@ -1,7 +1,8 @@
 """Masked data modelling and contrastive alignment: heads, losses, accuracies.
 
 Sources: "Image as a Foreign Language" section 2.2 (mask-then-predict on images, texts and pairs)
-and appendix A (the contrastive stage).
+and appendix A (the contrastive stage); "Masked Autoencoders Are Scalable Vision Learners" (arXiv
+2111.06377) section 3 for normalised pixels as the target.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from beit3.multiway import Layout, Read, Streams
 # In the order in which their places follow each other in a batch.
 IMAGE_OBJECTIVES = ("image", "pair_image")
 TEXT_OBJECTIVES = ("pair_text", "text")
+PIXEL_EPS = 1e-6
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ class MaskedBatch:
         objective with nothing to predict is absent.
     lengths: tokens of each text.
     pairs: how many of the pictures and texts are pairs.
-    ids: where the samples came from, for inspection.
+    ids, sources: each sample's own name and that of its dataset, for inspection.
     """
 
     images: Tensor
@@ -71,6 +74,7 @@ class MaskedBatch:
     lengths: tuple[int, ...]
     pairs: int
     ids: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
     @staticmethod
     def collate(
@@ -83,6 +87,7 @@ class MaskedBatch:
         *,
         pairs: int,
         ids: Sequence[str] = (),
+        sources: Sequence[str] = (),
     ) -> MaskedBatch:
         """Pack samples: pictures alone before those of pairs, captions before texts alone.
 
@@ -95,7 +100,7 @@ class MaskedBatch:
             texts: Ids of each text, uncorrupted; the first `pairs` of them belong to pairs.
             token_masks: Of each text, bool `[tokens]`, True where a token is to be predicted.
             mask_id: The id of `<mask>`.
-            ids: Of images alone, pairs and texts alone, in this order.
+            ids, sources: Of images alone, pairs and texts alone, in this order.
 
         Raises:
             ValueError: shapes or counts don't fit; the message names the argument.
@@ -114,10 +119,10 @@ class MaskedBatch:
             raise ValueError("token_masks: not of the lengths of texts")
         order = [*range(pairs), *sorted(range(pairs, len(texts)), key=lambda i: len(texts[i]))]
         texts, token_masks = [texts[i] for i in order], [token_masks[i] for i in order]
-        ids = [*ids[: len(images)], *(ids[len(images) + i - pairs] for i in order[pairs:] if ids)]
+        samples = [*range(len(images)), *(len(images) + i - pairs for i in order[pairs:])]
         lengths = tuple(len(text) for text in texts)
         patches = hidden_patches.shape[1] if len(images) else 0
-        text = torch.tensor([i for ids in texts for i in ids], dtype=torch.long)
+        text = torch.tensor([i for words in texts for i in words], dtype=torch.long)
         in_text = np.concatenate([*token_masks, np.zeros(0, bool)])
         text_places = torch.from_numpy(in_text).bool().nonzero().flatten()
         image_places = hidden_patches.flatten().nonzero().flatten()
@@ -129,12 +134,12 @@ class MaskedBatch:
         language = torch.cat([text_places, layout.starts]).unique()
         image_rows = torch.searchsorted(vision, tokens)
         text_rows = torch.searchsorted(language, text_places)
-        words = visual_words.flatten().long()
+        codes = visual_words.flatten().long()
         masked = {
             kind: Masked(targets[places], places, rows)
             for kind, places, rows, targets in (
-                ("image", image_places[:of_singles], image_rows[:of_singles], words),
-                ("pair_image", image_places[of_singles:], image_rows[of_singles:], words),
+                ("image", image_places[:of_singles], image_rows[:of_singles], codes),
+                ("pair_image", image_places[of_singles:], image_rows[of_singles:], codes),
                 ("pair_text", text_places[:of_pairs], text_rows[:of_pairs], text),
                 ("text", text_places[of_pairs:], text_rows[of_pairs:], text),
             )
@@ -152,40 +157,64 @@ class MaskedBatch:
             masked=masked,
             lengths=lengths,
             pairs=pairs,
-            ids=tuple(ids),
+            ids=tuple(ids[i] for i in samples) if ids else (),
+            sources=tuple(sources[i] for i in samples) if sources else (),
         )
 
 
 @dataclass(frozen=True)
 class ObjectiveWeights:
-    """Weight of each objective in the loss; 0 turns it off."""
+    """What is predicted, and the weight of each objective in the loss; 0 turns it off."""
 
     image: float = 1.0
-    """Visual words of images alone."""
+    """Hidden patches of images alone."""
     text: float = 1.0
     """Words of texts alone."""
     pair_image: float = 1.0
-    """Visual words of images with a caption."""
+    """Hidden patches of images with a caption."""
     pair_text: float = 1.0
     """Words of captions with an image."""
+    image_target: Literal["codes", "pixels"] = "codes"
+    """What is predicted of a hidden patch: its visual word, or its pixels, each patch normalised by
+    its own mean and deviation (mean squared error)."""
+
+    def __post_init__(self) -> None:
+        for name in (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"objectives.{name}: expected a weight of 0 or more, got {getattr(self, name)}"
+                )
 
 
 class MaskedDataModelling(nn.Module):
-    """BEiT-3 with its two pretraining heads, computed at masked positions only."""
+    """BEiT-3 with its two pretraining heads, computed at masked positions only.
+
+    The head of images is `image_head`, one output per visual word, or with pixels as the target
+    `pixel_head`, one per value of a patch.
+    """
 
     def __init__(self, config: ModelConfig, weights: ObjectiveWeights | None = None) -> None:
         super().__init__()
         self.backbone = BEiT3(config)
-        self.image_head = nn.Linear(config.hidden, config.codebook_size)
-        self.text_head = nn.Linear(config.hidden, config.vocab_size)
         self.weights = weights or ObjectiveWeights()
-        for head in (self.image_head, self.text_head):
+        self.pixels = self.weights.image_target == "pixels"
+        if self.pixels:
+            self.pixel_head = nn.Linear(config.hidden, 3 * config.patch_size**2)
+        else:
+            self.image_head = nn.Linear(config.hidden, config.codebook_size)
+        self.text_head = nn.Linear(config.hidden, config.vocab_size)
+        for head in (self.head_of_images, self.text_head):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
 
+    @property
+    def head_of_images(self) -> nn.Linear:
+        return self.pixel_head if self.pixels else self.image_head
+
     def predict(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        """Logits of each objective present: `[masked, codes]`, or `[masked, words]` of texts."""
-        return self._logits(self._hidden(batch), batch)
+        """What is predicted for each objective present: logits `[masked, codes]` of images (or
+        normalised pixels `[masked, patch * patch * 3]`), logits `[masked, words]` of texts."""
+        return self._predictions(self._hidden(batch), batch)
 
     def _hidden(self, batch: MaskedBatch) -> Streams:
         some = len(batch.images) > 0
@@ -197,10 +226,10 @@ class MaskedDataModelling(nn.Module):
             batch.read,
         )
 
-    def _logits(self, hidden: Streams, batch: MaskedBatch) -> dict[str, Tensor]:
-        logits: dict[str, Tensor] = {}
+    def _predictions(self, hidden: Streams, batch: MaskedBatch) -> dict[str, Tensor]:
+        predictions: dict[str, Tensor] = {}
         for head, output, kinds in (
-            (self.image_head, hidden.vision, IMAGE_OBJECTIVES),
+            (self.head_of_images, hidden.vision, IMAGE_OBJECTIVES),
             (self.text_head, hidden.language, TEXT_OBJECTIVES),
         ):
             present = [kind for kind in kinds if kind in batch.masked]
@@ -208,21 +237,47 @@ class MaskedDataModelling(nn.Module):
                 rows = [batch.masked[kind].rows for kind in present]
                 found = head(output.index_select(0, torch.cat(rows)))
                 parts = found.split([len(own) for own in rows])
-                logits |= dict(zip(present, parts, strict=True))
-        return logits
+                predictions |= dict(zip(present, parts, strict=True))
+        return predictions
 
     @torch.no_grad()
     def restore(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """The batch undone: visual words `[images, patches]` and text `[tokens]`, both with the
-        likeliest prediction at each hidden place and what was given at the others."""
+        likeliest prediction at each hidden place and what was given at the others. With pixels as
+        the target the visual words stay as they are; see `restore_pixels`."""
         words, text = batch.visual_words.clone(), batch.text.clone()
-        for kind, logits in self.predict(batch).items():
+        for kind, found in self.predict(batch).items():
+            if self.pixels and kind in IMAGE_OBJECTIVES:
+                continue
             whole = words.view(-1) if kind in IMAGE_OBJECTIVES else text
-            whole[batch.masked[kind].places] = logits.argmax(-1)
+            whole[batch.masked[kind].places] = found.argmax(-1)
         return words, text
 
+    @torch.no_grad()
+    def restore_pixels(self, batch: MaskedBatch) -> Tensor:
+        """The batch's images, uint8 `[images, 3, height, width]`, with the hidden patches as they
+        are predicted; a patch's mean and deviation, which nothing predicts, are the true ones.
+
+        Raises:
+            ValueError: pixels are not what is predicted.
+        """
+        if not self.pixels:
+            raise ValueError("restore_pixels: the target of images is codes")
+        size = self.backbone.config.patch_size
+        whole = patches(batch.images, size).float()
+        for kind, found in self.predict(batch).items():
+            if kind in IMAGE_OBJECTIVES:
+                places = batch.masked[kind].places
+                true = whole[places]
+                deviation = (true.var(-1, keepdim=True) + 255**2 * PIXEL_EPS).sqrt()
+                whole[places] = found.float() * deviation + true.mean(-1, keepdim=True)
+        grid = batch.images.shape[-2] // size, batch.images.shape[-1] // size
+        tiles = whole.round().clamp(0, 255).to(torch.uint8).view(-1, *grid, size, size, 3)
+        return tiles.permute(0, 5, 1, 3, 2, 4).reshape(batch.images.shape)
+
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        """The loss and, per objective present, `loss/*` and `accuracy/*` (scalars)."""
+        """The loss and, per objective present, `loss/*` and `accuracy/*` (scalars); pixels have no
+        accuracy. An objective of weight 0 is measured where the batch has it, and no more."""
         results: dict[str, Tensor] = {}
         hidden = self._hidden(batch)
         # What an objective would read stays in the graph though nothing of it is masked here:
@@ -230,16 +285,39 @@ class MaskedDataModelling(nn.Module):
         loss = self.text_head.bias.new_zeros(())
         for output in hidden:
             loss = loss if output is None else loss + output.sum() * 0.0
-        for head, kinds in ((self.image_head, IMAGE_OBJECTIVES), (self.text_head, TEXT_OBJECTIVES)):
-            if not any(kind in batch.masked for kind in kinds):
+        for head, kinds in (
+            (self.head_of_images, IMAGE_OBJECTIVES),
+            (self.text_head, TEXT_OBJECTIVES),
+        ):
+            if not any(kind in batch.masked and getattr(self.weights, kind) for kind in kinds):
                 loss = loss + (head.weight.sum() + head.bias.sum()) * 0.0
-        for name, logits in self._logits(hidden, batch).items():
-            targets = batch.masked[name].targets
-            results[f"loss/{name}"] = part = F.cross_entropy(logits.float(), targets)
-            results[f"accuracy/{name}"] = (logits.argmax(-1) == targets).float().mean()
-            loss = loss + getattr(self.weights, name) * part
+        for name, found in self._predictions(hidden, batch).items():
+            if self.pixels and name in IMAGE_OBJECTIVES:
+                part = F.mse_loss(found.float(), self._pixels(batch, batch.masked[name].places))
+            else:
+                targets = batch.masked[name].targets
+                part = F.cross_entropy(found.float(), targets)
+                results[f"accuracy/{name}"] = (found.argmax(-1) == targets).float().mean()
+            weight = getattr(self.weights, name)
+            results[f"loss/{name}"] = part if weight else part.detach()
+            if weight:
+                loss = loss + weight * part
         results["loss"] = loss
         return results
+
+    def _pixels(self, batch: MaskedBatch, places: Tensor) -> Tensor:
+        """Patches `[places, patch * patch * 3]`, each with mean 0 and deviation 1."""
+        size = self.backbone.config.patch_size
+        true = patches(batch.images, size)[places].float() / 255
+        centred = true - true.mean(-1, keepdim=True)
+        return centred / (true.var(-1, keepdim=True) + PIXEL_EPS).sqrt()
+
+
+def patches(images: Tensor, size: int) -> Tensor:
+    """`[images, 3, height, width]` cut into patches: `[images * patches, size * size * 3]`, in the
+    order in which the model reads them."""
+    tiles = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(0, 2)
 
 
 class DualEncoder(nn.Module):

@@ -16,22 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from beit3.device import synchronise
+
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SAMPLING_SECONDS = 0.005
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def machine(device: torch.device) -> str:
@@ -120,26 +115,6 @@ def resident_bytes() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of large square matrix products: the median of ten of each size, the best size's.
-
-    fp32 is fp32: on a GPU, TF32 stays off unless the caller turned it on.
-    """
-    sizes = (1024, 2048, 3072) if device.type == "cpu" else (4096, 8192, 12288)
-    best = 0.0
-    for size in sizes:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-
-        def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
-            torch.mm(a, b, out=out)
-
-        product()
-        typical = median(seconds(product, device) for _ in range(10))
-        best = max(best, 2 * size**3 / typical)
-    return best
 
 
 def counted_flops(work: Callable[[], object]) -> int:

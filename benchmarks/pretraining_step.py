@@ -19,7 +19,8 @@ Prints, of both and as a ratio:
 
 - samples per second and seconds per step, fastest and slowest beside the median, and the seconds
   that CPU cores were busy with a step, which suffer less from what else runs on the machine;
-- peak memory above model and batch, gradients included (they are the same in both);
+- peak memory above model and batch, gradients included (they are the same in both), and what
+  `beit3.memory` estimates of ours;
 - FLOPs of a step as counted while it runs (torch.utils.flop_counter), and the machine's peak: the
   fastest matrix product of the same precision and threads found in the same run (where the least
   found is far below it, the machine was busy, and so is the utilisation too low);
@@ -42,8 +43,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from beit3.config import PRESETS, ModelConfig
+from beit3.config import PRESETS
 from beit3.device import to_device
+from beit3.flops import StepShape, masked_step, matmul_peak
+from beit3.memory import activation_bytes
 from beit3.objectives import MaskedDataModelling
 from benchmarks import _measure, plain
 from benchmarks._samples import Samples, describe, draw
@@ -145,34 +148,9 @@ def inspect_step(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_peak(options: argparse.Namespace) -> dict[str, Any]:
     dtype = _measure.DTYPES[options.precision]
-    peak = _measure.matmul_peak(torch.device(options.device), dtype)
-    return {"peak": peak}
-
-
-def needed_flops(config: ModelConfig, samples: Samples) -> float:
-    """FLOPs that a step needs: no padding, nothing twice, nothing that no loss reads.
-
-    After the last block's attention only masked positions, `[CLS]` and `<s>` are read. A matrix
-    product costs two per weight and row; its backward pass twice that. Pixels need no gradient.
-    """
-    image_tokens = 1 + config.patches
-    texts = [len(text) for text in samples.texts]
-    singles = len(samples.images) - samples.pairs
-    tokens = len(samples.images) * image_tokens + sum(texts)
-    lengths = [image_tokens] * singles
-    lengths += [image_tokens + n for n in texts[: samples.pairs]]
-    lengths += texts[samples.pairs :]
-    masked = sum(int(mask.sum()) for mask in samples.token_masks)
-    read = int(samples.hidden_patches.sum()) + masked + len(samples.images) + len(texts)
-    qkv, rest = 3 * config.hidden**2, config.hidden**2 + 2 * config.hidden * config.mlp
-    linear = config.layers * tokens * qkv + ((config.layers - 1) * tokens + read) * rest
-    attention = 2 * config.hidden * sum(n * n for n in lengths)
-    patch = 3 * config.patch_size**2
-    patches = len(samples.images) * config.patches * patch * config.hidden
-    codes = int(samples.hidden_patches.sum()) * config.codebook_size * config.hidden
-    words = masked * config.vocab_size * config.hidden
-    layers = linear + config.layers * attention
-    return 2.0 * (3 * (layers + codes + words) + 2 * patches)
+    device = torch.device(options.device)
+    sides = (1024, 2048, 3072) if device.type == "cpu" else (4096, 8192, 12288)
+    return {"peak": matmul_peak(device, dtype, sides, repeats=10)}
 
 
 @dataclass
@@ -219,7 +197,8 @@ def measure(
 def report(options: argparse.Namespace, results: dict[str, Result], peaks: list[float]) -> str:
     config, samples = PRESETS[options.preset], samples_of(options)
     ours, other = results["ours"], results["plain"]
-    needed, peak = needed_flops(config, samples), max(peaks)
+    shape = StepShape.of(samples.packed())
+    needed, peak = masked_step(config, shape), max(peaks)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MaskedDataModelling(config).parameters())
     lines = [
@@ -249,6 +228,8 @@ def report(options: argparse.Namespace, results: dict[str, Result], peaks: list[
     row("CPU seconds per step", median(ours.busy), median(other.busy), 3)
     row("peak memory, GiB", median(ours.memory) / GIB, median(other.memory) / GIB)
     both("  of it gradients", parameters * 4 / GIB)
+    estimate = activation_bytes(config, shape, options.precision)
+    lines.append(f"{'  estimated':34}{(estimate + parameters * 4) / GIB:10.2f}")
     row("counted GFLOP per step", ours.flops / 1e9, other.flops / 1e9, 0)
     both("needed GFLOP per step", needed / 1e9, 0)
     both("matrix-product peak, GFLOP/s", peak / 1e9, 0)

@@ -1,140 +1,200 @@
 """Checkpoints that any number of workers and any ZeRO stage can resume.
 
-DeepSpeed's own files are pickles cut to one world size. Here each parameter's fp32 value and its
-two Adam moments are gathered whole and written as safetensors, so a checkpoint does not know how
-many workers wrote it.
+DeepSpeed's own files are pickles cut to one world size. Here each parameter's fp32 value, its two
+Adam moments and, where there is one, its average are gathered whole and written as safetensors, so
+a checkpoint does not know how many workers wrote it. Training goes on while they are written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from pipelines import bundles
+from pipelines import bundles, zero
+from pipelines.recipe import TrainConfig
 from pipelines.storage import Store, StoreError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from pipelines.zero import AVERAGE, MOMENTS
 
 
 def folder(run: str, step: int) -> str:
     return f"{run}/checkpoints/step-{step:08d}"
 
 
-def save(store: Store, run: str, step: int, engine: Any, *, rank: int, keep: int) -> None:
-    """Write the state after `step` steps; every worker must call this, rank 0 writes.
+class Writer:
+    """Writes a run's checkpoints beside the training, one at a time; every worker has one.
 
-    Older checkpoints than the newest `keep` are deleted.
+    As a context it ends when the last one is written. What went wrong in writing one is raised by
+    the next `save`, by `wait` or at the end, on rank 0.
     """
-    module: nn.Module = engine.module
-    _link_moments(engine)
-    optimizer: dict[str, Tensor] = {}
-    for name, parameter in _trainable(module):
-        for part, value in _full_state(engine, parameter).items():
-            if rank == 0:
-                optimizer[f"{name}:{part}"] = value.detach().cpu().clone().contiguous()
-    if rank != 0:
-        return
-    weights = {k: v.detach().cpu().clone().contiguous() for k, v in module.state_dict().items()}
-    with tempfile.TemporaryDirectory() as temporary:
-        save_file(weights, Path(temporary) / "model.safetensors")
-        save_file(optimizer, Path(temporary) / "optimizer.safetensors")
-        bundles.save(store, folder(run, step), Path(temporary), {"step": step})
-    for old in _steps(store, run)[:-keep]:
-        store.delete(folder(run, old))
+
+    def __init__(self, store: Store, run: str, config: TrainConfig) -> None:
+        self.store, self.run, self.config = store, run, config
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, engine: Any) -> None:
+        """Copy the state after `step` steps to CPU memory, and begin to write it.
+
+        Every worker must call this; rank 0 writes. It waits until the one before is written. Older
+        checkpoints are deleted then, but `keep_checkpoints` and each `keep_every`-th step's.
+        """
+        self.wait()
+        files = _copy(engine)
+        if dist.get_rank() == 0:
+            self._pending = self._thread.submit(self._write, step, files)
+
+    @property
+    def writing(self) -> bool:
+        return self._pending is not None and not self._pending.done()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            StoreError, OSError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        try:
+            self.wait()
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"nor was the last checkpoint written: {failed!r}")
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, tensors in files.items():
+                save_file(tensors, Path(temporary) / name)
+            bundles.save(self.store, folder(self.run, step), Path(temporary), {"step": step})
+        for old in self._superfluous(step):
+            self.store.delete(folder(self.run, old))
+
+    def _superfluous(self, newest: int) -> list[int]:
+        """Steps whose checkpoints may go; of later ones, which a run passed by, it says nothing."""
+        config = self.config
+        before = [s for s in _begun(self.store, self.run) if s <= newest]
+        whole = [s for s in before if bundles.exists(self.store, folder(self.run, s))]
+        kept = set(whole[-config.keep_checkpoints :])
+        if config.keep_every:
+            kept.update(s for s in whole if s % config.keep_every == 0)
+        return [s for s in before if s not in kept]
 
 
 def restore(store: Store, run: str, engine: Any, say: Callable[[str], None]) -> int:
-    """Load the newest sound checkpoint into the engine; returns its step, 0 if there is none.
+    """Load the newest sound checkpoint into an engine that hasn't stepped yet; returns its step.
 
-    A damaged checkpoint is named to `say` and the one before it is taken.
+    0 if there is none. Every worker must call this; rank 0 reads. A damaged checkpoint is named to
+    `say` and the one before it is taken.
     """
-    for step in reversed(_steps(store, run)):
-        with tempfile.TemporaryDirectory() as temporary:
-            try:
-                bundles.load(store, folder(run, step), Path(temporary))
-            except StoreError as error:
-                say(f"checkpoint of step {step} is damaged, trying an older: {error}")
-                continue
-            engine.module.load_state_dict(load_file(Path(temporary) / "model.safetensors"))
-            optimizer = load_file(Path(temporary) / "optimizer.safetensors")
-        _create_moments(engine, step)
-        _link_moments(engine)
-        for name, parameter in _trainable(engine.module):
-            state = {k: optimizer[f"{name}:{k}"] for k in ("value", *MOMENTS)}
-            _set_full_state(engine, parameter, state, step)
-        return step
+    with tempfile.TemporaryDirectory() as temporary:
+        step = _fetch(store, run, Path(temporary), say) if dist.get_rank() == 0 else 0
+        local = Path(temporary) / str(step)
+        step, averaged = _agreed(step, (local / "average.safetensors").exists())
+        if not step:
+            return 0
+        with _reader(local / "model.safetensors") as read:
+            for name, tensor in engine.module.state_dict(keep_vars=True).items():
+                zero.set_weight(tensor, read(name, tensor))
+        zero.refresh(engine)
+        zero.create_state(engine, step, (*MOMENTS, AVERAGE) if averaged else MOMENTS)
+        with _reader(local / "optimizer.safetensors") as read:
+            for name, parameter in zero.trainable(engine.module):
+                for moment in MOMENTS:
+                    value = read(f"{name}:{moment}", parameter)
+                    zero.set_state(engine, parameter, moment, value)
+        if averaged:
+            with _reader(local / "average.safetensors") as read:
+                for name, parameter in zero.trainable(engine.module):
+                    zero.set_state(engine, parameter, AVERAGE, read(name, parameter))
+    return step
+
+
+def _copy(engine: Any) -> dict[str, dict[str, Tensor]]:
+    """A checkpoint's files, tensors by name, whole and in CPU memory; empty ones but on rank 0."""
+    module, first = engine.module, dist.get_rank() == 0
+    zero.link_state(engine)
+    model, optimizer, average = {}, {}, {}
+
+    def keep(tensors: dict[str, Tensor], name: str, value: Tensor) -> None:
+        if first:
+            tensors[name] = value.to("cpu", copy=True).contiguous()
+
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        keep(model, name, zero.whole_weight(tensor))
+    averaged = zero.has_average(engine)
+    for name, parameter in zero.trainable(module):
+        for moment in MOMENTS:
+            keep(optimizer, f"{name}:{moment}", zero.whole_state(engine, parameter, moment))
+        if averaged:
+            keep(average, name, zero.whole_state(engine, parameter, AVERAGE))
+    files = {"model.safetensors": model, "optimizer.safetensors": optimizer}
+    return files | ({"average.safetensors": average} if averaged else {})
+
+
+def _fetch(store: Store, run: str, to: Path, say: Callable[[str], None]) -> int:
+    """Copy the newest sound checkpoint to `to/<step>`; returns its step, 0 if there is none."""
+    for step in reversed(_begun(store, run)):
+        name = folder(run, step)
+        if not bundles.exists(store, name):
+            continue
+        try:
+            bundles.load(store, name, to / str(step))
+            return step
+        except StoreError as error:
+            say(f"checkpoint of step {step} is damaged, trying an older: {error}")
     return 0
 
 
-def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-
-
-def _steps(store: Store, run: str) -> list[int]:
-    """Steps of the complete checkpoints, ascending."""
+def _begun(store: Store, run: str) -> list[int]:
+    """Steps of which there is a checkpoint or part of one, ascending."""
     names = [n for n in store.list(f"{run}/checkpoints") if n.startswith("step-")]
-    steps = sorted(int(n.removeprefix("step-")) for n in names)
-    return [s for s in steps if bundles.exists(store, folder(run, s))]
+    return sorted(int(n.removeprefix("step-")) for n in names)
 
 
-def _full_state(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """A parameter's fp32 value and moments, gathered from the workers that hold their parts."""
-    if engine.zero_optimization_stage() == 0:
-        state = engine.optimizer.state[parameter]
-        return {"value": parameter, **{k: state[k] for k in MOMENTS}}
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    full = {"value": safe_get_full_fp32_param(parameter)}
-    return full | {k: safe_get_full_optimizer_state(parameter, k) for k in MOMENTS}  # type: ignore[return-value]
+def _agreed(step: int, averaged: bool) -> tuple[int, bool]:
+    """What rank 0 found."""
+    found = [(step, averaged)]
+    dist.broadcast_object_list(found, 0)
+    return found[0]
 
 
-def _set_full_state(
-    engine: Any, parameter: nn.Parameter, state: dict[str, Tensor], step: int
-) -> None:
-    device = parameter.device
-    if engine.zero_optimization_stage() == 0:
-        with torch.no_grad():
-            parameter.copy_(state["value"])
-        engine.optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            **{k: state[k].to(device) for k in MOMENTS},
-        }
-        return
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+@contextlib.contextmanager
+def _reader(file: Path) -> Iterator[Callable[[str, Tensor], Tensor]]:
+    """A function that reads a tensor, whole, on the device and of the type of a parameter.
 
-    safe_set_full_fp32_param(parameter, state["value"].to(device))
-    for k in MOMENTS:
-        safe_set_full_optimizer_state(parameter, state[k].to(device), k)
-
-
-def _create_moments(engine: Any, step: int) -> None:
-    """Give the flat partitions that ZeRO optimises the moments that a first step would create."""
-    if engine.zero_optimization_stage() == 0:
-        return
-    base = engine.optimizer.optimizer
-    for group in base.param_groups:
-        for flat in group["params"]:
-            zeros = {k: torch.zeros_like(flat) for k in MOMENTS}
-            base.state[flat] = {"step": torch.tensor(float(step)), **zeros}
-
-
-def _link_moments(engine: Any) -> None:
-    """Tell each parameter where its moments lie in the flat partitions.
-
-    DeepSpeed links them after the first parameter group has stepped, when the others have none yet.
+    Rank 0 has the file and gives it to the other workers, which must read the same in turn.
     """
-    if engine.zero_optimization_stage() == 0:
-        return
-    from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-    zero = engine.optimizer
-    for parameters, flat in zip(
-        zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
-    ):
-        lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
+    with contextlib.ExitStack() as stack:
+        source: Any = None
+        if dist.get_rank() == 0:
+            source = stack.enter_context(safe_open(file, framework="pt"))
+
+        def read(name: str, like: Tensor) -> Tensor:
+            if source is not None:
+                value = source.get_tensor(name).to(like.device, like.dtype)
+            else:
+                value = torch.empty(zero.shape(like), device=like.device, dtype=like.dtype)
+            dist.broadcast(value, 0)
+            return value
+
+        yield read

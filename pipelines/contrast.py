@@ -9,7 +9,7 @@ Leaves the bundle `models/<name>`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,21 @@ from torch import Tensor, nn
 from beit3 import weights
 from beit3.config import PRESETS as MODELS
 from beit3.config import ModelConfig
+from beit3.flops import contrastive_step
 from beit3.objectives import DualEncoder
+from beit3.tasks.retrieval import recalls
 from beit3.text import TextTokenizer
+from beit3.transforms import WHOLE, apply_view, decode
 from pipelines import cluster, config, models, train_text_tokenizer
+from pipelines.loader import ParquetRows
+from pipelines.prepare_task import read_examples
 from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.storage import Store, fingerprint
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
+
+EVALUATED = 64  # pictures, or texts, encoded at once
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,19 @@ class ContrastConfig:
     batch_size: int = 256
     """Pairs of a batch, over all workers."""
     max_text_length: int = 64
+    held_out: str = ""
+    """Pictures with captions that are not trained on (`tasks/retrieval/val`, `images/<name>`): each
+    evaluation finds captions by picture and pictures by caption among them; empty: none does."""
+    held_out_images: int = 1000
+    """How many of them, the first ones. Recall is of one in so many: compare like with like."""
     view: ViewConfig = field(default_factory=ViewConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         if not self.images:
             raise ValueError("images: name at least one dataset")
+        if self.held_out_images < 1:
+            raise ValueError(f"held_out_images: expected at least 1, got {self.held_out_images}")
 
 
 PRESETS = {
@@ -124,6 +138,9 @@ class ContrastRecipe:
     def samples_per_batch(self) -> int:
         return self.cfg.batch_size
 
+    def flops(self, batch: ContrastBatch) -> float:
+        return contrastive_step(self.model, len(batch.images), batch.lengths)
+
     def batches(self, rank: int, world: int) -> Callable[[int], ContrastBatch]:
         store = Store(self.cfg.store)
         samples = Samples(
@@ -154,13 +171,78 @@ class ContrastRecipe:
         return batch
 
     def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
-        return {}
+        """Recall at 1, 5 and 10, both ways, on held-out pictures and captions."""
+        if not self.cfg.held_out:
+            return {}
+        assert isinstance(module, _Module)
+        pictures: list[np.ndarray] = []
+        texts: list[np.ndarray] = []
+        owners: list[int] = []
+        for rows in self._held_out():
+            said = [
+                (len(pictures) * EVALUATED + i, text)
+                for i, row in enumerate(rows)
+                for text in _captions(row)
+            ]
+            pictures.append(self._encode_pictures(module.model, rows))
+            for start in range(0, len(said), EVALUATED):
+                part = said[start : start + EVALUATED]
+                texts.append(self._encode_texts(module.model, [text for _, text in part]))
+                owners += [owner for owner, _ in part]
+        return recalls(np.concatenate(pictures), np.concatenate(texts), np.array(owners))
+
+    def _held_out(self) -> Iterator[list[dict[str, Any]]]:
+        """Rows of the held-out set, all but the last so many at once."""
+        source = ParquetRows([Store(self.cfg.store).dataset(self.cfg.held_out)])
+        left = self.cfg.held_out_images
+        waiting: list[dict[str, Any]] = []
+        for group in source.groups:
+            rows = source.table(group.dataset, group.path, group.index).slice(0, left).to_pylist()
+            left -= len(rows)
+            waiting += [row for row in rows if any(_captions(row))]
+            while len(waiting) >= EVALUATED:
+                yield waiting[:EVALUATED]
+                waiting = waiting[EVALUATED:]
+            if not left:
+                break
+        if waiting:
+            yield waiting
+
+    def _encode_pictures(self, model: DualEncoder, rows: list[dict[str, Any]]) -> np.ndarray:
+        size = self.model.image_size
+        pixels = [apply_view(decode(_image(row)), WHOLE, size) for row in rows]
+        images = torch.from_numpy(np.stack(pixels)).to(model.logit_scale.device)
+        return model.encode_images(images).float().cpu().numpy()
+
+    def _encode_texts(self, model: DualEncoder, texts: list[str]) -> np.ndarray:
+        ids = [
+            self.tokenizer.wrap(i, self.cfg.max_text_length)
+            for i in map(self.tokenizer.encode, texts)
+        ]
+        packed = torch.tensor([i for text in ids for i in text]).to(model.logit_scale.device)
+        return model.encode_texts(packed, [len(text) for text in ids]).float().cpu().numpy()
 
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
         assert isinstance(module, _Module)
         weights.save(folder, module.model, self.model, kind="dual_encoder")
         models.add_tokenizer(folder, self.tokenizer)
-        return {"kind": "dual_encoder", "text_tokenizer": self.tokenizer.identity}
+        data = [f"images/{name}" for name in self.cfg.images]
+        return {
+            "kind": "dual_encoder",
+            "text_tokenizer": self.tokenizer.identity,
+            **models.provenance(Store(self.cfg.store), self.cfg, data),
+        }
+
+
+def _image(row: dict[str, Any]) -> bytes:
+    """Of a row of `images/*`, or of a prepared task's."""
+    return (row["image"] if "image" in row else row["images"][0])["bytes"]
+
+
+def _captions(row: dict[str, Any]) -> list[str]:
+    if "captions" in row:
+        return row["captions"] or []
+    return [example.text for example in read_examples(row) if example.text]
 
 
 def run(cfg: ContrastConfig) -> dict[str, Any]:
@@ -175,6 +257,8 @@ def run(cfg: ContrastConfig) -> dict[str, Any]:
         tokenizer = train_text_tokenizer.load(store, cfg.text_tokenizer)
         models.check_vocabulary(tokenizer, model)
     inputs = [store.dataset(f"images/{name}").commit().identity for name in cfg.images]
+    if cfg.held_out:
+        store.dataset(cfg.held_out).commit()  # missing: said before training
     if cfg.train.workers:
         cluster.start()
     return fit(

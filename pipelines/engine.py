@@ -33,9 +33,13 @@ def build(run: Run, module: nn.Module) -> Any:
             head_scale=config.head_scale,
         )
         optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps
+            groups,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            fused=config.offload,  # on a CPU about as fast as DeepSpeed's, which needs a compiler
         )
-        settings = {
+        settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # ours is a packed batch: one object a step
             "gradient_accumulation_steps": config.accumulate,
             "gradient_clipping": config.clip,
@@ -43,6 +47,12 @@ def build(run: Run, module: nn.Module) -> Any:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
+        if config.offload:
+            settings["zero_optimization"]["offload_optimizer"] = {
+                "device": "cpu",
+                "pin_memory": config.gpus_per_worker > 0,
+            }
+            settings["zero_force_ds_cpu_optimizer"] = False
         if config.precision == "bf16":
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)

@@ -6,18 +6,22 @@ number of *streams*, equal to one row, each shuffled within windows; sample `p` 
 next row of stream `p mod streams`, so an epoch has every row once. Workers share the streams out,
 so each reads few row groups, each row group once, and a run resumed on another number of workers
 sees the same batches.
+
+Sources with weights keep an order each, and `Mix` deals the sample numbers out to them.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import math
 import posixpath
 import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -28,7 +32,9 @@ from pipelines.storage import ROW_GROUP_ROWS, Dataset, StoreError
 
 STREAMS = 64
 WINDOW = 4 * ROW_GROUP_ROWS  # rows among which a stream is shuffled
-CACHED_GROUPS = 2 * STREAMS
+TURNS = 16  # of a lane of a mix, among which its sources are shuffled
+SPREAD = 37  # odd; of those tried it kept a mix's shares closest to its weights
+CACHED_BYTES = 1 << 30  # of row groups, by a `ParquetRows`
 
 B = TypeVar("B")
 
@@ -46,9 +52,17 @@ class RowGroup:
 class ParquetRows:
     """Random access to the rows of committed datasets, one row group at a time, with a cache."""
 
-    def __init__(self, datasets: Sequence[Dataset], columns: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        columns: Sequence[str] | None = None,
+        *,
+        arrow: Sequence[str] = (),
+    ) -> None:
+        """`arrow`: columns whose values stay Arrow scalars in rows; the others become Python's."""
         self.datasets = list(datasets)
         self.columns = list(columns) if columns else None
+        self.arrow = list(arrow)
         self.groups: list[RowGroup] = []
         for number, dataset in enumerate(self.datasets):
             for file in dataset.commit().files:
@@ -60,11 +74,13 @@ class ParquetRows:
             raise StoreError(f"no rows to train on: the datasets are empty ({names})")
         self.rows = sum(group.rows for group in self.groups)
         self._cache: OrderedDict[tuple[int, str, int], pa.Table] = OrderedDict()
+        self._cached_bytes = 0
         self._lock = threading.Lock()
 
     def row(self, group: RowGroup, index: int) -> dict[str, Any]:
-        table = self.table(group.dataset, group.path, group.index)
-        return table.slice(index, 1).to_pylist()[0]
+        table = self.table(group.dataset, group.path, group.index).slice(index, 1)
+        kept = {name: table.column(name)[0] for name in self.arrow}
+        return table.drop_columns(self.arrow).to_pylist()[0] | kept
 
     def table(self, dataset: int, path: str, index: int) -> pa.Table:
         key = (dataset, path, index)
@@ -78,8 +94,10 @@ class ParquetRows:
             columns = self.columns and [c for c in self.columns if c in file.schema_arrow.names]
             table = file.read_row_group(index, columns=columns)
             self._cache[key] = table
-            while len(self._cache) > CACHED_GROUPS:
-                self._cache.popitem(last=False)
+            self._cached_bytes += table.nbytes
+            while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
+                _, oldest = self._cache.popitem(last=False)
+                self._cached_bytes -= oldest.nbytes
             return table
 
 
@@ -122,6 +140,65 @@ class Order:
         return rng.permutation(min(WINDOW, rows - window * WINDOW))
 
 
+class Mix:
+    """Sources drawn by weight: `locate(g)` and `epoch_of(g)`, as an `Order` has them.
+
+    Sample numbers are dealt out to `STREAMS` lanes in turn. `TURNS` turns of a lane have every
+    source as often as its weight says, rounded, in shuffled order. What rounding leaves is carried
+    on, in each lane from another remainder: `STREAMS * TURNS` samples have the weights' shares to
+    within a few samples, and a run of any length does too. The n-th time that a lane draws a source
+    it takes sample `n * STREAMS + lane` of the source's own order, so a worker still reads only its
+    streams of each.
+    """
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int) -> None:
+        self.orders, self.seed = list(orders), seed
+        exact = [Fraction(str(weight)) for weight in weights]
+        # Of the turns that the sources before it leave, the share that each source takes.
+        self.shares = [own / sum(exact[i:]) for i, own in enumerate(exact)]
+        self._block = functools.lru_cache(maxsize=2 * STREAMS)(self._deal)
+
+    def locate(self, sample: int) -> tuple[RowGroup, int]:
+        source, number = self.draw(sample)
+        return self.orders[source].locate(number)
+
+    def epoch_of(self, sample: int) -> int:
+        """How often the sample's own source was gone through before."""
+        source, number = self.draw(sample)
+        return self.orders[source].epoch_of(number)
+
+    def draw(self, sample: int) -> tuple[int, int]:
+        """The source of a sample number, and which sample of that source's order it is."""
+        turn, lane = divmod(sample, STREAMS)
+        block, inside = divmod(turn, TURNS)
+        source, times = self._block(lane, block)[inside]
+        return source, times * STREAMS + lane
+
+    def times(self, lane: int, turns: int) -> list[int]:
+        """How often each source is drawn in the first turns of a lane.
+
+        A lane splits its turns between the first source and the others, what those get between
+        the second and the rest, and so on. Each count grows by 0 or 1 a turn, whatever the weights.
+        """
+        counts, left = [], turns
+        for number, share in enumerate(self.shares):
+            place = lane * SPREAD**number % STREAMS  # other lanes are early with each source
+            counts.append(math.floor(left * share + Fraction(2 * place + 1, 2 * STREAMS)))
+            left -= counts[-1]
+        return counts
+
+    def _deal(self, lane: int, block: int) -> list[tuple[int, int]]:
+        """Of each turn of a block the source, and how often the lane drew that before."""
+        start, end = self.times(lane, block * TURNS), self.times(lane, (block + 1) * TURNS)
+        sources = np.repeat(np.arange(len(start)), np.subtract(end, start))
+        np.random.default_rng((self.seed, lane, block)).shuffle(sources)
+        dealt = []
+        for source in sources.tolist():
+            dealt.append((source, start[source]))
+            start[source] += 1
+        return dealt
+
+
 def share(step: int, batch: int, rank: int, world: int) -> list[int]:
     """The sample numbers of a global batch that fall to one worker.
 
@@ -136,7 +213,15 @@ def share(step: int, batch: int, rank: int, world: int) -> list[int]:
 class Prefetcher(Generic[B]):
     """Makes the batches of coming steps in the background, in order."""
 
-    def __init__(self, make: Callable[[int], B], steps: range, depth: int = 2) -> None:
+    def __init__(
+        self,
+        make: Callable[[int], B],
+        steps: range,
+        depth: int = 2,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        """`close` is called when no further batch will be made."""
+        self._close = close
         self._queue: queue.Queue[tuple[B | None, BaseException | None]] = queue.Queue(depth)
         self._closed = threading.Event()
         self._end: BaseException | None = None
@@ -175,4 +260,6 @@ class Prefetcher(Generic[B]):
 
     def close(self) -> None:
         self._closed.set()
+        if self._close:
+            self._close()
         self._thread.join(timeout=10)

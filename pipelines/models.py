@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,35 @@ from beit3 import weights
 from beit3.config import ModelConfig
 from beit3.text import TextTokenizer
 from pipelines import bundles, config
-from pipelines.storage import Store
+from pipelines.storage import Store, code_version
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
 # Where and how fast a job runs does not change what it makes, to rounding.
 INDIFFERENT = {
     "store": "",
+    "dry_run": False,
+    "assume": None,
     "workers": 0,
     "gpus_per_worker": 0,
     "cpus_per_worker": 0,
     "threads": 0,
+    "loader_workers": 0,
+    "inspect_step": None,
     "max_failures": 0,
     "checkpoint_every": 0,
     "keep_checkpoints": 0,
+    "keep_every": 0,
     "log_every": 0,
     "evaluate_every": 0,
+    "on_bad_step": "",
+    "spike_factor": 0,
+    "max_bad_steps": 0,
+    "spot_notice": False,
+    "max_hours": 0,
+    "max_cost": 0,
+    "price_per_hour": 0,
     "zero_stage": 0,
+    "offload": False,
 }
 
 
@@ -80,3 +93,28 @@ def decisive(cfg: Any) -> dict[str, Any]:
     for part in (plain, plain.get("train", {})):
         part.update({k: v for k, v in INDIFFERENT.items() if k in part})
     return plain
+
+
+def provenance(store: Store, cfg: Any, datasets: Sequence[str]) -> dict[str, Any]:
+    """What a bundle says of its making: configuration, code, and data with what they come from."""
+    return {
+        "config": config.to_dict(cfg),
+        "code": code_version(),
+        "data": [_origin(store, name) for name in datasets],
+    }
+
+
+def _origin(store: Store, name: str) -> dict[str, Any]:
+    """A dataset's commit in short, and those of the datasets that it was made from."""
+    commit = store.dataset(name).find_commit()
+    if commit is None:  # of data that were deleted after tokenizing
+        return {"dataset": name, "missing": True}
+    found: dict[str, Any] = {"dataset": name, "identity": commit.identity, "rows": commit.rows}
+    source = commit.lineage.get("config", {}).get("source")
+    if source:
+        found["source"] = source
+    inputs = commit.lineage.get("inputs", [])
+    for given in inputs:
+        found |= {k: given[k] for k in ("tokenizers",) if k in given}
+    made_from = [_origin(store, given["dataset"]) for given in inputs if "dataset" in given]
+    return found | ({"from": made_from} if made_from else {})

@@ -12,25 +12,45 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from beit3.flops import matmul_peak
 from pipelines import console, tracking
 from pipelines.recipe import Run
 from pipelines.storage import Store
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Clock:
     """Logs a step's numbers and tells the job's process how far the run is."""
 
     def __init__(
-        self, run: Run, store: Store, logger: tracking.Logger, start: int, said: list[str]
+        self,
+        run: Run,
+        store: Store,
+        logger: tracking.Logger,
+        start: int,
+        said: list[str],
+        device: torch.device,
     ) -> None:
         self.run, self.store, self.logger, self.said = run, store, logger, said
+        self.device = device
+        self.peak = 0.0  # FLOP/s of this worker's device, once it is known
         self.last_log, self.last_step = time.monotonic(), start
+        self.waited = self.flops = 0.0  # of this worker, since `last_log`
         self.last_shown = 0.0
         self.note = ""
         if said:
             self.show(start)
 
-    def log(self, step: int, values: dict[str, float], engine: Any, wait: float) -> None:
+    def passes(self, batch: Any, waited: float) -> None:
+        """A batch has come, after so many seconds of waiting for it."""
+        self.waited += waited
+        self.flops += self.run.recipe.flops(batch)
+
+    def log(self, step: int, values: dict[str, float], engine: Any) -> None:
+        """Log a step's values, and what the time since the last such step went to."""
         now = time.monotonic()
         steps = max(1, step - self.last_step)
         seconds = max(1e-9, now - self.last_log)
@@ -39,13 +59,21 @@ class Clock:
         extra = {
             "learning_rate": max(group["lr"] for group in groups),
             "samples_per_second": per_step * steps / seconds,
-            "data_wait_seconds": wait,
+            "data_wait_share": self.waited / seconds,
         }
         norm = engine.get_global_grad_norm()
         if norm is not None:
             extra["gradient_norm"] = float(norm)
+        if self.flops:
+            self.peak = self.peak or matmul_peak(self.device, _DTYPES[self.run.config.precision])
+            extra["tflops_per_worker"] = self.flops / seconds / 1e12
+            extra["mfu"] = self.flops / seconds / self.peak
+        if self.device.type == "cuda":
+            extra |= _gpu_memory(self.device)
         self.logger.metrics(step, {f"train/{k}": v for k, v in {**values, **extra}.items()})
-        self.last_log, self.last_step = now, step
+        self.logger.machine(step)
+        self.last_log, self.last_step = time.monotonic(), step
+        self.waited = self.flops = 0.0
         self.note = f"loss {values['loss']:.3f}"
 
     def show(self, step: int) -> None:
@@ -55,6 +83,17 @@ class Clock:
             body = json.dumps({"step": step, "note": self.note, "said": self.said})
             with contextlib.suppress(OSError):
                 self.store.write(f"{self.run.name}/progress.json", body.encode())
+
+
+def _gpu_memory(device: torch.device) -> dict[str, float]:
+    """GiB that tensors have now, that PyTorch holds, and that tensors had at most meanwhile."""
+    found = {
+        "gpu_allocated_gib": torch.cuda.memory_allocated(device),
+        "gpu_reserved_gib": torch.cuda.memory_reserved(device),
+        "gpu_peak_gib": torch.cuda.max_memory_allocated(device),
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return {name: value / (1 << 30) for name, value in found.items()}
 
 
 def progress(store: Store, run: str) -> int:
@@ -78,9 +117,10 @@ def shown(store: Store, run: Run) -> Iterator[None]:
                 ended = stop.wait(1.0)
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     seen = json.loads(store.read(f"{run.name}/progress.json"))
-                    if seen["said"] != said:  # workers started, perhaps not for the first time
+                    if seen["said"] != said:  # there is more, or the workers have started again
+                        known = len(said) if seen["said"][: len(said)] == said else 0
                         said = seen["said"]
-                        for line in said:
+                        for line in said[known:]:
                             console.say(line)
                     if not begun:  # the time left is of the steps, not of starting the workers
                         begun = True

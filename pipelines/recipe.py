@@ -33,8 +33,14 @@ class TrainConfig:
     head_scale: float = 1.0
     """Learning-rate multiplier of everything outside the backbone."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO stage: 1 shards the optimizer's state, 2 the gradients too."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: 1 shards the optimizer's state, 2 the gradients too, 3 the parameters
+    too."""
+    offload: bool = False
+    """Keep the optimizer's state, and step, in CPU memory; needs ZeRO 1 or above."""
+    ema: float = 0.0
+    """Decay per step of an average of the weights (say 0.9999), which is evaluated and exported in
+    their place; 0 keeps none. It is at most `(1 + step) / (10 + step)`."""
     accumulate: int = 1
     """Forward passes per optimizer step."""
     seed: int = 0
@@ -44,11 +50,35 @@ class TrainConfig:
     cpus_per_worker: float = 1.0
     threads: int = 0
     """Torch threads of a worker on CPU; 0: the machine's CPUs shared by the workers."""
+    loader_workers: int = 0
+    """Processes, each on a CPU of its own, that make a worker's batches: decode pictures, crop and
+    mask. On a cluster they are spread over the nodes. 0: a thread of the worker makes them."""
     max_failures: int = 3
     """How often Ray restarts the workers before the run fails."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0 writes none."""
     keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are kept for ever; 0 for none."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What comes of a step whose loss or gradient is not finite, or whose loss is a spike: the end
+    of the run, or it is left out. Either way its samples are named in the run's `bad-steps`."""
+    spike_factor: float = 0.0
+    """A loss above this factor times the median of the last 64 good steps is a spike; 0: none is.
+    There are no spikes before the 17th good step."""
+    max_bad_steps: int = 10
+    """Bad steps in a row that end a run which leaves them out."""
+    spot_notice: bool = False
+    """Ask EC2's metadata service whether a worker's spot machine is taken back; then write a
+    checkpoint at once."""
+    max_hours: float = 0.0
+    """Hours after which the run writes a checkpoint and stops, counted from this start of the
+    command, with the time to start workers; 0: no limit."""
+    max_cost: float = 0.0
+    """As `max_hours`, in the money that all workers cost in that time; 0: no limit."""
+    price_per_hour: float = 0.0
+    """Price of one worker for one hour, in the currency of `max_cost`."""
     log_every: int = 10
     evaluate_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
@@ -58,6 +88,30 @@ class TrainConfig:
             raise ValueError(f"train.steps: expected at least 1, got {self.steps}")
         if self.warmup >= self.steps:
             raise ValueError(f"train.warmup {self.warmup} is not below train.steps {self.steps}")
+        if self.loader_workers < 0:
+            raise ValueError(f"train.loader_workers: expected 0 or more, got {self.loader_workers}")
+        if self.spike_factor and self.spike_factor <= 1:
+            raise ValueError(
+                f"train.spike_factor: expected 0 or more than 1, got {self.spike_factor}"
+            )
+        if self.max_bad_steps < 1:
+            raise ValueError(f"train.max_bad_steps: expected at least 1, got {self.max_bad_steps}")
+        for name in ("max_hours", "max_cost", "price_per_hour"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.max_cost and not self.price_per_hour:
+            raise ValueError("train.max_cost needs train.price_per_hour, the price of a worker")
+        if self.offload and not self.zero_stage:
+            raise ValueError("train.offload needs train.zero_stage of at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema: expected a decay from 0 to below 1, got {self.ema}")
+        if self.keep_checkpoints < 1:
+            raise ValueError(
+                f"train.keep_checkpoints: expected at least 1, got {self.keep_checkpoints}; "
+                "train.checkpoint_every 0 writes none"
+            )
+        if self.keep_every < 0:
+            raise ValueError(f"train.keep_every: expected at least 0, got {self.keep_every}")
         if self.gpus_per_worker and not self.workers:
             raise ValueError("train.gpus_per_worker needs train.workers of at least 1")
 
@@ -78,6 +132,10 @@ class Recipe(Protocol):
 
     def samples_per_batch(self) -> int:
         """Samples of a batch over all workers."""
+        ...
+
+    def flops(self, batch: Any) -> float:
+        """FLOPs that a worker's batch needs, forward and backward; 0 where nobody counts them."""
         ...
 
     def layers(self) -> int:

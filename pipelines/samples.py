@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from beit3.transforms import View, apply_view, decode, sample_view
-from pipelines.loader import Order, ParquetRows, RowGroup, share
+from pipelines.loader import Mix, Order, ParquetRows, RowGroup, share
 from pipelines.storage import Dataset
 
 PICTURE_CACHE_BYTES = 256 << 20  # decoded pictures kept by a worker; a small dataset fits whole
@@ -41,9 +41,15 @@ class Samples:
         batch: int,
         rank: int,
         world: int,
+        weights: Sequence[float] = (),
+        arrow: Sequence[str] = (),
     ) -> None:
-        self.rows = ParquetRows(datasets, columns)
-        self.order = Order(self.rows.groups, seed)
+        """`weights`: how often each dataset is drawn; without them, by its number of rows."""
+        self.rows = ParquetRows(datasets, columns, arrow=arrow)
+        self.order: Order | Mix = Order(self.rows.groups, seed)
+        if weights:
+            of = [[g for g in self.rows.groups if g.dataset == i] for i in range(len(datasets))]
+            self.order = Mix([Order(groups, seed) for groups in of], weights, seed)
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
 
     def __call__(self, step: int) -> list[Sample]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "beit3-ray"
 BATCH = 500  # metrics per request; the server refuses more than 1000
 PARAM_CHARS = 6000  # longest value of a parameter that MLflow keeps
+SAMPLING_SECONDS = 10.0  # between samples of the machine's use, as MLflow's default is
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Logger:
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
         self._logged: dict[str, int] = {}
         self._thread: threading.Thread | None = None
+        self._machine: Machine | None = None
         if handle is not None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
@@ -145,6 +147,12 @@ class Logger:
         now = int(time.time() * 1000)
         for name, value in values.items():
             self._queue.put(("metric", (name, float(value), now, step)))
+
+    def machine(self, step: int) -> None:
+        """Log at a step what this machine was busy with since this was last called (`system/*`)."""
+        if self._thread is not None:
+            self._machine = self._machine or Machine()
+            self.metrics(step, {f"system/{k}": v for k, v in self._machine.taken().items()})
 
     def picture(self, path: str, image: Image) -> None:
         """Log a picture as an artifact, e.g. `masked/step-000100.png`."""
@@ -167,6 +175,8 @@ class Logger:
 
     def close(self, timeout: float = 60.0) -> None:
         """Wait until all is delivered, at most `timeout` seconds."""
+        if self._machine is not None:
+            self._machine.close()
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(timeout)
@@ -235,3 +245,51 @@ class Logger:
                 logging.getLogger(__name__).warning("tracking: %s; trying again", error)
                 time.sleep(pause)
                 pause = min(30.0, pause * 2)
+
+
+class Machine:
+    """Samples the use of CPUs, memory, disk, network and GPUs with MLflow's own monitors.
+
+    MLflow would also send what they find, and end with the first request that fails; here it goes
+    through a `Logger`. GPUs are seen if nvidia-ml-py is installed.
+    """
+
+    def __init__(self) -> None:
+        self._monitors: list[Any] = []
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def taken(self) -> dict[str, float]:
+        """Means of the samples since the last call; empty if there are none yet."""
+        found: dict[str, float] = {}
+        with self._lock:
+            for monitor in self._monitors:
+                if monitor.metrics:
+                    found |= monitor.aggregate_metrics()
+                    monitor.clear_metrics()
+        return found
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        interval = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or SAMPLING_SECONDS
+        monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
+            monitors.append(GPUMonitor())
+        for monitor in monitors:  # the use of CPUs is told since the last time one asked
+            monitor.collect_metrics()
+            monitor.clear_metrics()
+        self._monitors = monitors
+        while not self._closed.wait(interval):
+            with self._lock:
+                for monitor in monitors:
+                    monitor.collect_metrics()

@@ -152,6 +152,9 @@ class ImageTokenizerRecipe:
     def samples_per_batch(self) -> int:
         return self.cfg.batch_size
 
+    def flops(self, batch: Any) -> float:
+        return 0.0
+
     def batches(self, rank: int, world: int) -> Callable[[int], PictureBatch]:
         store = Store(self.cfg.store)
         samples = Samples(

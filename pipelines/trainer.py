@@ -21,11 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from beit3.device import to_device
-from pipelines import bundles, checkpoints, console, progress, tracking
+from pipelines import budget, bundles, checkpoints, console, progress, stops, tracking, zero
 from pipelines import engine as engines
-from pipelines.loader import Prefetcher
+from pipelines.guards import Guard
+from pipelines.loader_workers import check_room, prefetch
 from pipelines.progress import Clock
 from pipelines.recipe import Recipe, Run, TrainConfig
+from pipelines.stops import Ended, Watch
 from pipelines.storage import Store, StoreError
 
 
@@ -55,7 +57,10 @@ def fit(
 
     Raises:
         StoreError: the store or the tracker can't be used, or the output's name is taken.
+        FloatingPointError: a loss or a gradient went wrong; see `pipelines/guards.py`.
+        Stopped: the run was stopped and left a checkpoint; see `pipelines/stops.py`.
     """
+    begun = time.monotonic()
     run_folder = f"runs/{name}"
     if bundles.exists(store, output):
         found = bundles.info(store, output)
@@ -71,20 +76,21 @@ def fit(
             ray.tune.report({**found["metrics"], "step": found["steps"]})
         return found
     store.check_writable()
-    _claim(store, run_folder, fingerprint)
+    _claim(store, run_folder, fingerprint, parameters)
     handle = None
     if track:
         handle = tracking.start_run(store, name, parameters, key=run_folder, parent=parent)
     run = Run(store.uri, run_folder, output, fingerprint, recipe, config, handle, tuned)
     store.delete(f"{run_folder}/progress.json")  # what an interrupted run said last
     try:
-        with progress.shown(store, run):
+        with stops.stoppable(store, run, begun), progress.shown(store, run):
             _launch(run)
     except BaseException as error:
         stopped = tuned and isinstance(error, SystemExit)  # by Tune: the sweep says how it ended
         if handle is not None and not stopped:
             with contextlib.suppress(Exception):
-                tracking.finish_run(handle, "FAILED")
+                kind = "KILLED" if isinstance(error, stops.Stopped) else "FAILED"
+                tracking.finish_run(handle, kind)
         raise
     if handle is not None:
         tracking.finish_run(handle)
@@ -94,7 +100,7 @@ def fit(
     return result
 
 
-def _claim(store: Store, folder: str, fingerprint: str) -> None:
+def _claim(store: Store, folder: str, fingerprint: str, parameters: Mapping[str, Any]) -> None:
     """Note what the run comes from; an interrupted run of other options is an error."""
     note = f"{folder}/run.json"
     if store.exists(note) and store.read_json(note)["fingerprint"] != fingerprint:
@@ -102,7 +108,7 @@ def _claim(store: Store, folder: str, fingerprint: str) -> None:
             f"{store.uri}/{folder} was begun with other inputs or options: choose another name, or "
             "delete that folder first"
         )
-    store.write_json(note, {"fingerprint": fingerprint})
+    store.write_json(note, {"fingerprint": fingerprint, "parameters": dict(parameters)})
 
 
 def _launch(run: Run) -> None:
@@ -110,6 +116,7 @@ def _launch(run: Run) -> None:
     from ray.train.torch import TorchTrainer
 
     config = run.config
+    check_room(config)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": run},
@@ -145,22 +152,37 @@ def _worker(arguments: dict[str, Any]) -> None:
     store = Store(run.store_uri)
     rank, world, device = _join(run.config)
     torch.manual_seed(run.config.seed)
-    module = run.recipe.build().to(device)
+    module = run.recipe.build()
+    budget.check_device(module, run.config, device)
+    module = module.to(device)
     engine = engines.build(run, module)
     said: list[str] = []  # the job's process shows it: a worker's own console is out of sight
     start = checkpoints.restore(store, run.name, engine, said.append)
     if start:
         said.append(f"{run.name}: resumed from step {start}")
     handle = run.tracking if rank == 0 else None
-    with tracking.Logger(handle) as logger:
-        clock = Clock(run, store, logger, start, said) if rank == 0 else None
-        metrics = _steps(run, store, engine, logger, clock, start, rank, world, device)
-        if rank == 0:
-            _publish(run, store, engine.module, metrics)
-            logger.metrics(run.config.steps, {f"final/{k}": v for k, v in metrics.items()})
+    metrics, ended = {}, None
+    with tracking.Logger(handle) as logger, Watch(run, store, rank) as watch:
+        clock = Clock(run, store, logger, start, said, device) if rank == 0 else None
+        guard = Guard(run, store, engine, watch, start=start, rank=rank, say=said.append)
+        try:
+            with checkpoints.Writer(store, run.name, run.config) as writer:
+                metrics = _steps(
+                    run, engine, writer, guard, logger, clock, start, rank, world, device
+                )
+        except Ended as end:  # on all workers alike
+            ended = end
+        if rank == 0 and ended:
+            stops.tell(store, run.name, ended)
+        elif not ended:
+            with zero.whole(engine) as module:
+                if rank == 0:
+                    _publish(run, store, module, metrics)
+                    final = {f"final/{k}": v for k, v in metrics.items()}
+                    logger.metrics(run.config.steps, final)
     if world > 1:
         dist.barrier()
-    if run.tuned:  # now that the model is there
+    if run.tuned and not ended:  # now that the model is there
         _report(run.config, {**metrics, "step": run.config.steps})
     engine.destroy()
     if not run.config.workers:  # this process may train again: leave no group behind
@@ -171,8 +193,9 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 def _steps(
     run: Run,
-    store: Store,
     engine: Any,
+    writer: checkpoints.Writer,
+    guard: Guard,
     logger: tracking.Logger,
     clock: Clock | None,
     start: int,
@@ -181,8 +204,8 @@ def _steps(
     device: torch.device,
 ) -> dict[str, float]:
     config = run.config
-    make = run.recipe.batches(rank, world)
-    batches = Prefetcher(make, range(start * config.accumulate, config.steps * config.accumulate))
+    numbers = range(start * config.accumulate, config.steps * config.accumulate)
+    batches = prefetch(run.recipe, rank, world, numbers, config.loader_workers)
     metrics: dict[str, float] = {}
     try:
         for step in range(start, config.steps):
@@ -190,38 +213,48 @@ def _steps(
             torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + rank)
             engines.set_learning_rate(engine, config, step)
             engine.module.train()
-            wait = 0.0
             results: dict[str, Tensor] = {}
-            for _ in range(config.accumulate):
+            guard.begin()
+            for passes in range(1, config.accumulate + 1):
                 before = time.monotonic()
                 batch = to_device(next(batches), device)
-                wait += time.monotonic() - before
+                if clock:
+                    clock.passes(batch, time.monotonic() - before)
                 results = engine(batch)
                 engine.backward(results["loss"])
-                engine.step()
+                guard.add(batch, results["loss"])
+                if passes < config.accumulate:
+                    engine.step()
             done = step + 1
+            agreed = guard.step(done)
+            if config.ema and not agreed.skipped:
+                zero.update_average(engine, config.ema, done)
             last = done == config.steps
             every = config.checkpoint_every
-            save = bool(every) and done % every == 0 and not last
-            if done % config.log_every == 0 or save or last:
+            due = bool(every) and done % every == 0 and guard.stepped
+            save = (due or agreed.stop or agreed.save) and not last
+            if agreed.skipped and clock:
+                logger.metrics(done, {"train/skipped_steps": guard.skipped})
+            elif not agreed.skipped and (done % config.log_every == 0 or save or last):
                 values = _mean_over_workers(results, world)
-                if not all(v == v for v in values.values()):
-                    raise FloatingPointError(f"loss is not a number at step {done}: {values}")
                 if clock:
-                    clock.log(done, values, engine, wait)
+                    clock.log(done, values, engine)
             if clock:
                 clock.show(done)
             if save:
                 logger.flush(10.0)  # a run that goes on from here doesn't log these steps again
-                checkpoints.save(
-                    store, run.name, done, engine, rank=rank, keep=config.keep_checkpoints
-                )
+                writer.save(done, engine)
+                guard.remember(done)
+                if agreed.stop:
+                    writer.wait()
+                    raise guard.watch.ended(done)
             if last or (config.evaluate_every and done % config.evaluate_every == 0):
-                if rank == 0:
-                    engine.module.eval()
-                    with torch.no_grad():
-                        metrics = run.recipe.evaluate(engine.module, done, logger)
-                    logger.metrics(done, {f"eval/{k}": v for k, v in metrics.items()})
+                with zero.whole(engine) as module:
+                    if rank == 0:
+                        module.eval()
+                        with torch.no_grad():
+                            metrics = run.recipe.evaluate(module, done, logger)
+                        logger.metrics(done, {f"eval/{k}": v for k, v in metrics.items()})
                 if run.tuned and not last:  # Tune may end this process in here
                     logger.flush()
                     _report(config, {**metrics, "step": done})

@@ -19,6 +19,7 @@ from beit3.objectives import (
     ObjectiveWeights,
     gather,
     normalise,
+    patches,
 )
 
 PAPER = ModelConfig(
@@ -235,17 +236,139 @@ def test_targets_of_visible_patches_do_not_matter() -> None:
 @pytest.mark.parametrize("off", KINDS)
 def test_an_objective_of_weight_0_is_off(off: str) -> None:
     pieces = draw(images=2, texts=2, pairs=2)
-    model = build(weights=ObjectiveWeights(**{off: 0.0}))
+    model = build(weights=replace(ObjectiveWeights(), **{off: 0.0}))
     results = model(pack(pieces))
     others = [kind for kind in KINDS if kind != off]
     expected = sum(results[f"loss/{kind}"] for kind in others)
     assert f"loss/{off}" in results  # still measured
+    assert not results[f"loss/{off}"].requires_grad
     torch.testing.assert_close(results["loss"], expected)
     naive = naive_losses(model, pieces)
     ours = gradients(model, results["loss"])
     theirs = gradients(model, sum(naive[kind] for kind in others))  # type: ignore[arg-type]
     for name in ("image_head.weight", "text_head.weight", "backbone.text_positions"):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-4)
+
+
+def test_what_is_off_cannot_spoil_the_rest() -> None:
+    model = build(weights=ObjectiveWeights(pair_image=0.0))
+    batch = pack(draw(images=2, texts=2, pairs=2))
+    wanted = model(batch)["loss"]
+    places = batch.masked["pair_image"]
+    broken = replace(places, targets=torch.full_like(places.targets, IGNORED))  # 0 / 0
+    results = model(replace(batch, masked={**batch.masked, "pair_image": broken}))
+    assert results["loss/pair_image"].isnan() and torch.equal(results["loss"], wanted)
+
+
+@pytest.mark.parametrize(
+    ("off", "head"),
+    [(("image", "pair_image"), "image_head"), (("text", "pair_text"), "text_head")],
+)
+def test_a_head_with_all_its_objectives_off_learns_nothing(off: tuple[str, ...], head: str) -> None:
+    model = build(weights=replace(ObjectiveWeights(), **dict.fromkeys(off, 0.0)))
+    model(pack(draw(images=2, texts=2, pairs=2)))["loss"].backward()
+    for parameter in getattr(model, head).parameters():
+        assert parameter.grad is not None and not parameter.grad.any()  # engines want one
+
+
+def test_weights_below_0_are_refused() -> None:
+    for value in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"objectives\.pair_text: expected a weight of 0 or"):
+            ObjectiveWeights(pair_text=value)
+
+
+# -- pixels as the target --------------------------------------------------------------------------
+
+
+def naive_pixels(model: MaskedDataModelling, pieces: list[Piece], *, pairs: bool) -> Tensor:
+    """Mean squared error of the hidden patches, patch by patch."""
+    errors = []
+    for piece in pieces:
+        if piece.image is None or piece.hidden is None or (piece.text is not None) != pairs:
+            continue
+        out = model.backbone(
+            images=normalise(piece.image[None]),
+            text=piece.text,
+            lengths=[] if piece.text is None else [len(piece.text)],
+            pairs=int(pairs),
+            hidden_patches=piece.hidden[None],
+        )
+        assert out.vision is not None
+        for number in piece.hidden.nonzero().flatten().tolist():
+            top, left = 8 * (number // 3), 8 * (number % 3)
+            true = piece.image[:, top : top + 8, left : left + 8].float() / 255
+            true = ((true - true.mean()) / (true.var() + 1e-6).sqrt()).permute(1, 2, 0)
+            errors.append((model.pixel_head(out.vision[0, 1 + number]) - true.flatten()).pow(2))
+    return torch.stack(errors).mean()
+
+
+PIXELS = ObjectiveWeights(image=0.5, pair_image=2.0, image_target="pixels")
+
+
+def test_pixels_of_hidden_patches_equal_the_naive_reference() -> None:
+    model = build(weights=replace(PIXELS, text=0.0, pair_text=0.0))
+    pieces = draw(images=3, texts=2, pairs=3)
+    results = model(pack(pieces))
+    alone, paired = (naive_pixels(model, pieces, pairs=pairs) for pairs in (False, True))
+    torch.testing.assert_close(results["loss/image"], alone)
+    torch.testing.assert_close(results["loss/pair_image"], paired)
+    total = 0.5 * alone + 2 * paired
+    torch.testing.assert_close(results["loss"], total)
+    assert {key for key in results if key.startswith("accuracy/")} == {
+        "accuracy/text",
+        "accuracy/pair_text",
+    }
+    ours, theirs = gradients(model, results["loss"]), gradients(model, total)
+    assert ours.keys() >= theirs.keys() and ours["pixel_head.weight"].any()
+    for name, gradient in ours.items():
+        other = theirs.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-4)
+
+
+def test_codes_do_not_matter_to_pixels() -> None:
+    model = build(weights=PIXELS)
+    pieces = draw(images=2, texts=0, pairs=2)
+    before = model(pack(pieces))["loss"]
+    for piece in pieces:
+        assert piece.visual_words is not None
+        piece.visual_words = (piece.visual_words + 1) % 20
+    assert torch.equal(model(pack(pieces))["loss"], before)
+
+
+def test_a_patch_of_one_colour_has_a_finite_loss() -> None:
+    model = build(weights=PIXELS)
+    pieces = draw(images=1, texts=0, pairs=0)
+    pieces[0].image = torch.full((3, 24, 24), 200, dtype=torch.uint8)
+    assert bool(model(pack(pieces))["loss"].isfinite())
+
+
+def test_restoring_pixels_paints_the_hidden_patches_only() -> None:
+    model = build(weights=PIXELS)
+    batch = pack(draw(images=2, texts=2, pairs=2))
+    words, text = model.restore(batch)
+    assert torch.equal(words, batch.visual_words)
+    assert not torch.equal(text, batch.text)
+    restored = model.restore_pixels(batch)
+    assert restored.dtype == torch.uint8 and restored.shape == batch.images.shape
+    changed = (patches(restored, 8) != patches(batch.images, 8)).any(-1)
+    assert torch.equal(changed, batch.hidden_patches.flatten())
+
+    # A head that predicts the truth paints the picture as it was.
+    places = torch.cat([batch.masked[kind].places for kind in ("image", "pair_image")])
+    true = model._pixels(batch, places)
+    model.pixel_head.register_forward_hook(lambda *_: true)
+    assert torch.equal(model.restore_pixels(batch), batch.images)
+    assert float(model(batch)["loss/image"]) < 1e-6
+    with pytest.raises(ValueError, match="the target of images is codes"):
+        build().restore_pixels(batch)
+
+
+def test_patches_are_cut_in_the_order_of_the_model() -> None:
+    images = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    cut = patches(images, 2)
+    assert cut.shape == (2 * 2 * 3, 2 * 2 * 3)
+    # The second picture's patch of row 1, column 2: its pixels row by row, colours together.
+    assert torch.equal(cut[6 + 3 + 2], images[1, :, 2:4, 4:6].permute(1, 2, 0).flatten())
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,6 @@ def pretraining(store: Store, **changes: Any) -> PretrainConfig:
     start = PretrainConfig(
         store=store.uri, images=("alone",), texts=("words",), pairs=("pairs",), image_batch=4,
         text_batch=4, pair_batch=8, held_out="captioning/val", held_out_batches=1, model=SHAPE,
-        masking=Masking(min_block=1),
+        held_out_ranked=4, masking=Masking(min_block=1),
     )  # fmt: skip
     return replace(start, train=train_config(**train), **changes)

@@ -1,43 +1,59 @@
-"""Checkpoints: a run that was stopped ends as if it never had been."""
+"""Checkpoints: a run that was stopped ends as if it never had been.
+
+Runs of two workers are two processes that gloo joins, without Ray, started once for all of them.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from small_corpus import SHAPE, SIZE
 from torch import Tensor, nn
 
-from pipelines import bundles, checkpoints
-from pipelines.recipe import TrainConfig
+from beit3.objectives import MaskedBatch, MaskedDataModelling
+from pipelines import bundles, checkpoints, trainer, zero
+from pipelines import engine as engines
+from pipelines.recipe import Run, TrainConfig
 from pipelines.storage import Store
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
 
 STEPS = 7
+STAGES = (0, 1, 2, 3)
+DECAY = 0.3
 
 
 class Net(nn.Module):
-    """Two groups of parameters, a frozen one, a buffer, and dropout."""
+    """Two groups of parameters, of odd sizes and one too large for ZeRO 3 to keep whole, a frozen
+    one, a buffer, and dropout."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.first = nn.Linear(6, 16)
-        self.norm = nn.LayerNorm(16)
-        self.drop = nn.Dropout(0.3)
-        self.last = nn.Linear(16, 3)
+        self.first = nn.Linear(6, 17)
+        self.norm = nn.LayerNorm(17)
+        self.wide = nn.Linear(17, 6001)
+        self.drop = nn.Dropout(dropout)
+        self.last = nn.Linear(6001, 3)
         self.frozen = nn.Parameter(torch.randn(3), requires_grad=False)
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     def forward(self, batch: Tensor) -> dict[str, Tensor]:
-        self.seen += len(batch)
-        out = self.last(self.drop(self.norm(self.first(batch)))) + self.frozen
+        if self.training:
+            self.seen += len(batch)
+        hidden = self.drop(self.wide(self.norm(self.first(batch))))
+        out = self.last(hidden) + self.frozen
         return {"loss": (out - batch[:, :3]).pow(2).mean()}
 
 
@@ -45,12 +61,16 @@ class Net(nn.Module):
 class Recipe:
     stop_at: int | None = None
     """The number of the batch at which the run is interrupted."""
+    dropout: float = 0.3
 
     def build(self) -> nn.Module:
-        return Net()
+        return Net(self.dropout)
 
     def layers(self) -> int:
         return 1
+
+    def flops(self, batch: Any) -> float:
+        return 0.0
 
     def samples_per_batch(self) -> int:
         return 8
@@ -59,12 +79,13 @@ class Recipe:
         def batch(step: int) -> Tensor:
             if step == self.stop_at:
                 raise KeyboardInterrupt
-            return torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            return torch.randn(8, 6, generator=torch.Generator().manual_seed(step))[rank::world]
 
         return batch
 
     def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
-        return {}
+        batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(1_000))
+        return {"loss": float(module(batch)["loss"])}
 
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
         tensors = {k: v.clone() for k, v in module.state_dict().items()}
@@ -76,18 +97,27 @@ def train(
     store: Store, stop_at: int | None = None, *, name: str = "run", **changes: Any
 ) -> dict[str, Tensor]:
     """Train to the end, or until it is interrupted; the trained weights."""
-    config = replace(
-        TrainConfig(
-            steps=STEPS, warmup=2, learning_rate=1e-2, workers=0, checkpoint_every=1,
-            keep_checkpoints=2, log_every=1, threads=1,
-        ),
-        **changes,
-    )  # fmt: skip
+    dropout = changes.pop("dropout", 0.3)
     fit(
-        store, name=name, output=f"models/{name}", fingerprint="same", recipe=Recipe(stop_at),
-        config=config, parameters={}, track=False,
+        store, name=name, output=f"models/{name}", fingerprint="same",
+        recipe=Recipe(stop_at, dropout), config=train_config(**changes), parameters={}, track=False,
     )  # fmt: skip
     return state(store, f"models/{name}")["model"]
+
+
+def train_config(**changes: Any) -> TrainConfig:
+    start = TrainConfig(
+        steps=STEPS, warmup=2, learning_rate=1e-2, workers=0, checkpoint_every=1,
+        keep_checkpoints=2, log_every=1, threads=1,
+    )  # fmt: skip
+    return replace(start, **changes)
+
+
+def evaluated(store: Store, bundle: str = "models/run") -> float:
+    """The loss of an exported model, as the recipe's evaluation computes it."""
+    net = Net(0.0).eval().requires_grad_(False)
+    net.load_state_dict(state(store, bundle)["model"])
+    return Recipe().evaluate(net, 0, Logger(None))["loss"]
 
 
 def interrupted(store: Store, stop_at: int, **changes: Any) -> None:
@@ -107,15 +137,109 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def steps_of(store: Store) -> list[int]:
     names = store.list("runs/run/checkpoints")
     return [int(name.removeprefix("step-")) for name in names]
 
 
+# -- two workers ----------------------------------------------------------------------------------
+
+
+class Masked(Recipe):
+    """Masked pretraining, whose positions of text are used outside of their module's forward."""
+
+    def build(self) -> nn.Module:
+        # So many positions that ZeRO 3 does not keep them whole.
+        return MaskedDataModelling(replace(SHAPE, max_text_length=4_000))
+
+    def batches(self, rank: int, world: int) -> Callable[[int], MaskedBatch]:
+        def batch(step: int) -> MaskedBatch:
+            rng = np.random.default_rng((step, rank))
+            images, patches = 4, SHAPE.patches
+            texts = [rng.integers(4, SHAPE.vocab_size, int(n)).tolist() for n in (9, 7, 12)]
+            return MaskedBatch.collate(
+                torch.from_numpy(rng.integers(0, 256, (images, 3, SIZE, SIZE), dtype=np.uint8)),
+                torch.from_numpy(np.arange(patches)[None].repeat(images, 0) % 2 == 0),
+                torch.from_numpy(rng.integers(0, SHAPE.codebook_size, (images, patches))),
+                texts,
+                [np.arange(len(text)) % 3 == 1 for text in texts],
+                mask_id=3,
+                pairs=2,
+            )
+
+        return batch
+
+    def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
+        return {"loss": float(module(self.batches(0, 1)(1_000))["loss"])}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of two workers, from the start or from a checkpoint of another run's."""
+
+    name: str
+    changes: dict[str, Any]
+    recipe: Recipe = Recipe()
+    begin: tuple[Path, int] | None = None
+
+
+def _two(rank: int, root: Path, jobs: list[Job]) -> None:
+    """What each of the two processes does."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root}/group", rank=rank, world_size=2)
+    trainer._join = lambda config: (rank, 2, torch.device("cpu"))
+    for job in jobs:
+        if rank == 0 and job.begin:
+            begun(Store(job.begin[0]), root / job.name, job.begin[1])
+        dist.barrier()
+        config = train_config(workers=2, keep_checkpoints=STEPS, **job.changes)
+        uri = Store(root / job.name).uri
+        trainer._worker(
+            {"run": Run(uri, "runs/run", "models/run", "same", job.recipe, config)},
+        )
+
+
+@pytest.fixture(scope="module")
+def pairs(unbroken: dict[int, Store], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Store]:
+    """Stores of runs of two workers, by name; `alone` is of one, without dropout."""
+    root = tmp_path_factory.mktemp("pairs")
+    train(Store(root / "alone"), keep_checkpoints=STEPS, dropout=0.0)
+    averaged = {"ema": DECAY}
+    jobs = [
+        *(Job(f"zero-{s}", {"zero_stage": s, **averaged}) for s in STAGES),
+        *(Job(f"offload-{s}", {"zero_stage": s, "offload": True, **averaged}) for s in (1, 2, 3)),
+        *(
+            Job(f"again-{s}", {"zero_stage": s, **averaged}, begin=(root / f"zero-{s}", 3))
+            for s in (2, 3)
+        ),
+        *(
+            Job(
+                f"from-{a}-to-{b}",
+                {"zero_stage": b, "offload": True, **averaged},
+                begin=(root / f"zero-{a}", 3),
+            )
+            for a, b in ((3, 1), (1, 3))
+        ),
+        Job("grown", {"zero_stage": 3}, Recipe(dropout=0.0), begin=(root / "alone", 3)),
+        *(Job(f"masked-{s}", {"zero_stage": s}, Masked()) for s in (0, 3)),
+        Job("zero-3-bf16", bf16 := {"zero_stage": 3, "precision": "bf16"}, Masked()),
+        Job("again-3-bf16", bf16, Masked(), begin=(root / "zero-3-bf16", 3)),
+    ]
+    torch.multiprocessing.spawn(_two, (root, jobs), nprocs=2)
+    return {name: Store(root / name) for name in ("alone", *(job.name for job in jobs))}
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Store]:
     """By ZeRO stage, a store with an unbroken run and each of its checkpoints."""
-    stores = {stage: Store(tmp_path_factory.mktemp(f"zero-{stage}")) for stage in (0, 1, 2)}
+    stores = {stage: Store(tmp_path_factory.mktemp(f"zero-{stage}")) for stage in STAGES}
     for stage, store in stores.items():
         train(store, zero_stage=stage, keep_checkpoints=STEPS)
     return stores
@@ -128,10 +252,110 @@ def begun(unbroken: Store, folder: Path, step: int) -> Store:
     return Store(folder)
 
 
+@pytest.mark.parametrize("name", ["zero-1", "zero-2", "zero-3"])
+def test_stages_agree_on_two_workers(name: str, pairs: dict[str, Store]) -> None:
+    for step in range(1, STEPS):
+        where = checkpoints.folder("runs/run", step)
+        found, wanted = state(pairs[name], where), state(pairs["zero-0"], where)
+        assert found.keys() == wanted.keys() == {"model", "optimizer", "average"}
+        for file, tensors in found.items():
+            close(tensors, wanted[file])
+    close(state(pairs[name], "models/run")["model"], state(pairs["zero-0"], "models/run")["model"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_agrees(stage: int, pairs: dict[str, Store]) -> None:
+    where = checkpoints.folder("runs/run", STEPS - 1)
+    found, wanted = (state(pairs[f"{n}-{stage}"], where) for n in ("offload", "zero"))
+    for file, tensors in found.items():
+        close(tensors, wanted[file])
+
+
+@pytest.mark.parametrize("stage", ["2", "3", "3-bf16"])
+def test_two_workers_go_on_to_the_bit(stage: str, pairs: dict[str, Store]) -> None:
+    whole, resumed = pairs[f"zero-{stage}"], pairs[f"again-{stage}"]
+    where = checkpoints.folder("runs/run", STEPS - 1)
+    for file, tensors in state(whole, where).items():
+        assert same(tensors, state(resumed, where)[file]), file
+    assert same(state(whole, "models/run")["model"], state(resumed, "models/run")["model"])
+
+
+@pytest.mark.parametrize("name", ["from-3-to-1", "from-1-to-3"])
+def test_two_workers_go_on_at_another_stage(name: str, pairs: dict[str, Store]) -> None:
+    """And with the optimizer offloaded, which it was not before."""
+    where = checkpoints.folder("runs/run", STEPS - 1)
+    for file, tensors in state(pairs[name], where).items():
+        close(tensors, state(pairs["zero-0"], where)[file])
+
+
+def test_fewer_and_more_workers_go_on(pairs: dict[str, Store], tmp_path: Path) -> None:
+    """One worker at ZeRO 1, two at ZeRO 3, one at ZeRO 1: as if it had been one all along."""
+    shrunk = train(begun(pairs["grown"], tmp_path, 5), dropout=0.0)
+    for step in (4, 6):
+        where = checkpoints.folder("runs/run", step)
+        store = pairs["grown"] if step == 4 else Store(tmp_path)
+        for file, tensors in state(pairs["alone"], where).items():
+            close(but_seen(state(store, where)[file]), but_seen(tensors))
+    wanted = state(pairs["alone"], "models/run")["model"]
+    close(but_seen(shrunk), but_seen(wanted))
+    close(but_seen(state(pairs["grown"], "models/run")["model"]), but_seen(wanted))
+
+
+def but_seen(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the buffer that counts a worker's own samples."""
+    return {name: tensor for name, tensor in tensors.items() if name != "seen"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_evaluated_is_what_is_exported(stage: int, pairs: dict[str, Store]) -> None:
+    store = pairs[f"zero-{stage}"]
+    metrics = bundles.info(store, "models/run")["metrics"]
+    assert metrics["loss"] == pytest.approx(evaluated(store), rel=1e-5)
+
+
+def test_masked_pretraining_at_stage_3(pairs: dict[str, Store]) -> None:
+    one, other = (pairs[f"masked-{stage}"] for stage in (0, 3))
+    close(state(one, "models/run")["model"], state(other, "models/run")["model"])
+    losses = [bundles.info(store, "models/run")["metrics"]["loss"] for store in (one, other)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+# -- the average of the weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_average_is_what_a_plain_computation_finds(stage: int, pairs: dict[str, Store]) -> None:
+    plain: dict[str, Tensor] = {}
+    for step in range(1, STEPS):
+        found = state(pairs[f"zero-{stage}"], checkpoints.folder("runs/run", step))
+        decay = min(DECAY, (1 + step) / (10 + step))
+        for name, average in found["average"].items():
+            weight = found["model"][name].double()
+            plain[name] = decay * plain.get(name, weight) + (1 - decay) * weight
+            torch.testing.assert_close(average, plain[name].float(), rtol=1e-5, atol=1e-6)
+            assert step < 3 or not torch.equal(average, found["model"][name])
+    assert plain.keys() == {n for n, p in Net(0.0).named_parameters() if p.requires_grad}
+
+
+def test_the_average_is_exported_and_survives_a_stop(
+    unbroken: dict[int, Store], tmp_path: Path
+) -> None:
+    whole, stopped = Store(tmp_path / "whole"), Store(tmp_path / "stopped")
+    exported = train(whole, ema=DECAY)
+    weights = state(unbroken[1], "models/run")["model"]  # which averaging does not change
+    before = state(whole, checkpoints.folder("runs/run", STEPS - 1))["average"]
+    for name, average in before.items():
+        wanted = DECAY * average + (1 - DECAY) * weights[name]
+        torch.testing.assert_close(exported[name], wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(exported["frozen"], weights["frozen"])
+    interrupted(stopped, 4, ema=DECAY)
+    assert same(train(stopped, ema=DECAY), exported)
+
+
 # -- resuming -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_state_is_saved_and_restored_to_the_bit(
     stage: int, unbroken: dict[int, Store], tmp_path: Path
 ) -> None:
@@ -149,25 +373,24 @@ def test_state_is_saved_and_restored_to_the_bit(
 
 def test_a_checkpoint_holds_all_of_the_state(unbroken: dict[int, Store]) -> None:
     early, late = (state(unbroken[1], checkpoints.folder("runs/run", n)) for n in (2, 3))
-    trained = {"first.weight", "first.bias", "norm.weight", "norm.bias", "last.weight", "last.bias"}
+    layers = itertools.product(("first", "norm", "wide", "last"), ("weight", "bias"))
+    trained = {f"{layer}.{part}" for layer, part in layers}
     assert late["model"].keys() == trained | {"frozen", "seen"}
-    parts = ("value", *checkpoints.MOMENTS)
-    assert late["optimizer"].keys() == {f"{n}:{p}" for n, p in itertools.product(trained, parts)}
+    moments = itertools.product(trained, zero.MOMENTS)
+    assert late["optimizer"].keys() == {f"{name}:{moment}" for name, moment in moments}
+    assert late.keys() == {"model", "optimizer"}
     for name, tensor in late["optimizer"].items():
         assert not torch.equal(tensor, early["optimizer"][name]), name
         assert tensor.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    "stages", [s for s in itertools.product((0, 1, 2), repeat=2) if s[0] != s[1]]
-)
+@pytest.mark.parametrize("stages", [(0, 1), (1, 0), (0, 3), (3, 0), (2, 3), (3, 1)])
 def test_any_stage_goes_on_from_any_other(
     stages: tuple[int, int], unbroken: dict[int, Store], tmp_path: Path
 ) -> None:
     final = train(begun(unbroken[stages[0]], tmp_path, 3), zero_stage=stages[1])
     wanted = state(unbroken[stages[0]], "models/run")["model"]
-    for name, tensor in final.items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+    close(final, wanted)
 
 
 @pytest.mark.parametrize("stop_at", [1, 5])
@@ -212,18 +435,96 @@ def test_checkpoints_in_a_bucket(
     interrupted_at = 4
     with pytest.raises(KeyboardInterrupt):
         train(store, interrupted_at)
-    config = TrainConfig(
-        steps=STEPS, warmup=2, learning_rate=1e-2, workers=0, checkpoint_every=1, log_every=1,
-        threads=1,
-    )  # fmt: skip
     fit(
-        store, name="run", output="models/run", fingerprint="same", recipe=Recipe(), config=config,
-        parameters={}, track=False,
+        store, name="run", output="models/run", fingerprint="same", recipe=Recipe(),
+        config=train_config(), parameters={}, track=False,
     )  # fmt: skip
     assert "resumed from step 4" in capsys.readouterr().out
     bundles.load(store, "models/run", tmp_path)
     wanted = state(unbroken[1], "models/run")["model"]
     assert same(load_file(tmp_path / "model.safetensors"), wanted)
+
+
+# -- writing beside the training -------------------------------------------------------------------
+
+
+class GuardedStore(Store):
+    """Before a checkpoint's file is written, `before` is called."""
+
+    def __init__(self, uri: Path, before: Callable[[], Any]) -> None:
+        super().__init__(uri)
+        self.before = before
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        if "/checkpoints/" in name:
+            self.before()
+        super().write(name, data)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Any]:
+    """An engine that has stepped once."""
+    import deepspeed.comm
+
+    config = train_config()
+    trainer._join(config)
+    made = engines.build(Run("", "runs/run", "", "", Recipe(), config), Net(0.0))
+    step(made)
+    yield made
+    made.destroy()
+    deepspeed.comm.destroy_process_group()
+
+
+def step(engine: Any) -> None:
+    engine.backward(engine(torch.ones(2, 6))["loss"])
+    engine.step()
+
+
+def weights_of(engine: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(engine: Any, tmp_path: Path) -> None:
+    gate = threading.Event()
+    store = GuardedStore(tmp_path, lambda: gate.wait(60))
+    with checkpoints.Writer(store, "runs/run", train_config()) as writer:
+        first = weights_of(engine)
+        writer.save(1, engine)
+        step(engine)
+        second = weights_of(engine)
+        assert not same(first, second)
+        assert not bundles.exists(store, checkpoints.folder("runs/run", 1))
+        another = threading.Thread(target=writer.save, args=(2, engine))
+        another.start()
+        another.join(0.2)
+        assert another.is_alive()  # one at a time
+        gate.set()
+        another.join()
+    for number, wanted in ((1, first), (2, second)):
+        assert same(state(store, checkpoints.folder("runs/run", number))["model"], wanted)
+
+
+def fail() -> None:
+    raise OSError("no space left")
+
+
+def test_a_checkpoint_that_could_not_be_written_is_raised(engine: Any, tmp_path: Path) -> None:
+    store = GuardedStore(tmp_path, fail)
+
+    def writer() -> checkpoints.Writer:
+        return checkpoints.Writer(store, "runs/run", train_config())
+
+    with pytest.raises(OSError, match="no space left"), writer() as at_the_end:
+        at_the_end.save(1, engine)
+    with pytest.raises(OSError, match="no space left"), writer() as at_the_next:
+        at_the_next.save(1, engine)
+        at_the_next.save(2, engine)
+        pytest.fail("the second save went on")
+    with pytest.raises(KeyboardInterrupt) as stopped, writer() as beside_another:
+        beside_another.save(1, engine)
+        raise KeyboardInterrupt
+    assert "no space left" in stopped.value.__notes__[0]
+    assert checkpoints.restore(store, "runs/run", engine, print) == 0
 
 
 # -- what is kept, and what is damaged -------------------------------------------------------------
@@ -235,6 +536,26 @@ def test_only_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
     interrupted(store, 5, keep_checkpoints=keep)
     assert steps_of(store) == list(range(6 - keep, 6))
     assert all(bundles.exists(store, checkpoints.folder("runs/run", n)) for n in steps_of(store))
+
+
+def test_some_are_kept_for_ever(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    interrupted(store, 5, keep_checkpoints=1, keep_every=2)
+    assert steps_of(store) == [2, 4, 5]
+
+
+def test_damaged_later_ones_drive_out_no_sound_one(
+    unbroken: dict[int, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = begun(unbroken[1], tmp_path, 3)
+    for number in (5, 6):
+        begun(unbroken[1], tmp_path, number)
+        truncate(tmp_path / checkpoints.folder("runs/run", number) / "model.safetensors")
+    interrupted(store, 4)
+    assert steps_of(store) == [3, 4, 5, 6]
+    capsys.readouterr()
+    assert same(train(store), state(unbroken[1], "models/run")["model"])
+    assert "resumed from step 4" in capsys.readouterr().out
 
 
 def test_no_checkpoints_are_written_where_none_are_wanted(tmp_path: Path) -> None:
@@ -285,10 +606,12 @@ def test_a_checkpoint_without_its_manifest_was_never_finished(
     unbroken: dict[int, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = begun(unbroken[1], tmp_path, 3)
-    begun(unbroken[1], tmp_path, 5)
-    (tmp_path / checkpoints.folder("runs/run", 5) / bundles.MANIFEST).unlink()
+    for step in (2, 5):
+        begun(unbroken[1], tmp_path, step)
+        (tmp_path / checkpoints.folder("runs/run", step) / bundles.MANIFEST).unlink()
     final = train(store)
     assert "resumed from step 3" in capsys.readouterr().out
+    assert steps_of(store) == [5, 6]  # what was left of step 2 is gone
     assert same(final, state(unbroken[1], "models/run")["model"])
 
 

@@ -6,14 +6,26 @@ import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_corpus import picture, publish
 
 from pipelines import samples as sampling
-from pipelines.loader import STREAMS, WINDOW, Order, ParquetRows, Prefetcher, RowGroup, share
+from pipelines.loader import (
+    STREAMS,
+    TURNS,
+    WINDOW,
+    Mix,
+    Order,
+    ParquetRows,
+    Prefetcher,
+    RowGroup,
+    share,
+)
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.storage import ROW_GROUP_ROWS, Store, StoreError
 
@@ -42,9 +54,12 @@ def drawn(
     rank: int = 0,
     world: int = 1,
     names: Sequence[str] = ("one", "two"),
+    weights: Sequence[float] = (),
 ) -> Samples:
     datasets = [store.dataset(name) for name in names]
-    return Samples(datasets, columns=["id"], seed=seed, batch=batch, rank=rank, world=world)
+    return Samples(
+        datasets, columns=["id"], seed=seed, batch=batch, rank=rank, world=world, weights=weights
+    )
 
 
 def ids(samples: Samples, steps: range) -> list[list[str]]:
@@ -141,6 +156,112 @@ def test_rows_are_read_as_committed(store: Store) -> None:
     assert sizes == [(0, 0, 256), (0, 1, 256), (0, 2, 88), (0, 0, 130), (1, 0, 256), (1, 1, 114)]
     assert source.row(source.groups[2], 3) == {"words": [515]}
     assert source.row(source.groups[5], 113) == {"words": [369]}
+
+
+def test_row_groups_are_kept_up_to_their_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = store.dataset("one")
+    source = ParquetRows([one])
+    size = source.table(0, source.groups[0].path, 0).nbytes
+    monkeypatch.setattr("pipelines.loader.CACHED_BYTES", int(1.9 * size))
+    read: list[int] = []
+    real = pq.ParquetFile.read_row_group
+
+    def counted(file: pq.ParquetFile, index: int, **options: Any) -> pa.Table:
+        read.append(index)
+        return real(file, index, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    source = ParquetRows([one])
+    for index in (0, 2, 0, 2, 1, 2, 0):  # 256, 88 and 256 rows; 2 and one of the others fit
+        source.row(source.groups[index], 3)
+    assert read == [0, 2, 1, 0]
+
+
+# -- a mix by weight -------------------------------------------------------------------------------
+
+SIZES = [1000, 300, 90]
+UNEVEN = [1.0, 2.5, 0.007]
+
+
+def mix(weights: Sequence[float], seed: int = 0) -> Mix:
+    orders = [
+        Order([RowGroup(number, "file", 0, rows)], seed)
+        for number, rows in enumerate(SIZES[: len(weights)])
+    ]
+    return Mix(orders, weights, seed)
+
+
+@pytest.mark.parametrize("weights", [[1, 2], [2, 2, 2], UNEVEN, [1e-6, 1, 1e6], [0.1, 0.2, 0.7]])
+def test_sources_are_drawn_by_their_weights(weights: Sequence[float]) -> None:
+    whole = mix(weights)
+    block, shares = STREAMS * TURNS, np.array(weights) / sum(weights)
+    total = np.zeros(len(weights))
+    for number in range(40):
+        drawn = [whole.draw(g)[0] for g in range(number * block, (number + 1) * block)]
+        counts = np.bincount(drawn, minlength=len(weights))
+        assert np.abs(counts - shares * block).max() <= 8
+        total += counts
+        assert np.abs(total - shares * (number + 1) * block).max() <= 6  # it doesn't grow
+    # Within a block a source does not come in a row, nor at the same places of each block.
+    first = [whole.draw(g)[0] for g in range(block)]
+    second = [whole.draw(g)[0] for g in range(block, 2 * block)]
+    if min(shares) > 0.1:
+        assert max(len(list(run)) for _, run in itertools.groupby(first)) < 40
+        assert first != second
+
+
+def test_far_along_a_mix_is_still_exact_and_at_hand_at_once() -> None:
+    far = 10**12
+    whole = mix(UNEVEN)
+    drawn = [whole.draw(g) for g in range(far, far + STREAMS)]
+    for number, share_of in enumerate(np.array(UNEVEN) / sum(UNEVEN)):
+        of_source = [times for source, times in drawn if source == number]
+        assert all(abs(times - share_of * far) < 10 * STREAMS for times in of_source)
+
+
+def test_a_mix_goes_through_each_source_in_its_own_order() -> None:
+    """Every sample number of a source comes once, about in turn; epochs are the source's own."""
+    whole, count = mix([1, 2.5, 0.4]), 20_000
+    drawn = [whole.draw(g) for g in range(count)]
+    for number in range(3):
+        taken = [n for source, n in drawn if source == number]
+        assert len(set(taken)) == len(taken)
+        surely = max(taken) - STREAMS * (TURNS + 2)  # lanes are not equally far
+        assert surely > 0 and set(range(surely)) <= set(taken)
+        for place in range(0, count, 97):
+            source, n = drawn[place]
+            assert whole.epoch_of(place) == whole.orders[source].epoch_of(n)
+            assert whole.locate(place) == whole.orders[source].locate(n)
+        # A lane takes from the streams of the same number: workers share the reading out.
+        for place, (source, n) in enumerate(drawn):
+            assert source != number or place % STREAMS == n % STREAMS
+
+
+def test_another_seed_shuffles_a_mix_otherwise() -> None:
+    sequences = [[mix([1, 2], seed).draw(g)[0] for g in range(4096)] for seed in (0, 0, 1)]
+    assert sequences[0] == sequences[1] != sequences[2]
+
+
+def test_weighted_batches_are_a_function_of_their_number(store: Store) -> None:
+    weights = (1, 3)
+    first = ids(drawn(store, weights=weights), range(60))
+    assert ids(drawn(store, weights=weights), range(41, 44)) == first[41:44]
+    assert first != ids(drawn(store), range(60))
+    of_two = sum(name.startswith("c") for batch in first[:51] for name in batch)
+    assert abs(of_two - 0.75 * 1020) <= 12  # 1,024 samples have the shares to a few samples
+
+
+def test_workers_share_the_same_weighted_batches(store: Store) -> None:
+    whole = drawn(store, batch=24, weights=(2, 1))
+    shares = [drawn(store, batch=24, rank=rank, world=4, weights=(2, 1)) for rank in range(4)]
+    for step in (0, 1, 45, 92):
+        wanted = {s.number: (s.row["id"], s.epoch, s.rng.random()) for s in whole(step)}
+        found = {
+            s.number: (s.row["id"], s.epoch, s.rng.random()) for one in shares for s in one(step)
+        }
+        assert found == wanted
 
 
 # -- the prefetcher --------------------------------------------------------------------------------

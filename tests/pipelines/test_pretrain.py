@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import small_corpus
 import torch
 
-from beit3 import vqkd, weights
-from beit3.text import UNK
+from beit3 import released, vqkd, weights
+from beit3.objectives import MaskedDataModelling, ObjectiveWeights
+from beit3.text import UNK, TextTokenizer
 from beit3.transforms import View, apply_view, decode
 from pipelines import (
     bundles,
     cluster,
+    config,
     contrast,
+    inspect_step,
     models,
     pretrain,
     tracking,
@@ -33,10 +38,13 @@ from pipelines.storage import Dataset, Store, StoreError, fingerprint
 ALONE, PAIRS, TEXTS = 4, 8, 4  # of a batch
 
 
+def _tokenizer(store: Store) -> TextTokenizer:
+    return train_text_tokenizer.load(store, "sentencepiece")
+
+
 @pytest.fixture(scope="module")
 def recipe(corpus: Store) -> PretrainRecipe:
-    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
-    return PretrainRecipe(small_corpus.pretraining(corpus), tokenizer)
+    return PretrainRecipe(small_corpus.pretraining(corpus), _tokenizer(corpus))
 
 
 # -- batches --------------------------------------------------------------------------------------
@@ -135,16 +143,194 @@ def test_some_tokens_of_a_batch_are_hidden(recipe: PretrainRecipe, corpus: Store
     assert bool((true[own == mask] > UNK - 1).all())  # never <s> or </s>
 
 
+def test_sources_are_drawn_by_weight(corpus: Store) -> None:
+    """`alone`, 14 pictures, and `pairs` without captions; the views go by a source's own epochs."""
+    config = small_corpus.pretraining(corpus, images=("alone", "pairs"), image_batch=8)
+    weighted = replace(config, image_weights=(3.0, 1.0))
+    batches = PretrainRecipe(weighted, _tokenizer(corpus)).batches(0, 1)
+    drawn = [batches(step) for step in range(128)]
+    sources = Counter(name for batch in drawn for name in batch.sources[:8])
+    assert abs(sources["alone"] - 768) <= 4 and sources.total() == 1024
+    assert all(
+        name.split("/")[0] == source
+        for batch in drawn
+        for name, source in zip(batch.ids, batch.sources, strict=True)
+    )
+    times = Counter(name for batch in drawn for name in batch.ids[:8])
+    by_source = {"alone": set[int](), "pairs": set[int]()}
+    for name, count in times.items():
+        by_source[name.split("/")[0]].add(count)
+    # Each source is gone through evenly: 768 draws of 14 pictures, 256 of 34.
+    assert by_source["alone"] <= set(range(50, 61)) and by_source["pairs"] <= set(range(4, 12))
+    plain = PretrainRecipe(config, _tokenizer(corpus)).batches(0, 1)
+    assert plain(0).ids != drawn[0].ids
+
+
+def test_a_pair_without_captions_is_an_image_alone(copied: Callable[..., Store]) -> None:
+    store = copied("tokens", "tokenizers", "images")
+
+    def without_some(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        for row in rows[::2]:
+            row["captions"] = []
+        return pa.Table.from_pylist(rows, table.schema)
+
+    republished(store, "some", lambda used: None, rows=without_some)
+    config = small_corpus.pretraining(store, pairs=("some",), held_out="")
+    pretrain.check_kinds({"pairs": [store.dataset("tokens/some")]})
+    batches = PretrainRecipe(config, _tokenizer(store)).batches(0, 1)
+    for step in range(10):
+        batch = batches(step)
+        lost = [name for name in batch.ids[:-TEXTS] if name.startswith("pairs")]
+        assert len(lost) == PAIRS
+        odd = sum(int(name.split("/")[1]) % 2 for name in lost)
+        assert batch.pairs == odd and len(batch.images) == ALONE + PAIRS
+        assert bool(batch.hidden_patches[: ALONE + PAIRS - odd].any(1).all())
+
+
+# -- ablations -------------------------------------------------------------------------------------
+
+ALL = {"image", "text", "pair_image", "pair_text"}
+# Options of each row of the paper's table 6 that has options, and the objectives that it leaves on.
+ABLATIONS: dict[str, tuple[str, set[str]]] = {
+    "multiway": ("", ALL),
+    "standard": ("--model.no-multiway --model.vl-layers 0 --model.attention shared", ALL),
+    "separate": ("--masking.pairs separate", ALL),
+    "joint": ("--masking.pairs joint", ALL),
+    "mono": ("--objectives.pair-image 0 --objectives.pair-text 0", {"image", "text"}),
+    "multi": ("--objectives.image 0 --objectives.text 0", {"pair_image", "pair_text"}),
+    "pixels": ("--objectives.image-target pixels", ALL),
+    "no-text": ("--objectives.text 0 --objectives.pair-text 0", {"image", "pair_image"}),
+    "mono-text": ("--objectives.pair-text 0", ALL - {"pair_text"}),
+    "multi-text": ("--objectives.text 0", ALL - {"text"}),
+    "no-image": ("--objectives.image 0 --objectives.pair-image 0", {"text", "pair_text"}),
+    "mono-image": ("--objectives.pair-image 0", ALL - {"pair_image"}),
+    "multi-image": ("--objectives.image 0", ALL - {"image"}),
+}
+
+
+def ablation(name: str, store: Store) -> PretrainConfig:
+    """A row's options, as they are written, on the small corpus."""
+    chosen = config.cli(
+        pretrain.PRESETS, description="", args=["--preset", "tiny", *ABLATIONS[name][0].split()]
+    )
+    model = replace(
+        small_corpus.SHAPE,
+        multiway=chosen.model.multiway,
+        vl_layers=chosen.model.vl_layers,
+        attention=chosen.model.attention,
+    )
+    masking = replace(chosen.masking, min_block=1, pair_text_share=0.5)
+    return small_corpus.pretraining(
+        store, name=f"ablation-{name}", model=model, masking=masking, objectives=chosen.objectives
+    )
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_trains_what_is_on_and_nothing_else(name: str, corpus: Store) -> None:
+    cfg, on = ablation(name, corpus), ABLATIONS[name][1]
+    recipe = PretrainRecipe(cfg, _tokenizer(corpus))
+    batch = recipe.batches(0, 1)(0)
+    torch.manual_seed(0)
+    module = recipe.build()
+    assert isinstance(module, MaskedDataModelling)
+    results = module(batch)
+    # What is off is not in the batch: nothing is hidden for it, and no kind is read for nothing.
+    assert set(batch.masked) == on
+    assert {key.removeprefix("loss/") for key in results if key.startswith("loss/")} == on
+    torch.testing.assert_close(results["loss"], sum(results[f"loss/{kind}"] for kind in on))
+    assert recipe.samples_per_batch() == len(batch.ids)
+    kinds = {name.split("/")[0] for name in batch.ids}
+    wanted = {"alone": {"image"}, "words": {"text"}, "pairs": {"pair_image", "pair_text"}}
+    assert kinds == {kind for kind, objectives in wanted.items() if objectives & on}
+
+    results["loss"].backward()
+    for head, objectives in (
+        (module.head_of_images, {"image", "pair_image"}),
+        (module.text_head, {"text", "pair_text"}),
+    ):
+        for parameter in head.parameters():
+            assert parameter.grad is not None
+            assert bool(parameter.grad.any()) == bool(objectives & on)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.grad is not None:  # a kind's own expert, without that kind
+                parameter -= 0.05 * parameter.grad
+        assert float(module(batch)["loss"]) < results["loss"].item()
+
+
+def test_masking_of_pairs_is_joint_or_separate(corpus: Store) -> None:
+    for name, both, halves in (("joint", 1.0, None), ("separate", 0.0, (0.3, 0.7))):
+        batches = PretrainRecipe(ablation(name, corpus), _tokenizer(corpus)).batches(0, 1)
+        seen = [
+            (bool(one.hidden), bool(one.masked))
+            for step in range(12)
+            for one in inspect_step.samples(batches(step))
+            if one.kind == "pair"
+        ]
+        assert np.mean([image and text for image, text in seen]) == both
+        assert all(image or text for image, text in seen)
+        if halves:
+            assert halves[0] < np.mean([image for image, _ in seen]) < halves[1]
+
+
+def test_a_standard_transformer_has_one_network_for_every_token(corpus: Store) -> None:
+    recipes = [
+        PretrainRecipe(ablation(name, corpus), _tokenizer(corpus))
+        for name in ("standard", "multiway")
+    ]
+    standard, multiway = ({n for n, _ in recipe.build().named_parameters()} for recipe in recipes)
+    assert not any(
+        "language" in name or "fusion" in name for name in standard if ".blocks." in name
+    )
+    assert any("language" in name for name in multiway if ".blocks." in name)
+
+
+def test_pixels_train_a_model_that_finetuning_takes(corpus: Store) -> None:
+    result = run(replace(ablation("pixels", corpus), held_out="captioning/val"))
+    assert {key for key in result["metrics"] if key.startswith("accuracy/")} == {
+        "accuracy/pair_text"
+    }
+    assert {"loss/pair_image", "loss/pair_text"} <= set(result["metrics"])
+    assert np.isfinite(list(result["metrics"].values())).all()
+    tracker = tracking.client(tracking.tracking_uri(corpus))
+    assert [f.path for f in tracker.list_artifacts(result["mlflow_run"], "masked")]
+    with models.opened(corpus, "models/ablation-pixels") as folder:
+        shape, notes = weights.load_config(folder)
+        assert (shape, notes["image_target"]) == (small_corpus.SHAPE, "pixels")
+        tensors = weights.load_tensors(folder)
+        module = MaskedDataModelling(shape, ObjectiveWeights(image_target="pixels"))
+        weights.load_into(module, tensors)
+        other = MaskedDataModelling(shape)
+        models.load_backbone(other, folder, "text_head")
+        assert torch.equal(other.text_head.weight, tensors["text_head.weight"])
+        with pytest.raises(ValueError, match=r"no released model has the heads .*pixel_head"):
+            released.load_folder(folder)
+
+
+def test_what_is_not_trained_is_measured_all_the_same(corpus: Store) -> None:
+    cfg = replace(ablation("mono", corpus), held_out="captioning/val", held_out_batches=1)
+    batch = pretrain.held_out_batches(cfg, _tokenizer(corpus))(0)
+    assert set(batch.masked) == {"pair_image", "pair_text"}
+    results = PretrainRecipe(cfg, _tokenizer(corpus)).build()(batch)
+    assert {"accuracy/pair_image", "accuracy/pair_text"} <= set(results)
+    assert float(results["loss"]) == 0.0
+
+
 # -- before it starts ------------------------------------------------------------------------------
 
 
 def republished(
-    store: Store, name: str, change: Callable[[dict[str, Any]], None], *, empty: bool = False
+    store: Store,
+    name: str,
+    change: Callable[[dict[str, Any]], None],
+    *,
+    rows: Callable[[pa.Table], pa.Table] = lambda table: table,
 ) -> Dataset:
-    """`tokens/pairs` as another dataset, whose lineage is changed."""
+    """The first file of `tokens/pairs` as another dataset, whose lineage and rows are changed."""
     made = store.dataset("tokens/pairs")
     commit, dataset = made.commit(), store.dataset(f"tokens/{name}")
-    table = made.read_table().slice(0, 0 if empty else None)
+    table = rows(pq.read_table(made.paths()[0], filesystem=store.fs))
     origin = dict(commit.lineage["inputs"][0])
     origin["tokenizers"] = {kind: dict(v) for kind, v in origin["tokenizers"].items()}
     change(origin["tokenizers"])
@@ -224,14 +410,41 @@ def test_missing_and_empty_datasets_are_named(copied: Callable[..., Store]) -> N
         run(small_corpus.pretraining(store, images=("nothing",)))
     with pytest.raises(StoreError, match="tokens/nothing does not exist"):
         run(small_corpus.pretraining(store, held_out="nothing"))
-    republished(store, "empty", lambda used: None, empty=True)
+    republished(store, "empty", lambda used: None, rows=lambda table: table.slice(0, 0))
     with pytest.raises(StoreError, match=r"tokens/empty has no rows: leave 'empty' out"):
         run(small_corpus.pretraining(store, pairs=("empty",)))
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pairs": ("alone",)}, r"pairs: no picture of .*tokens/alone has a caption: name 'alone'"),
+        ({"pairs": ("pairs", "alone"), "pair_weights": (1, 1)}, r"pairs: no picture of .*alone"),
+        ({"held_out": "alone"}, r"held_out: no picture of .*tokens/alone has a caption"),
+        ({"images": ("words",)}, r"images: .*tokens/words holds texts, no pictures: name 'words'"),
+        ({"texts": ("words", "pairs")}, r"texts: .*tokens/pairs holds pictures, no texts"),
+    ],
+)
+def test_datasets_of_another_kind_are_named(
+    options: dict[str, Any], said: str, corpus: Store
+) -> None:
+    with pytest.raises(StoreError, match=said):
+        run(small_corpus.pretraining(corpus, **options))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"image_weights": (1.0, 2.0)}, "image_weights: 2 weights for the 1 datasets of images"),
+        ({"pair_weights": (1.0,) * 4}, "pair_weights: 4 weights for the 5 datasets of pairs"),
+        ({"text_weights": (0.0,)}, r"text_weights: expected numbers above 0, got 0.0; leave out"),
+        ({"text_weights": (float("nan"),)}, "text_weights: expected numbers above 0, got nan"),
+        ({"inspect_step": 0}, r"inspect_step 0 is not within 1\.\.train\.steps 1000"),
+        (
+            {"objectives": ObjectiveWeights(0, 0, 0, 0)},
+            "or the objectives of what is not are: nothing to train on",
+        ),
         ({"images": ()}, "images names 0 datasets, but image_batch is"),
         ({"pair_batch": 0}, "pairs names 5 datasets, but pair_batch is 0"),
         ({"text_batch": 9, "train": TrainConfig(workers=2)}, "text_batch 9 is not divis"),

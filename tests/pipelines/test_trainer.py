@@ -74,6 +74,9 @@ class Recipe:
     def layers(self) -> int:
         return 1
 
+    def flops(self, batch: Any) -> float:
+        return 0.0
+
     def samples_per_batch(self) -> int:
         return 8
 
@@ -203,9 +206,8 @@ def test_two_workers_checkpoint_goes_on_with_one(
     store = copied("images", "tasks", "tokens", "tokenizers", "runs/pretrained/checkpoints")
     before = load_file(store.path(checkpoints.folder("runs/pretrained", 4), "model.safetensors"))
     config = small_corpus.pretraining(store)
-    recipe = pretrain.PretrainRecipe(config, pretrain.check_tokens(store, config, {
-        name: store.dataset(f"tokens/{name}") for name in ("alone", "words", "pairs")
-    }))  # fmt: skip
+    datasets = [store.dataset(f"tokens/{name}") for name in ("alone", "words", "pairs")]
+    recipe = pretrain.PretrainRecipe(config, pretrain.check_tokens(store, config, datasets))
     result = fit(
         store, name="pretrained", output="models/pretrained",
         fingerprint=pretrained["fingerprint"], recipe=recipe, config=config.train, parameters={},
@@ -268,6 +270,15 @@ def test_a_killed_worker_is_replaced_and_nothing_else_changes(
     found = trained(corpus, "killed")
     assert all(torch.equal(found[k], undisturbed[k]) for k in undisturbed)
     assert list(history(corpus, result["mlflow_run"], "train/loss")) == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_workers_are_not_started_again_for_a_bad_step(ray_session: None, tmp_path: Path) -> None:
+    """It would come again."""
+    recipe = Recipe(str(tmp_path), "nan", 3)
+    with pytest.raises(FloatingPointError, match="the loss is not a number at step 4"):
+        train(Store(tmp_path / "store"), "run", recipe, workers=2, max_failures=3)
+    assert recipe.steps(0) == recipe.steps(1) == [0, 1, 2, 3]
 
 
 # -- one process -----------------------------------------------------------------------------------

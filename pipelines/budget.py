@@ -1,0 +1,130 @@
+"""What a training run's state takes of a GPU's memory, by formula, and whether there is so much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.recipe import TrainConfig
+
+GIB = 1 << 30
+_BUCKET = 500_000_000
+"""Elements of the buffer that gradients are reduced in, DeepSpeed's `reduce_bucket_size`."""
+_GATHERED = 1_000_000_000
+"""Elements that ZeRO 3 keeps whole at most, DeepSpeed's `stage3_max_live_parameters`."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What `--dry-run` reckons with. None of it is measured here: put in what you know."""
+
+    gpu_gib: float = 44.0
+    """Memory of a GPU that a process can have, in GiB (2**30 bytes): L40S 44, A100 and H100 with
+    80 GB 79."""
+    gpu_tflops: float = 362.0
+    """A GPU's peak in the run's precision, in 10**12 FLOP/s: in bf16, dense, L40S 362, A100 312,
+    H100 SXM 989."""
+    mfu: float = 0.35
+    """Share of that peak that the training reaches; runs log theirs as train/mfu."""
+    text_tokens: int = 300
+    """Tokens of a text alone, where there are no tokens to count."""
+    caption_tokens: int = 16
+    """Tokens of a caption, where there are none to count."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_gib", "gpu_tflops", "mfu"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"assume.{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("text_tokens", "caption_tokens"):
+            if getattr(self, name) < 3:
+                raise ValueError(
+                    f"assume.{name}: expected at least 3, <s>, a token and </s>, "
+                    f"got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that a worker holds from its first step to its last.
+
+    parameters, gradients, optimizer, average: on its GPU; the optimizer's are two moments, and with
+        ZeRO the parameters once more.
+    buffers: DeepSpeed's for communication.
+    host: in the machine's memory, if the optimizer's state is offloaded.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    buffers: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """On the GPU."""
+        return self.parameters + self.gradients + self.optimizer + self.average + self.buffers
+
+
+def states(count: int, config: TrainConfig, *, frozen: int = 0) -> States:
+    """What `count` trained parameters take on each worker, and `frozen` further ones.
+
+    Everything is kept in fp32, whatever a step computes in. ZeRO's stages split the optimizer's
+    state, the gradients and the parameters over the workers, each those of the one before too.
+    """
+    whole, stage = 4 * count, config.zero_stage
+    piece = whole // max(1, config.workers)
+    average = (piece if stage else whole) if config.ema else 0
+    if stage == 0:
+        return States(whole + 4 * frozen, whole, 2 * whole, average, 0, 0)
+    gradients = piece if stage > 1 else whole
+    optimizer = 3 * piece
+    buffers = _BUCKET * (4 if config.precision == "fp32" else 4 + 2)  # one for each precision
+    parameters = whole + 4 * frozen
+    if stage == 3:
+        parameters = piece + 4 * frozen // max(1, config.workers)
+        buffers += 4 * min(count + frozen, _GATHERED)
+    if not config.offload:
+        return States(parameters, gradients, optimizer, average, buffers, 0)
+    host = optimizer + average + piece
+    return States(parameters, whole if stage == 1 else 0, 0, 0, buffers, host)
+
+
+def check_device(module: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """See to it that the state of a run fits into the GPU, before it is put there.
+
+    Raises:
+        ValueError: it does not, even without any activations.
+    """
+    if device.type != "cuda":
+        return
+    counts = [0, 0]
+    for parameter in module.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    needed = states(counts[1], config, frozen=counts[0]).total
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        ways = ", ".join(name for name, _ in lighter(config))
+        raise ValueError(
+            f"{sum(counts):,} parameters with gradients and optimizer state take "
+            f"{needed / GIB:.1f} GiB of each GPU, and {torch.cuda.get_device_name(device)} has "
+            f"{free / GIB:.1f} GiB free: {ways or 'train on more workers, or a smaller model'}"
+        )
+
+
+def lighter(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
+    """The same training with less state on each GPU: what to set, and the outcome."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    if config.workers > 1:
+        found = [
+            (f"train.zero_stage {stage}", {"zero_stage": stage})
+            for stage in range(config.zero_stage + 1, 4)
+        ]
+    if not config.offload:
+        stage = max(1, config.zero_stage)
+        also = "" if config.zero_stage else f" and train.zero_stage {stage}"
+        found.append((f"train.offload{also}", {"offload": True, "zero_stage": stage}))
+    return [(name, replace(config, **changes)) for name, changes in found]

@@ -1,0 +1,251 @@
+"""Steps that would spoil a run: noticed by all workers at once, then its end or left out.
+
+A step is bad if its loss, the mean over its batches and the workers, is no number, infinite or a
+spike, or if its gradient is not finite. This is known before the optimizer steps, at the price of
+one all-reduce of three numbers, and every worker decides the same. A step that is left out changes
+no parameter, moment or buffer; its batches are gone and its learning rate with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines import zero
+from pipelines.recipe import Run
+from pipelines.stops import Ended, Watch
+from pipelines.storage import Store
+
+WINDOW = 64  # good steps whose median a spike is measured by
+LEAST = 16  # with fewer there are no spikes
+SAID = 20  # left-out steps that the console names
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all workers agree on after a step."""
+
+    skipped: bool
+    """The step was bad and is left out."""
+    stop: bool
+    """The run was asked to stop."""
+    save: bool
+    """A worker wants a checkpoint: its machine is about to go."""
+
+
+class Guard:
+    """Takes a run's optimizer steps, or leaves them out; every worker has one.
+
+    A step is `begin`, `add` after each backward pass, and `step`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        store: Store,
+        engine: Any,
+        watch: Watch,
+        *,
+        start: int,
+        rank: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.run, self.config, self.store, self.engine = run, run.config, store, engine
+        self.watch, self.rank, self.say = watch, rank, say
+        self.world = dist.get_world_size()
+        self.stage: int = engine.zero_optimization_stage()
+        self.skipped = _skipped(store, run.name, start)
+        """Steps left out since the run's beginning."""
+        self.stepped = start > 0
+        """The optimizer has a state that can be saved."""
+        self._in_a_row = 0
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._kept: dict[str, list[float]] = {}
+        if self.config.spike_factor:
+            with contextlib.suppress(FileNotFoundError):
+                found = store.read_json(f"{run.name}/recent-losses.json")
+                self._kept = {k: v for k, v in found.items() if int(k) <= start}
+            self._recent.extend(self._kept.get(str(start), []))
+        self._losses: list[Tensor] = []
+        self._ids: list[str] = []
+        self._buffers: list[Tensor] = []
+
+    def begin(self) -> None:
+        self._losses, self._ids = [], []
+        if self.config.on_bad_step == "skip":
+            self._buffers = [buffer.clone() for buffer in self.engine.module.buffers()]
+
+    def add(self, batch: Any, loss: Tensor) -> None:
+        """Note a batch and its loss."""
+        self._losses.append(loss.detach())
+        for name in ("ids", "image_ids"):
+            self._ids += [str(one) for one in getattr(batch, name, ())]
+
+    def step(self, step: int) -> Verdict:
+        """Have the optimizer step after the last backward pass, unless the step is bad.
+
+        Args:
+            step: Steps that are done with this one.
+
+        Raises:
+            Ended: the step is bad and not to be left out.
+        """
+        loss, stop, save = self._agree()
+        bad, norm = self._fault(loss), None
+        if bad or not self.stage:
+            norm = gradient_norm(self.engine)
+            if not bad and not math.isfinite(norm):
+                bad = "the gradient is not finite"
+        if bad:
+            _drop_gradient(self.engine)
+        else:
+            self.engine.step()
+        if not bad and not self.engine.was_step_applied():  # ZeRO looks at the gradient itself
+            bad, norm = "the gradient is not finite", self.engine.get_global_grad_norm()
+        if bad:
+            self._leave_out(step, bad, loss, norm)
+        else:
+            self.stepped, self._in_a_row = True, 0
+            self._recent.append(loss)
+        if self.skipped:
+            _set_adam_steps(self.engine, step)
+        return Verdict(bool(bad), stop and self.stepped, save)
+
+    def remember(self, step: int) -> None:
+        """Keep what spikes are measured by, for a run that goes on from this step's checkpoint."""
+        if self.rank == 0 and self.config.spike_factor:
+            self._kept[str(step)] = list(self._recent)
+            newest = sorted(self._kept, key=int)[-self.config.keep_checkpoints - 2 :]
+            self._kept = {k: self._kept[k] for k in newest}
+            self.store.write_json(f"{self.run.name}/recent-losses.json", self._kept)
+
+    def _agree(self) -> tuple[float, bool, bool]:
+        """The mean loss, and whether any worker wants to stop or save."""
+        own = torch.stack(self._losses).double().mean()
+        stop, save = self.watch.stop.is_set(), self.stepped and self.watch.take_save()
+        told = torch.stack([own, own.new_tensor(float(stop)), own.new_tensor(float(save))])
+        if self.world > 1:
+            dist.all_reduce(told)
+        loss, stops, saves = told.tolist()
+        return loss / self.world, stops > 0, saves > 0
+
+    def _fault(self, loss: float) -> str:
+        """What is wrong with the loss, if anything."""
+        if math.isnan(loss):
+            return "the loss is not a number"
+        if math.isinf(loss):
+            return "the loss is infinite"
+        factor = self.config.spike_factor
+        if factor and len(self._recent) >= LEAST:
+            median = statistics.median(self._recent)
+            if 0 < factor * median < loss:
+                return (
+                    f"the loss {loss:.4g} is above train.spike_factor {factor:g} times "
+                    f"{median:.4g}, the median of the last {len(self._recent)} steps"
+                )
+        return ""
+
+    def _leave_out(self, step: int, bad: str, loss: float, norm: Any) -> None:
+        """Write down a bad step; end the run if it is not to go on after it."""
+        self._in_a_row += 1
+        skip = self.config.on_bad_step == "skip"
+        skip = skip and self._in_a_row < self.config.max_bad_steps
+        file = f"{self.run.name}/bad-steps/step-{step:08d}-rank-"
+        record = {
+            "step": step,
+            "rank": self.rank,
+            "reason": bad,
+            "action": "skipped" if skip else "stopped",
+            "mean_loss": _plain(loss),
+            "losses": [_plain(value) for value in torch.stack(self._losses).tolist()],
+            "gradient_norm": None if norm is None else _plain(float(norm)),
+            "ids": self._ids,
+        }
+        self.store.write_json(f"{file}{self.rank}.json", record)
+        where = f"its samples are named in {self.store.uri}/{file}*.json"
+        if not skip:
+            raise Ended(f"{bad} at step {step}{self._how_many()}; {where}. {self._advice()}")
+        self.skipped += 1
+        for buffer, before in zip(self.engine.module.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
+        if self.skipped <= SAID:
+            self.say(f"{self.run.name}: step {step} left out: {bad}; {where}")
+
+    def _how_many(self) -> str:
+        return f", after {self._in_a_row - 1} left out in a row" if self._in_a_row > 1 else ""
+
+    def _advice(self) -> str:
+        again = (
+            "The same command goes on from the newest checkpoint and comes to this step again: "
+            "look at these samples first, and "
+        )
+        other = "take another name with a smaller train.learning_rate or train.clip"
+        if self.config.on_bad_step == "skip":
+            return f"{again}raise train.max_bad_steps, or {other}."
+        return f"{again}set train.on_bad_step to skip to leave it out, or {other}."
+
+
+def gradient_norm(engine: Any) -> float:
+    """2-norm of the gradient before the optimizer steps; every worker must call this."""
+    from deepspeed.utils import safe_get_full_grad
+
+    squares = 0.0
+    for _, parameter in zero.trainable(engine.module):  # one whole gradient at a time
+        gradient = safe_get_full_grad(parameter)
+        if gradient is not None:
+            squares = squares + gradient.float().pow(2).sum()
+    return math.sqrt(float(squares))
+
+
+def _drop_gradient(engine: Any) -> None:
+    """Have the engine step without a change. Every worker must call this.
+
+    ZeRO steps aside, and clears its gradients, when their norm is no number.
+    """
+    from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
+    stage: int = engine.zero_optimization_stage()
+    parameter: Any = zero.trainable(engine.module)[0][1]
+    if stage == 0:
+        engine.zero_grad()
+        engine.set_gradient_accumulation_boundary(False)  # the optimizer stays out of it
+        engine.step()
+        engine.set_gradient_accumulation_boundary(None)
+        return
+    if stage == 3:
+        safe_set_local_grad(parameter, torch.full_like(parameter.ds_tensor, torch.nan))
+    elif engine.zero_offload_optimizer():  # it has taken the norms already
+        norms = engine.optimizer.norm_for_param_grads
+        norms.update(dict.fromkeys(norms, torch.tensor(torch.nan)))
+    else:
+        safe_set_full_grad(parameter, torch.full_like(parameter, torch.nan))
+    engine.step()
+
+
+def _set_adam_steps(engine: Any, step: int) -> None:
+    """Have Adam's bias correction count left-out steps too, as in a run resumed after them."""
+    for state in zero.states(engine).values():
+        if state:
+            state["step"].fill_(step)
+
+
+def _skipped(store: Store, run: str, start: int) -> int:
+    """Steps up to this one that the run has left out."""
+    records = [n for n in store.list(f"{run}/bad-steps") if n.endswith("-rank-0.json")]
+    before = [n for n in records if int(n.split("-")[1]) <= start]
+    found = [store.read_json(f"{run}/bad-steps/{name}") for name in before]
+    return sum(record["action"] == "skipped" for record in found)
+
+
+def _plain(value: float) -> float | str:
+    """JSON has no word for what is no number."""
+    return value if math.isfinite(value) else str(value)

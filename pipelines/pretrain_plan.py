@@ -1,0 +1,201 @@
+"""What a pretraining run would take in memory, time and money, without starting anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from beit3.flops import StepShape, masked_step
+from beit3.memory import activation_bytes, hollow
+from pipelines import budget, console
+from pipelines.budget import GIB
+from pipelines.loader import ParquetRows
+from pipelines.storage import Dataset
+
+if TYPE_CHECKING:
+    from pipelines.pretrain import PretrainConfig
+
+_TOKENS = {"texts": "ids", "pairs": "captions"}
+
+
+def plan(cfg: PretrainConfig, datasets: dict[str, list[Dataset]]) -> dict[str, Any]:
+    """Counts and estimates for a run, with what `cfg.assume` says.
+
+    Operations are counted as in `beit3.flops`, activations estimated as in `beit3.memory`; both of
+    batches with texts of the lengths that the first rows of the tokens have.
+    hours = operations / workers / (`gpu_tflops` * `mfu`); cost = hours * workers *
+    `train.price_per_hour`.
+
+    Args:
+        datasets: Tokens by kind (images, texts, pairs); those that aren't there yet are named in
+            `missing`.
+
+    Returns:
+        Numbers by name, memory in bytes of each worker; `problem` says why the run can't be.
+    """
+    train, pixels = cfg.train, cfg.objectives.image_target == "pixels"
+    workers = max(1, train.workers)
+    shape = worker_shape(cfg, _lengths(cfg, datasets, "pairs"), _lengths(cfg, datasets, "texts"))
+    count = sum(p.numel() for p in hollow(cfg.model, pixels=pixels).parameters())
+    memory = _memory(cfg, count, shape)
+    operations = masked_step(cfg.model, shape, pixels=pixels) * train.accumulate * workers
+    seconds = operations * train.steps / workers / (cfg.assume.gpu_tflops * 1e12 * cfg.assume.mfu)
+    hours = seconds / 3600
+    return {
+        "parameters": count,
+        "memory": memory,
+        "datasets": [row for kind in datasets for row in _drawn(cfg, kind, datasets[kind])],
+        "missing": [d.name for of_kind in datasets.values() for d in of_kind if not _rows(d)],
+        "workers": workers,
+        "steps": train.steps,
+        "samples_per_step": sum(map(cfg.drawn, datasets)) * train.accumulate,
+        "flops_per_step": operations,
+        "hours": hours,
+        "cost": hours * workers * train.price_per_hour if train.price_per_hour else None,
+        "problem": _problem(cfg, count, shape, memory),
+    }
+
+
+def worker_shape(cfg: PretrainConfig, captions: Sequence[int], texts: Sequence[int]) -> StepShape:
+    """The batch of one worker's forward pass, masked as it is on average.
+
+    Args:
+        captions, texts: Lengths in tokens to draw from; the batch has their distribution.
+    """
+    workers, masking = max(1, cfg.train.workers), cfg.hidden
+    alone, pairs, singles = (cfg.drawn(kind) // workers for kind in ("images", "pairs", "texts"))
+    drawn = [_quantiles(captions, pairs), _quantiles(texts, singles)]
+    of_picture = of_caption = 1.0
+    if masking.pairs == "separate":
+        of_caption = masking.pair_text_share
+        of_picture = 1.0 - of_caption
+    patches = round(masking.image * cfg.model.patches)
+    inner = [sum(max(0, n - 2) for n in lengths) for lengths in drawn]
+    return StepShape(
+        images=alone + pairs,
+        pairs=pairs,
+        lengths=(*drawn[0], *drawn[1]),
+        masked_patches=round(patches * (alone + pairs * of_picture)),
+        masked_tokens=round(inner[0] * masking.pair_text * of_caption + inner[1] * masking.text),
+    )
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a plan. Of what is an estimate it says so."""
+    workers, hours = found["workers"], found["hours"]
+    lines = [("parameters", f"{found['parameters']:,}"), ("memory of each worker, GiB", "")]
+    lines += [
+        (f"  {name.replace('_', ' ')}", f"{value / GIB:,.2f}")
+        for name, value in found["memory"].items()
+    ]
+    lines += [
+        ("steps", f"{found['steps']:,}"),
+        ("samples", f"{found['steps'] * found['samples_per_step']:,}"),
+    ]
+    for row in found["datasets"]:
+        seen = f"{row['samples']:,}"
+        if row["rows"]:
+            seen += f", {row['samples'] / row['rows']:,.2f} epochs of {row['rows']:,}"
+        lines.append((f"  of {row['name']}", seen))
+    cost = "unknown: set train.price_per_hour" if found["cost"] is None else f"{found['cost']:,.2f}"
+    lines += [
+        ("TFLOP of a step", f"{found['flops_per_step'] / 1e12:,.2f}"),
+        (f"hours of {workers:,} workers, estimated", f"{hours:,.2f}"),
+        ("cost, estimated", cost),
+    ]
+    width = max(len(label) for label, _ in lines)
+    for label, value in lines:
+        console.say(f"{label:{width}}  {value}".rstrip())
+    if found["missing"]:
+        console.say(
+            f"not checked, since not all tokens are there: {', '.join(found['missing'])} missing. "
+            "Texts whose lengths aren't known are as long as assume.text_tokens and "
+            "assume.caption_tokens say"
+        )
+    else:
+        console.say("tokens, tokenizers and model fit together")
+
+
+def _memory(cfg: PretrainConfig, count: int, shape: StepShape) -> dict[str, int]:
+    """Bytes of each worker, by what takes them; host memory only where something is offloaded."""
+    state = budget.states(count, cfg.train)
+    pixels = cfg.objectives.image_target == "pixels"
+    found = {
+        "parameters": state.parameters,
+        "gradients": state.gradients,
+        "optimizer": state.optimizer,
+        "average_of_the_weights": state.average,
+        "communication": state.buffers,
+        "activations_estimated": activation_bytes(
+            cfg.model, shape, cfg.train.precision, pixels=pixels
+        ),
+    }
+    found = {name: value for name, value in found.items() if value}
+    found["in_all"] = sum(found.values())
+    if cfg.train.gpus_per_worker:
+        found["of_the_GPU"] = round(cfg.assume.gpu_gib * min(1.0, cfg.train.gpus_per_worker) * GIB)
+    if state.host:
+        found["in_host_memory"] = state.host
+    return found
+
+
+def _problem(cfg: PretrainConfig, count: int, shape: StepShape, memory: dict[str, int]) -> str:
+    """Why the run doesn't fit into its GPUs and what would; empty if it does."""
+    there = memory.get("of_the_GPU")
+    if there is None or memory["in_all"] <= there:
+        return ""
+    others = [(name, replace(cfg, train=train)) for name, train in budget.lighter(cfg.train)]
+    if cfg.model.checkpoint_activations != "blocks":
+        model = replace(cfg.model, checkpoint_activations="blocks")
+        others.append(("model.checkpoint_activations blocks", replace(cfg, model=model)))
+    ways = [f"{name}: {_memory(other, count, shape)['in_all'] / GIB:.1f}" for name, other in others]
+    ways.append("or smaller batches, with as much larger train.accumulate")
+    return (
+        f"a worker needs {memory['in_all'] / GIB:.1f} GiB, by estimate, and its GPU has "
+        f"{there / GIB:.1f} (assume.gpu_gib). In GiB it would need with {'; '.join(ways)}"
+    )
+
+
+def _drawn(cfg: PretrainConfig, kind: str, datasets: list[Dataset]) -> list[dict[str, Any]]:
+    """Samples drawn of each dataset in the whole run, or of all of a kind if shares aren't known.
+
+    `rows` is how many there are, 0 where that isn't known.
+    """
+    rows = [_rows(dataset) for dataset in datasets]
+    samples = cfg.drawn(kind) * cfg.train.accumulate * cfg.train.steps
+    weights = cfg.weights(kind) or (tuple(rows) if all(rows) else ())
+    if not weights:
+        return [{"name": kind, "rows": 0, "samples": samples}] if samples else []
+    return [
+        {"name": dataset.name, "rows": count, "samples": round(samples * weight / sum(weights))}
+        for dataset, count, weight in zip(datasets, rows, weights, strict=True)
+    ]
+
+
+def _rows(dataset: Dataset) -> int:
+    """Rows of a dataset, 0 if it isn't there."""
+    commit = dataset.find_commit()
+    return commit.rows if commit else 0
+
+
+def _lengths(cfg: PretrainConfig, datasets: dict[str, list[Dataset]], kind: str) -> list[int]:
+    """Lengths of some texts of a kind: of the first rows of each dataset, or as assumed."""
+    found: list[int] = []
+    for dataset in datasets.get(kind, ()):
+        if _rows(dataset):
+            source = ParquetRows([dataset], [_TOKENS[kind]])
+            first = source.groups[0]
+            column = source.table(0, first.path, first.index).column(0).combine_chunks()
+            texts = column.flatten() if kind == "pairs" else column
+            found += texts.value_lengths().to_pylist()
+    assumed = cfg.assume.caption_tokens if kind == "pairs" else cfg.assume.text_tokens
+    return found or [assumed]
+
+
+def _quantiles(values: Sequence[int], count: int) -> tuple[int, ...]:
+    """So many numbers with the distribution of some values."""
+    places = (np.arange(count) + 0.5) / max(1, count)
+    return tuple(np.quantile(values, places, method="nearest").astype(int).tolist())

@@ -1,0 +1,67 @@
+"""Retrieval by a pretrained model as it is: pictures ranked by how well they explain a caption."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from beit3.device import to_device
+from beit3.masking import token_mask
+from beit3.objectives import MaskedBatch
+
+KS = (1, 5)
+
+
+class Predictor(Protocol):
+    """Such as `MaskedDataModelling`."""
+
+    def predict(self, batch: MaskedBatch) -> dict[str, Tensor]: ...
+
+
+@torch.no_grad()
+def picture_recall(
+    model: Predictor, batch: MaskedBatch, mask_id: int, device: torch.device, *, count: int
+) -> dict[str, float]:
+    """Share of captions whose own picture is among the best 1 or 5 of some, 0..1.
+
+    Half of a caption's words are hidden; a picture's score is the log-likelihood of these words
+    beside it. Every caption is compared over pictures, with the same words hidden, so that it does
+    not matter how likely a caption is by itself; that is why there is no ranking of captions. The
+    model reads `count` squared pairs. Pictures with equal scores share their places' mean.
+
+    Args:
+        batch: Pairs, on CPU; the first `count` of them take part.
+    """
+    count = min(count, batch.pairs)
+    first = len(batch.images) - batch.pairs
+    images = batch.images[first : first + count]
+    text = batch.text.clone()
+    for kind in ("pair_text", "text"):
+        if kind in batch.masked:
+            text[batch.masked[kind].places] = batch.masked[kind].targets
+    captions = [part.tolist() for part in text.split(list(batch.lengths))[:count]]
+    nothing = torch.zeros(count, batch.hidden_patches.shape[1], dtype=torch.bool)
+    ranks = []
+    for number, caption in enumerate(captions):
+        hidden = token_mask(len(caption), 0.5, np.random.default_rng(number))
+        if not hidden.any():
+            continue
+        pairs = MaskedBatch.collate(
+            images,
+            nothing,
+            nothing.long(),
+            [caption] * count,
+            [hidden] * count,
+            mask_id,
+            pairs=count,
+        )
+        pairs = to_device(pairs, device)
+        likely = model.predict(pairs)["pair_text"].float().log_softmax(-1)
+        own = likely.gather(1, pairs.masked["pair_text"].targets[:, None])
+        scores = own.view(count, -1).sum(1)
+        better = (scores > scores[number]).sum() + ((scores == scores[number]).sum() - 1) / 2
+        ranks.append(float(better))
+    return {f"picture_recall_{k}": float(np.mean(np.array(ranks) < k)) for k in KS if ranks}

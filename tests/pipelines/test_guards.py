@@ -1,0 +1,462 @@
+"""Bad steps end a run or are left out, and a run that is stopped keeps its work."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_corpus
+import small_run
+import torch
+from ray import cloudpickle
+from safetensors.torch import load_file
+from small_run import Recipe, train
+from torch import Tensor
+
+from pipelines import bundles, checkpoints, guards, models, stops, tracking
+from pipelines.recipe import TrainConfig
+from pipelines.storage import Store
+
+STAGES = (0, 1, 2, 3)
+SHARDED: list[dict[str, Any]] = [
+    *({"zero_stage": stage} for stage in STAGES),
+    *({"zero_stage": stage, "offload": True} for stage in STAGES[1:]),
+]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def few_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three good steps are enough to tell a spike."""
+    monkeypatch.setattr(guards, "LEAST", 3)
+
+
+@pytest.fixture(autouse=True)
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo `small_run.keep_watches`."""
+    monkeypatch.setattr(stops.Watch, "__enter__", stops.Watch.__enter__)
+
+
+def state(store: Store, run: str, step: int) -> dict[str, Tensor]:
+    """All tensors of a checkpoint."""
+    folder = Path(store.path(checkpoints.folder(f"runs/{run}", step)))
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) >= 2
+    return {f"{file.stem}/{k}": v for file in files for k, v in load_file(file).items()}
+
+
+def trained(store: Store, name: str) -> dict[str, Tensor]:
+    return load_file(store.path("models", name, "model.safetensors"))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def record(store: Store, name: str, step: int, rank: int = 0) -> dict[str, Any]:
+    return store.read_json(f"runs/{name}/bad-steps/step-{step:08d}-rank-{rank}.json")
+
+
+# -- bad steps -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("harm", "said", "loss"),
+    [
+        ("nan", "the loss is not a number at step 6", "nan"),
+        ("inf", "the loss is infinite at step 6", "inf"),
+        ("gradient", "the gradient is not finite at step 6", None),
+        ("spike", r"is above train.spike_factor 5 times .*, the median of the last 5 steps", None),
+    ],
+)
+def test_a_bad_step_ends_the_run_and_names_its_samples(
+    harm: str, said: str, loss: str | None, stage: int, few_losses: None, store: Store
+) -> None:
+    """Whenever it comes: here numbers are logged at the end only."""
+    with pytest.raises(FloatingPointError, match=said) as raised:
+        train(
+            store, "run", Recipe(((5, harm),)), zero_stage=stage, spike_factor=5.0, log_every=8,
+            checkpoint_every=2,
+        )  # fmt: skip
+    assert f"{store.uri}/runs/run/bad-steps/step-00000006-rank-*.json" in str(raised.value)
+    assert "set train.on_bad_step to skip" in str(raised.value)
+    found = record(store, "run", 6)
+    assert found["ids"] == [f"5/{row}" for row in range(8)]
+    assert (found["step"], found["rank"], found["action"]) == (6, 0, "stopped")
+    assert found["reason"] in str(raised.value)
+    if loss:
+        assert found["losses"] == [loss] and found["mean_loss"] == loss
+    else:
+        assert found["losses"] == [pytest.approx(found["mean_loss"])]
+    if harm == "spike":
+        assert found["mean_loss"] > 100 and 0 < found["gradient_norm"] < 1e6
+    else:
+        assert found["gradient_norm"] in ("nan", "inf")
+    assert not bundles.exists(store, "models/run")
+    assert store.list("runs/run/checkpoints") == ["step-00000002", "step-00000004"]
+
+
+@pytest.mark.parametrize("sharded", SHARDED)
+@pytest.mark.parametrize("harm", ["nan", "inf", "gradient", "spike"])
+def test_a_step_that_is_left_out_changes_nothing(
+    harm: str, sharded: dict[str, Any], few_losses: None, store: Store
+) -> None:
+    """Parameters, both moments and buffers; the steps after it are taken."""
+    options: dict[str, Any] = {
+        **sharded, "on_bad_step": "skip", "spike_factor": 5.0, "checkpoint_every": 1,
+        "keep_checkpoints": 9,
+    }  # fmt: skip
+    train(store, "run", Recipe(((5, harm),)), **options)
+    before, at, after = (state(store, "run", step) for step in (5, 6, 7))
+    assert same(before, at) and not any(torch.equal(at[k], after[k]) for k in at)
+    assert all(bool(tensor.isfinite().all()) for tensor in trained(store, "run").values())
+    assert record(store, "run", 6)["action"] == "skipped"
+    train(store, "well", Recipe(), **options)
+    assert same(before, state(store, "well", 5)) and not same(at, state(store, "well", 6))
+
+
+def test_stages_agree_on_the_gradient_of_a_spike(few_losses: None, store: Store) -> None:
+    norms = []
+    for number, sharded in enumerate(SHARDED):
+        train(
+            store, f"run-{number}", Recipe(((4, "spike"),)), on_bad_step="skip", spike_factor=5.0,
+            **sharded,
+        )  # fmt: skip
+        norms.append(record(store, f"run-{number}", 5)["gradient_norm"])
+    assert norms == pytest.approx([norms[0]] * len(SHARDED), rel=1e-5)
+    first = trained(store, "run-0")
+    for number in range(1, len(SHARDED)):
+        for key, tensor in trained(store, f"run-{number}").items():
+            torch.testing.assert_close(tensor, first[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharded", SHARDED)
+@pytest.mark.parametrize("bad", [6, 7])
+def test_one_bad_batch_of_two_spoils_the_step(
+    bad: int, sharded: dict[str, Any], store: Store
+) -> None:
+    train(
+        store, "run", Recipe(((bad, "nan"),)), accumulate=2, on_bad_step="skip",
+        checkpoint_every=1, keep_checkpoints=9, **sharded,
+    )  # fmt: skip
+    found = record(store, "run", 4)
+    assert found["ids"] == [f"{number}/{row}" for number in (6, 7) for row in range(8)]
+    assert [isinstance(loss, str) for loss in found["losses"]] == [bad == 6, bad == 7]
+    assert same(state(store, "run", 3), state(store, "run", 4))
+    assert not same(state(store, "run", 4), state(store, "run", 5))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_goes_on_after_a_step_was_left_out_ends_the_same(
+    stage: int, few_losses: None, store: Store, tmp_path: Path
+) -> None:
+    """Adam's count of steps and the losses that spikes are measured by are those of before."""
+    options: dict[str, Any] = {
+        "zero_stage": stage, "on_bad_step": "skip", "spike_factor": 5.0, "checkpoint_every": 1,
+        "keep_checkpoints": 9,
+    }  # fmt: skip
+    recipe = Recipe(((1, "nan"), (5, "spike")))
+    train(store, "run", recipe, **options)
+    for step in (2, 5, 6):
+        again = Store(tmp_path / f"{step}")
+        name = checkpoints.folder("runs/run", step)
+        for part in (name, "runs/run/bad-steps"):
+            shutil.copytree(store.path(part), again.path(part))
+        again.write("runs/run/recent-losses.json", store.read("runs/run/recent-losses.json"))
+        train(again, "run", recipe, **options)
+        assert same(trained(again, "run"), trained(store, "run")), step
+
+
+def test_the_first_step_may_be_left_out(store: Store) -> None:
+    train(
+        store, "run", Recipe(((0, "nan"),)), zero_stage=0, on_bad_step="skip", checkpoint_every=1,
+        keep_checkpoints=9,
+    )  # fmt: skip
+    assert store.list("runs/run/checkpoints")[0] == "step-00000002"  # of 1 there was no state
+
+
+def test_left_out_steps_are_counted_and_said(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(
+        store, "run", Recipe(((2, "nan"), (3, "inf"), (5, "nan"))), track=True, on_bad_step="skip",
+        checkpoint_every=4,
+    )  # fmt: skip
+    tracker = tracking.client(tracking.tracking_uri(store))
+
+    def history(key: str) -> dict[int, float]:
+        found = tracker.get_metric_history(result["mlflow_run"], key)
+        return {m.step: m.value for m in found}
+
+    assert history("train/skipped_steps") == {3: 1, 4: 2, 6: 3}
+    assert sorted(history("train/loss")) == [1, 2, 5, 7, 8]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(lines) == 3 and len(set(lines)) == 3
+    assert "runs/run: step 4 left out: the loss is infinite; its samples are named in" in lines[1]
+    assert "bad-steps/step-00000004-rank-*.json" in lines[1]
+
+
+def test_too_many_bad_steps_in_a_row_end_it(store: Store) -> None:
+    harm = tuple((number, "nan") for number in (1, 3, 4, 5))
+    options: dict[str, Any] = {"on_bad_step": "skip", "checkpoint_every": 1}
+    with pytest.raises(FloatingPointError, match="at step 6, after 2 left out in a row") as raised:
+        train(store, "run", Recipe(harm), max_bad_steps=3, **options)
+    assert "raise train.max_bad_steps" in str(raised.value)
+    actions = {step: record(store, "run", step)["action"] for step in (2, 4, 5, 6)}
+    assert actions == {2: "skipped", 4: "skipped", 5: "skipped", 6: "stopped"}
+    train(store, "run", Recipe(harm), max_bad_steps=4, **options)  # the same run goes on
+    assert record(store, "run", 6)["action"] == "skipped"
+
+
+def test_losses_that_just_rise_are_no_spikes(few_losses: None, store: Store) -> None:
+    train(store, "run", Recipe(((1, "spike"),)), spike_factor=2.0)  # too early to tell
+    train(store, "other", Recipe(((5, "spike"),)))  # not asked for
+    assert not store.list("runs/run/bad-steps") and not store.list("runs/other/bad-steps")
+
+
+@pytest.fixture
+def travelling() -> Iterator[None]:
+    """Ray's workers can't import that file: its classes travel as they are."""
+    cloudpickle.register_pickle_by_value(small_run)
+    yield
+    cloudpickle.unregister_pickle_by_value(small_run)
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_all_workers_leave_out_what_one_finds_bad(
+    stage: int, ray_session: None, travelling: None, store: Store
+) -> None:
+    recipe = Recipe(((3, "nan"), (5, "gradient"), (20, "spike")))
+    train(
+        store, "run", recipe, workers=2, zero_stage=stage, on_bad_step="skip", spike_factor=5.0,
+        steps=23, checkpoint_every=1, keep_checkpoints=23,
+    )  # fmt: skip
+    for step in (4, 6, 21):
+        assert same(state(store, "run", step - 1), state(store, "run", step))
+        assert not same(state(store, "run", step), state(store, "run", step + 1))
+        for rank in (0, 1):
+            found = record(store, "run", step, rank)
+            assert found["ids"] == [f"{step - 1}/{row}" for row in range(rank, 8, 2)]
+            assert found["action"] == "skipped"
+    harmed, well = record(store, "run", 4, 1), record(store, "run", 4, 0)
+    assert harmed["losses"] == ["nan"] and 0 < well["losses"][0] < 100
+    assert harmed["mean_loss"] == well["mean_loss"] == "nan"
+
+
+# -- stops -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_keeps_the_work(workers: int, tmp_path: Path) -> None:
+    def start(held: int, *names: str) -> subprocess.Popen[str]:
+        arguments = [small_run.__file__, str(tmp_path), str(workers), str(held), *names]
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+        )
+
+    stopped = start(4, "stopped")
+    while not (tmp_path / "held").exists():
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=120)
+    assert stopped.returncode == 143
+    assert (
+        "runs/stopped: stopped at step 5 of 8, with a checkpoint (SIGTERM received): run the same "
+        "command to go on"
+    ) in said
+    store = Store(tmp_path / "store")
+    assert store.list("runs/stopped/checkpoints") == ["step-00000005"]
+    assert not bundles.exists(store, "models/stopped")
+
+    finished = start(-1, "stopped", "unbroken")
+    said, _ = finished.communicate(timeout=240)
+    assert finished.returncode == 0 and "runs/stopped: resumed from step 5" in said
+    assert same(trained(store, "stopped"), trained(store, "unbroken"))
+
+
+@dataclass(frozen=True)
+class Signalled(Recipe):
+    """Gets signals as it trains."""
+
+    signals: int = 1
+
+    def before(self, number: int) -> None:
+        if number == self.held:
+            for _ in range(self.signals):
+                signal.raise_signal(signal.SIGTERM)
+            assert small_run.watch().stop.wait(120)
+
+
+def test_a_stopped_run_is_killed_to_the_tracker_and_goes_on_there(store: Store) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(stops.Stopped) as raised:
+        train(store, "run", Signalled(held=2), track=True)
+    assert raised.value.code == 143
+    handle = tracking.RunHandle(**store.read_json("runs/run/mlflow.json"))
+    tracker = tracking.client(handle.uri)
+    assert tracker.get_run(handle.run_id).info.status == "KILLED"
+    result = train(store, "run", Recipe(), track=True)
+    assert result["mlflow_run"] == handle.run_id
+    assert tracker.get_run(handle.run_id).info.status == "FINISHED"
+    steps = [m.step for m in tracker.get_metric_history(handle.run_id, "train/loss")]
+    assert sorted(steps) == list(range(1, 9))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_sigterm_ends_it_at_once(store: Store) -> None:
+    with pytest.raises(stops.Stopped):
+        train(store, "run", Signalled(held=2, signals=2))
+    assert not store.list("runs/run/checkpoints")
+
+
+def test_a_stop_in_the_last_step_comes_too_late(store: Store) -> None:
+    assert train(store, "run", Signalled(held=7))["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_hours": 1e-9}, "train.max_hours 1e-09 is reached"),
+        ({"max_cost": 1e-9, "price_per_hour": 32.0}, "train.max_cost 1e-09 is reached"),
+    ],
+)
+def test_a_limit_ends_it_with_a_checkpoint(
+    options: dict[str, Any], said: str, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So small a limit is over before the first step; each start takes one."""
+    for step in (1, 2):
+        with pytest.raises(stops.Stopped) as raised:
+            train(store, "run", Recipe(), **options)
+        assert raised.value.code == 75
+        out = capsys.readouterr().out
+        assert f"stopped at step {step} of 8, with a checkpoint ({said}): run the same" in out
+        assert f"with a larger train.{next(iter(options))}" in out
+    train(store, "run", Recipe(), **{**options, next(iter(options)): 1e9})
+    assert "resumed from step 2" in capsys.readouterr().out
+    train(store, "unbroken", Recipe())
+    assert same(trained(store, "run"), trained(store, "unbroken"))
+
+
+def test_the_nearest_limit_counts() -> None:
+    config = TrainConfig(workers=5, max_hours=3.0, max_cost=20.0, price_per_hour=2.0)
+    for changes, seconds, option in (
+        ({}, 7200.0, "train.max_cost 20"),  # 5 workers cost 10 an hour
+        ({"max_hours": 1.0}, 3600.0, "train.max_hours 1"),
+        ({"max_cost": 0.0}, 10800.0, "train.max_hours 3"),
+        ({"workers": 0}, 10800.0, "train.max_hours 3"),
+    ):
+        found = stops._limit(replace(config, **changes))
+        assert found is not None and found[0] == pytest.approx(seconds)
+        assert found[1] == f"{option} is reached"
+    assert stops._limit(TrainConfig()) is None
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """EC2's instance metadata service, version 2."""
+
+    notice = threading.Event()
+
+    def do_PUT(self) -> None:
+        asked = self.headers.get("X-aws-ec2-metadata-token-ttl-seconds")
+        ok = self.path == "/latest/api/token" and asked is not None
+        self.answer(200 if ok else 400, b"a token")
+
+    def do_GET(self) -> None:
+        if self.headers.get("X-aws-ec2-metadata-token") != "a token":
+            self.answer(401, b"")
+        elif self.path != "/latest/meta-data/spot/instance-action" or not self.notice.is_set():
+            self.answer(404, b"")
+        else:
+            found = {"action": "terminate", "time": "2030-01-01T00:02:00Z"}
+            self.answer(200, json.dumps(found).encode())
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Metadata]]:
+    Metadata.notice.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/"
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", address)
+    monkeypatch.setattr(stops, "SPOT_POLL_SECONDS", 0.01)
+    yield Metadata
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@dataclass(frozen=True)
+class TakenBack(Recipe):
+    """Its machine gets the notice as it trains."""
+
+    def before(self, number: int) -> None:
+        if number == self.held:
+            Metadata.notice.set()
+            assert small_run.watch().save.wait(120)
+
+
+def test_a_spot_notice_makes_a_checkpoint_at_once(metadata: type[Metadata], store: Store) -> None:
+    assert stops.spot_notice() is None
+    assert train(store, "run", TakenBack(held=3), spot_notice=True)["steps"] == 8
+    assert store.list("runs/run/checkpoints") == ["step-00000004"]
+    assert stops.spot_notice() == {"action": "terminate", "time": "2030-01-01T00:02:00Z"}
+
+
+def test_where_nobody_answers_there_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as closed:
+        port = closed.server_address[1]
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{port}")
+    assert stops.spot_notice() is None
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"spike_factor": 0.5}, "train.spike_factor: expected 0 or more than 1"),
+        ({"max_bad_steps": 0}, "train.max_bad_steps"),
+        ({"max_hours": -1.0}, "train.max_hours"),
+        ({"max_cost": 5.0}, "train.max_cost needs train.price_per_hour"),
+    ],
+)
+def test_impossible_options_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(**options)
+
+
+def test_guards_may_change_when_a_run_goes_on(store: Store) -> None:
+    plain = small_corpus.pretraining(store)
+    guarded = small_corpus.pretraining(store, train={
+        "on_bad_step": "skip", "spike_factor": 3.0, "max_bad_steps": 5, "spot_notice": True,
+        "max_hours": 1.0, "max_cost": 9.0, "price_per_hour": 2.0,
+    })  # fmt: skip
+    assert models.decisive(plain) == models.decisive(guarded)
