@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= demo
 
-.PHONY: help demo test test-slow lint check clean
+.PHONY: help demo test test-slow lint check lock clean
 help:
 	@echo "make demo       the whole road on a small drawn world: ends with $(DEMO)/report.html"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the exhaustive tests"
 	@echo "make lint       ruff and pyright"
+	@echo "make lock       renew the lock files of infra/ from pyproject.toml"
 	@echo "make clean      remove the demo's folder (the environment stays)"
 
 $(STAMP): pyproject.toml
@@ -37,6 +38,10 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 check: lint test
+
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet "uv==0.13.9"
+	PATH="$(abspath $(BIN)):$$PATH" infra/lock.sh
 
 clean:
 	rm -rf $(DEMO)

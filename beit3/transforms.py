@@ -68,6 +68,12 @@ def sample_view(
     return View(WHOLE.box, flipped)
 
 
+def centre_view(width: int, height: int) -> View:
+    """The largest square in a picture's middle."""
+    across, down = (1 - min(width, height) / side for side in (width, height))
+    return View((across / 2, down / 2, 1 - across / 2, 1 - down / 2))
+
+
 def apply_view(picture: Image.Image, view: View, size: int) -> np.ndarray:
     """Crop, resize to a square (bicubic) and perhaps mirror: uint8 `[3, size, size]`."""
     width, height = picture.size

@@ -4,9 +4,9 @@
 
 The split is cut into parts; each is predicted by an actor that keeps the model loaded, and written
 to `predictions/<name>`, so an evaluation killed anywhere goes on where it was. Then the whole is
-scored: `scores/<name>.json`, and `scores/<name>.submission.json` in the format of the benchmark's
-server where there is one. An example that can't be predicted is recorded with its reason and counts
-as wrong; it never ends the evaluation.
+scored: `scores/<name>.json`, and `scores/<name>.submission.json` (or `.csv`) in the format of the
+benchmark's server or script where there is one. An example that can't be predicted is recorded with
+its reason and counts as wrong; it never ends the evaluation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from beit3 import tasks, weights
 from beit3.device import to_device
 from beit3.tasks import Example, Sample, Task
 from beit3.text import TextTokenizer
-from beit3.transforms import WHOLE, apply_view, decode
+from beit3.transforms import WHOLE, apply_view, centre_view, decode
 from pipelines import bundles, cluster, console, models, tracking
 from pipelines.config import cli, flatten, stop, to_dict
 from pipelines.loader import ParquetRows
@@ -155,18 +155,19 @@ def predict(
     return task.predict(module, to_device(task.collate(samples, tokenizer), device), tokenizer)
 
 
-def whole_image(data: bytes, size: int) -> np.ndarray:
-    """Encoded bytes to the whole picture, squeezed to a square: uint8 `[3, size, size]`."""
-    return apply_view(decode(data), WHOLE, size)
+def evaluation_image(task: Task, data: bytes, size: int) -> np.ndarray:
+    """Encoded bytes to the picture that a task evaluates on: uint8 `[3, size, size]`."""
+    picture = decode(data)
+    return apply_view(picture, centre_view(*picture.size) if task.centre_crop else WHOLE, size)
 
 
-def row_sample(row: dict[str, Any], size: int) -> Sample:
+def row_sample(task: Task, row: dict[str, Any], size: int) -> Sample:
     """A dataset's row with all of its examples.
 
     Raises:
         OSError: an image is broken.
     """
-    images = tuple(whole_image(image["bytes"], size) for image in row["images"])
+    images = tuple(evaluation_image(task, image["bytes"], size) for image in row["images"])
     return Sample(images, read_examples(row))
 
 
@@ -197,8 +198,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     result |= {"fingerprint": mark, "seconds": round(seconds, 3)}
     result["records_per_second"] = round(result["records"] / max(1e-9, seconds), 2)
     if submission is not None:
-        result["submission"] = f"scores/{config.output}.submission.json"
-        store.write_json(result["submission"], submission)
+        name, text = _submission_file(submission)
+        result["submission"] = f"scores/{config.output}.{name}"
+        store.write(result["submission"], text.encode())
     if config.track:
         result["mlflow_run"] = _track(config, store, result, submission)
     store.write_json(scores, result)
@@ -286,7 +288,7 @@ def predict_rows(
     aside: list[dict[str, Any]] = []
     for row in rows:
         try:
-            samples.append(row_sample(row, model.image_size))
+            samples.append(row_sample(model.task, row, model.image_size))
         except Exception as error:  # decoders raise nearly anything
             samples.append(None)
             aside.append(_failure(row, "broken record", error))
@@ -329,7 +331,7 @@ def _failure(row: dict[str, Any], reason: str, error: Exception) -> dict[str, An
 
 def _score(
     config: EvaluateConfig, store: Store, commit: Commit, info: dict[str, Any]
-) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+) -> tuple[dict[str, Any], list[dict[str, Any]] | str | None]:
     table = store.dataset(commit.dataset).read_table()
     task = tasks.create(info["task"], labels=(), options=None)
     examples, predictions = [], []
@@ -349,19 +351,27 @@ def _score(
     return result, task.submission(predictions, examples)
 
 
+def _submission_file(submission: list[dict[str, Any]] | str) -> tuple[str, str]:
+    """Name and text of the file for the benchmark."""
+    if isinstance(submission, str):
+        return "submission.csv", submission
+    return "submission.json", json.dumps(submission, indent=1) + "\n"
+
+
 def _track(
     config: EvaluateConfig,
     store: Store,
     result: dict[str, Any],
-    submission: list[dict[str, Any]] | None,
+    submission: list[dict[str, Any]] | str | None,
 ) -> str:
     handle = tracking.start_run(store, f"evaluate/{config.output}", flatten(config))
     with tempfile.TemporaryDirectory() as folder, tracking.Logger(handle) as logger:
         logger.metrics(0, {**result["metrics"], "failed": result["failed"]})
         logger.json("scores.json", result)
         if submission is not None:
-            file = Path(folder) / "submission.json"
-            file.write_text(json.dumps(submission))
+            name, text = _submission_file(submission)
+            file = Path(folder) / name
+            file.write_text(text)
             logger.file(file)
         logger.close()
     tracking.finish_run(handle)

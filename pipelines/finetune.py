@@ -6,8 +6,8 @@ Every drawing of an image picks one of its examples; views, masks and picks are 
 seed and the sample's number, so a resumed run, on any number of workers, repeats them. `--init
 random --like models/pretrained` trains the same architecture from scratch: the baseline.
 
-Not reproduced from the published recipes: RandAugment, and VQA's extra training images from val2014
-(prepare them as a split of their own to use them).
+Not reproduced from the published recipes: RandAugment of VQA, captioning and retrieval, and VQA's
+extra training images from val2014 (prepare them as a split of their own to use them).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -48,7 +48,7 @@ class FinetuneConfig:
     store: str = "store"
     """Where models and data live: a folder or an s3:// URI."""
     task: str = "vqa"
-    """A module of beit3/tasks: captioning, retrieval, vqa."""
+    """A module of beit3/tasks: captioning, imagenet, nlvr2, retrieval, vqa."""
     data: str = ""
     """The task's data are tasks/<data>/<split>; by default the task's name."""
     train_split: str = "train"
@@ -96,6 +96,13 @@ class FinetuneConfig:
         return f"tasks/{self.data or self.task}/{split}"
 
 
+# What a few hundred steps have no use for.
+_TINY_OPTIONS: dict[str, dict[str, float]] = {
+    "captioning": {"drop_worst": 0.0},
+    "imagenet": {"rand_augment": 0.0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0},
+}
+
+
 def preset(size: str, task: str) -> FinetuneConfig:
     """The configuration of a model size (`tiny`, `base`, `large`) for a task.
 
@@ -109,7 +116,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
             task=task,
             batch_size=32,
             view=ViewConfig(scale=(0.7, 1.0), flip=0.0),
-            options={"drop_worst": 0.0} if task == "captioning" else {},
+            options=_TINY_OPTIONS.get(task, {}),
             eval_records=64,
             eval_batch_size=64,
             train=TrainConfig(
@@ -190,6 +197,9 @@ class FinetuneRecipe:
     def samples_per_batch(self) -> int:
         return self.cfg.batch_size
 
+    def flops(self, batch: Any) -> float:
+        return 0.0
+
     def batches(self, rank: int, world: int) -> Callable[[int], Any]:
         cfg, task = self.cfg, self.task
         drawn = Samples(
@@ -234,7 +244,7 @@ class FinetuneRecipe:
         examples: list[Any] = []
         for start in range(0, len(rows), self.cfg.eval_batch_size):
             chunk = rows[start : start + self.cfg.eval_batch_size]
-            samples = [row_sample(row, self.model.image_size) for row in chunk]
+            samples = [row_sample(task, row, self.model.image_size) for row in chunk]
             predictions += predict(task, module, self.tokenizer, samples)
             examples += [example for sample in samples for example in sample.examples]
         scores = task.score(predictions, examples)
@@ -249,7 +259,8 @@ class FinetuneRecipe:
 
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
         cfg = self.cfg
-        model = dataclasses.replace(self.model, drop_path=0.0, checkpoint_activations="none")
+        built = cast(ModelConfig, cast(Any, module).backbone.config)  # a task may change it
+        model = dataclasses.replace(built, drop_path=0.0, checkpoint_activations="none")
         weights.save(folder, module, model, kind=cfg.task)
         models.add_tokenizer(folder, self.tokenizer)
         notes = {
@@ -259,7 +270,13 @@ class FinetuneRecipe:
             "options": tasks.options_of(self.task),
         }
         (folder / TASK_FILE).write_text(json.dumps(notes, indent=1) + "\n")
-        return {"kind": "finetuned", "task": cfg.task, "init": cfg.init}
+        return {
+            "kind": "finetuned",
+            "task": cfg.task,
+            "init": cfg.init,
+            "text_tokenizer": self.tokenizer.identity,
+            **models.provenance(Store(cfg.store), cfg, [cfg.dataset(cfg.train_split)]),
+        }
 
 
 def load_start(module: nn.Module, folder: Path, model: ModelConfig) -> None:

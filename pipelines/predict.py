@@ -3,15 +3,18 @@
     python pipelines/predict.py --model models/vqa --path photo.jpg --question "what is this?"
     python pipelines/predict.py --model models/captioning --path photos/
     python pipelines/predict.py --model models/retrieval --path photos/ --query "two red circles"
+    python pipelines/predict.py --model models/imagenet --path photo.jpg
+    python pipelines/predict.py --model models/nlvr2 --path a.jpg --right b.jpg --statement "..."
 
-Answers a question, writes a caption, or ranks the images by a text, as the model was finetuned to.
+Answers a question, writes a caption, ranks the images by a text, names an image's likeliest
+classes, or says whether a statement is true of two images, as the model was finetuned to.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ import numpy as np
 from beit3.tasks import Example, Sample
 from beit3.tasks.retrieval import unpack
 from pipelines.config import cli, stop
-from pipelines.evaluate import Finetuned, load, whole_image
+from pipelines.evaluate import Finetuned, evaluation_image, load
 from pipelines.storage import Store, StoreError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -41,6 +44,10 @@ class PredictConfig:
     """For a model that answers questions."""
     query: str = ""
     """For a retrieval model: the text that the images are ranked by."""
+    statement: str = ""
+    """For a model of statements about two images: `path` is the left one, `right` the other."""
+    right: str = ""
+    """The right image of a statement."""
     top: int = 5
     """How many of the ranked images to show."""
     options: dict[str, float] = field(default_factory=dict)
@@ -63,18 +70,21 @@ PRESETS: dict[str, PredictConfig] = {
 
 
 def run(config: PredictConfig) -> list[dict[str, Any]]:
-    """A result per image: `image` and `prediction`, for retrieval `similarity`; or `error`.
+    """A result per image: `image` and `prediction`, for retrieval `similarity`; or `error`. Of a
+    statement about two images one result, with `right` too.
 
     Retrieval's results are the nearest images, best first, and after them those with an error.
 
     Raises:
         FileNotFoundError: there is no such image, or none in the folder.
         StoreError: there is no such model.
-        ValueError: the model's task needs a question or a query, or can't be tried on images.
+        ValueError: the model's task needs a text or a second image.
     """
-    files = _files(Path(config.path))
+    files = [(file,) for file in _files(Path(config.path))]
     model = load(Store(config.store), config.model, config.options, config.device)
     text = _text(model, config)
+    if model.task_name == "nlvr2":
+        files = [_pair(config)]
     results: list[dict[str, Any]] = []
     for start in range(0, len(files), config.batch_size):
         results += _predict(model, files[start : start + config.batch_size], text)
@@ -82,13 +92,24 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
 
 
 def _text(model: Finetuned, config: PredictConfig) -> str | None:
-    needs = {"vqa": ("question", config.question), "retrieval": ("query", config.query)}
+    needs = {
+        "vqa": ("question", config.question),
+        "retrieval": ("query", config.query),
+        "nlvr2": ("statement", config.statement),
+    }
     if model.task_name not in needs:
         return None
     name, given = needs[model.task_name]
     if not given:
         raise ValueError(f"{name}: {config.model} is a model for {model.task_name}: give a {name}")
     return given
+
+
+def _pair(config: PredictConfig) -> tuple[Path, ...]:
+    for name in ("path", "right"):
+        if not Path(getattr(config, name)).is_file():
+            raise ValueError(f"{name}: {config.model} reads two images: give one file as {name}")
+    return Path(config.path), Path(config.right)
 
 
 def _files(path: Path) -> list[Path]:
@@ -102,17 +123,23 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _predict(model: Finetuned, files: list[Path], text: str | None) -> list[dict[str, Any]]:
+def _predict(
+    model: Finetuned, files: Sequence[tuple[Path, ...]], text: str | None
+) -> list[dict[str, Any]]:
     samples: list[Sample] = []
-    results: list[dict[str, Any]] = [{"image": str(file)} for file in files]
+    results: list[dict[str, Any]] = []
     good: list[dict[str, Any]] = []
-    for file, result in zip(files, results, strict=True):
+    for images in files:
+        result: dict[str, Any] = dict(zip(("image", "right"), map(str, images), strict=False))
+        results.append(result)
         try:
-            pixels = whole_image(file.read_bytes(), model.image_size)
+            pixels = tuple(
+                evaluation_image(model.task, file.read_bytes(), model.image_size) for file in images
+            )
         except OSError as error:
             result["error"] = f"not a readable image: {error}"
             continue
-        samples.append(Sample((pixels,), (Example(str(file), text, None),)))
+        samples.append(Sample(pixels, (Example(result["image"], text, None),)))
         good.append(result)
     if samples:
         for result, prediction in zip(good, model.predict(samples), strict=True):
@@ -141,7 +168,9 @@ def lines(results: list[dict[str, Any]]) -> Iterator[str]:
         elif "similarity" in result:
             yield f"{result['similarity']:7.4f}  {result['image']}"
         else:
-            yield f"{result['image']}: {result['prediction']}"
+            found = result["prediction"]
+            shown = ", ".join(found) if isinstance(found, list) else found
+            yield f"{result['image']}: {shown}"
 
 
 def main() -> None:

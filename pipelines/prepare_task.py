@@ -63,7 +63,7 @@ class PrepareConfig:
     """Which task's data to prepare, from where."""
 
     task: str = "vqa"
-    """A module of beit3/tasks: captioning, retrieval, vqa."""
+    """A module of beit3/tasks: captioning, imagenet, nlvr2, retrieval, vqa."""
     annotations: str = "annotations"
     """Folder of the task's published files (for retrieval also one dataset_*.json): path or URI."""
     images: str = "images"
@@ -100,11 +100,13 @@ class PrepareConfig:
         return f"tasks/{self.name or self.task}/{split}"
 
 
-_vqa, _karpathy = ("train", "val"), ("train", "val", "test")
+_two, _three = ("train", "val"), ("train", "val", "test")
 PRESETS: dict[str, PrepareConfig] = {
-    "vqa": PrepareConfig(task="vqa", splits=_vqa),
-    "captioning": PrepareConfig(task="captioning", splits=_karpathy),
-    "retrieval": PrepareConfig(task="retrieval", splits=_karpathy),
+    "vqa": PrepareConfig(task="vqa", splits=_two),
+    "captioning": PrepareConfig(task="captioning", splits=_three),
+    "retrieval": PrepareConfig(task="retrieval", splits=_three),
+    "nlvr2": PrepareConfig(task="nlvr2", splits=_three),
+    "imagenet": PrepareConfig(task="imagenet", splits=_two),
 }
 
 

@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 from torch import nn
@@ -89,6 +89,9 @@ class Recipe:
 class Task(Protocol):
     """A downstream task. Its dataclass fields other than `labels` are its options, all numbers."""
 
+    centre_crop: ClassVar[bool]
+    """Evaluation sees the square in a picture's middle; else the whole, squeezed to a square."""
+
     labels: tuple[str, ...]
     """The classes of the head; empty for tasks without."""
 
@@ -146,8 +149,9 @@ class Task(Protocol):
 
     def submission(
         self, predictions: Sequence[Any], examples: Sequence[Example]
-    ) -> list[dict[str, Any]] | None:
-        """The predictions as the benchmark's server takes them; None where there is no server."""
+    ) -> list[dict[str, Any]] | str | None:
+        """The predictions as the benchmark takes them, as JSON or as a CSV file's text; None where
+        it takes none."""
         ...
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -96,6 +96,7 @@ def smoothed_loss(logits: Tensor, words: Tensor, smoothing: float) -> Tensor:
 class Task:
     """COCO captioning. Predictions: the caption's text."""
 
+    centre_crop: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
     max_text_length: int = 32
     """Tokens of a caption, `<s>` and `</s>` included; the longest that is generated, too."""

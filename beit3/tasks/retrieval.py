@@ -10,7 +10,7 @@ import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class Model(DualEncoder):
 class Task:
     """Retrieval. Predictions: unit vectors of the text, and with an image's first text of it."""
 
+    centre_crop: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
     max_text_length: int = 64
     """Tokens of a caption, `<s>` and `</s>` included."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -97,6 +97,7 @@ class Model(nn.Module):
 class Task:
     """VQAv2. Predictions: the answer's text."""
 
+    centre_crop: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
     max_text_length: int = 64
     """Tokens of a question, `<s>` and `</s>` included."""

@@ -483,10 +483,12 @@ class _Writer:
         for pair in range((self.size.nlvr2 + 1) // 2):
             split = ("train", "train", "dev", "train", "test1")[pair % 5]
             name = f"{split}-{10_000 + pair}-0"
+            place = {"directory": pair % 3} if split == "train" else {}
+            folder = "/".join(["nlvr2", split, *map(str, place.values())])
             items = [picture(self.seed, f"nlvr2/{pair}/{side}") for side in ("left", "right")]
             urls = []
             for i, item in enumerate(items):
-                path = f"nlvr2/{split}/{name}-img{i}.png"
+                path = f"{folder}/{name}-img{i}.png"
                 self.image(self.world.root / "images" / path, item.file)
                 urls.append(f"{self.world.base_url}/{path}")
             rng = derive(self.seed, f"nlvr2/{pair}/statements")
@@ -505,6 +507,7 @@ class _Writer:
                         "validation": {"0": str(truth)},
                         "synset": "shape",
                         "query": "shapes0",
+                        **place,
                     }
                 )
         self.annotate("nlvr2", {f"{s}.json": formats.json_lines(r) for s, r in rows.items()})

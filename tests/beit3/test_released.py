@@ -25,7 +25,7 @@ from beit3.released import (
     save_released,
     to_released,
 )
-from beit3.tasks import captioning, vqa
+from beit3.tasks import captioning, imagenet, nlvr2, vqa
 
 FIXTURE = Path(__file__).parent / "fixtures" / "released_tiny"
 CONFIG = ModelConfig(
@@ -108,6 +108,8 @@ MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "captioning": lambda config: tasks.create("captioning").build(config),
     "dual_encoder": DualEncoder,
     "vqa": lambda config: vqa.Model(config, 7),
+    "nlvr2": nlvr2.Model,
+    "imagenet": lambda config: imagenet.Model(config, 7),
 }
 
 
@@ -175,7 +177,8 @@ def test_half_precision_stays_half(tmp_path: Path) -> None:
 def test_a_model_made_here_passes_through_the_released_layout(kind: str, tmp_path: Path) -> None:
     module = MODELS[kind](replace(CONFIG, codebook_size=48))
     folder = tmp_path / "folder"
-    weights.save(folder, module, replace(CONFIG, codebook_size=48), kind="whatever it was for")
+    config = replace(CONFIG, codebook_size=48, final_norm=kind != "imagenet")
+    weights.save(folder, module, config, kind="whatever it was for")
     save_released(tmp_path / "out.pth", load_folder(folder))
     theirs = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     assert {k: list(v.shape) for k, v in theirs.items() if not k.startswith("beit3.")} == HEADS[
@@ -229,6 +232,48 @@ def test_a_vqa_checkpoint_answers_as_the_released_head_does() -> None:
     ]
     x = torch.tanh(linear(norm(plain, "pooler.norm"), "pooler.dense"))
     expected = linear(F.gelu(norm(linear(x, "head.0"), "head.1")), "head.3")
+    torch.testing.assert_close(module.logits(batch), expected, atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_an_imagenet_checkpoint_answers_as_the_released_head_does() -> None:
+    theirs = checkpoint("imagenet")
+    model = from_released(theirs, heads=4)
+    module = imagenet.Model(model.config, 7).eval()
+    weights.load_into(module, model.tensors)
+    images = torch.arange(2 * 3 * 32 * 32).mul(97).view(2, 3, 32, 32).remainder(256).byte()
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (imagenet.MEAN, imagenet.DEVIATION))
+    vision = module.backbone(images=(images / 255 - mean) / deviation).vision
+    x = vision[:, 1:].mean(1)
+    x = F.layer_norm(x, (64,), theirs["fc_norm.weight"], theirs["fc_norm.bias"])
+    expected = F.linear(x, theirs["head.weight"], theirs["head.bias"])
+    torch.testing.assert_close(module.logits(images), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_an_nlvr2_checkpoint_answers_as_the_released_head_does() -> None:
+    theirs = checkpoint("nlvr2")
+    model = from_released(theirs, heads=4)
+    module = nlvr2.Model(model.config).eval()
+    weights.load_into(module, model.tensors)
+    images = torch.arange(2 * 3 * 32 * 32).mul(97).view(1, 2, 3, 32, 32).remainder(256).byte()
+    text, lengths = torch.tensor([0, 9, 8, 2]), [4]
+    batch = nlvr2.Batch(images, torch.tensor([0]), text, lengths, torch.tensor([1]))
+    parts = []
+    for side in (0, 1):
+        image = normalise(images[:, side])
+        out = module.backbone(images=image, text=text, lengths=lengths, pairs=1)
+        parts += [out.image_summary, out.text_summary]
+    x = torch.cat(parts, -1)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], theirs[f"{name}.weight"], theirs[f"{name}.bias"])
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, theirs[f"{name}.weight"], theirs[f"{name}.bias"])
+
+    x = linear(norm(x, "head.norm1"), "head.dense1")
+    expected = linear(F.gelu(norm(x, "head.norm2")), "head.dense2")
     torch.testing.assert_close(module.logits(batch), expected, atol=1e-3, rtol=0)
 
 

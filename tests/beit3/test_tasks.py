@@ -68,8 +68,8 @@ def sample(*examples: Example, seed: int = 0) -> Sample:
 
 
 def test_unknown_tasks_and_options_are_named() -> None:
-    assert tasks.names() == ["captioning", "retrieval", "vqa"]
-    with pytest.raises(ValueError, match=r"'segment'.*captioning, retrieval, vqa"):
+    assert tasks.names() == ["captioning", "imagenet", "nlvr2", "retrieval", "vqa"]
+    with pytest.raises(ValueError, match=r"'segment'.*captioning, imagenet, nlvr2, retrieval, vqa"):
         tasks.load("segment")
     with pytest.raises(ValueError, match=r"vqa has no beams; it has max_text_length"):
         tasks.create("vqa", options={"beams": 3})
@@ -80,7 +80,7 @@ def test_unknown_tasks_and_options_are_named() -> None:
     assert isinstance(tasks.options_of(task)["beams"], int)
 
 
-@pytest.mark.parametrize("name", ["captioning", "retrieval", "vqa"])
+@pytest.mark.parametrize("name", tasks.names())
 def test_published_recipes_are_there(name: str) -> None:
     recipes = tasks.load(name).recipes()
     assert set(recipes) == {"base", "large"}

@@ -130,6 +130,40 @@ def test_there_is_no_secret_in_the_file() -> None:
     assert set(re.findall(r"arn:aws:iam::(\d+):", text)) == {"0" * 12}
 
 
+def test_what_a_user_sets_stands_at_the_top(written: dict[str, Any]) -> None:
+    text = FILE.read_text()
+    top = text[: text.index("# ---- the cloud")]
+    assert "SET-ME" in top
+    rest = [line for line in text[len(top) :].splitlines() if "SET-ME" in line]
+    assert all(line.lstrip().startswith("#") for line in rest), "EFA's, which is off"
+    assert written["provider"]["region"] == written["metadata"]["region"]
+
+
+def test_the_file_for_gcp_has_the_same_shape(written: dict[str, Any]) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    gcp = yaml.safe_load((ROOT / "infra" / "ray_cluster_gcp.yaml").read_text())
+    validate_config(prepare_config(copy.deepcopy(gcp)))
+    ours, theirs = written["available_node_types"], gcp["available_node_types"]
+    for name, node in theirs.items():
+        for field in ("min_workers", "max_workers"):
+            assert node[field] == ours[name][field]
+        config = node["node_config"]
+        assert config["tags"]["items"] == ["beit3-ray"]  # the firewall's rules go by it
+        assert config["disks"][0]["autoDelete"]
+        spot = config.get("scheduling", {}).get("provisioningModel")
+        assert spot == (None if name == "head" else "SPOT")
+    assert (
+        theirs["head"]["node_config"]["serviceAccounts"]
+        != (theirs["cpu"]["node_config"]["serviceAccounts"])
+    )
+    for field in ("head_start_ray_commands", "worker_start_ray_commands", "idle_timeout_minutes"):
+        assert gcp[field] == written[field]
+    missing = set(written["file_mounts"]) - set(gcp["file_mounts"])
+    assert missing == {"~/beit3-ray/infra/logs/fluent-bit.yaml"}  # ships to S3
+    assert theirs["gpu"]["resources"]["GPU"] == 8
+
+
 def test_nodes_install_this_project_at_its_pins(cluster: dict[str, Any]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["setuptools"]["packages"]["find"]["include"]
@@ -138,10 +172,15 @@ def test_nodes_install_this_project_at_its_pins(cluster: dict[str, Any]) -> None
         assert mounts[f"~/beit3-ray/{name}"] == name
         assert (ROOT / name).exists()
     assert f"~/beit3-ray/{project['project']['readme']}" in mounts
-    (torch,) = [d for d in project["project"]["dependencies"] if d.startswith("torch==")]
     commands = cluster["setup_commands"]
-    assert any(f"pip install --quiet {torch} " in command for command in commands)
-    assert any(command.endswith("pip install --quiet .") for command in commands)
+    (locked,) = [command for command in commands if "--require-hashes" in command]
+    for kind in ("cpu", "cuda"):
+        assert kind in locked
+        name = f"infra/requirements-{kind}.lock"
+        assert mounts[f"~/beit3-ray/{name}"] == name
+        assert (ROOT / name).exists()
+    assert any(command.endswith("pip install --quiet --no-deps .") for command in commands)
+    assert commands.index(locked) < len(commands) - 1
 
 
 def test_docker_is_off(cluster: dict[str, Any]) -> None:
@@ -156,7 +195,7 @@ def test_the_file_at_the_root_is_this_one() -> None:
 
 
 def test_a_mock_of_ec2_launches_the_nodes(
-    cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cluster: dict[str, Any], aws_apply: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Key pair, security group and instances, by the code that `ray up` and the autoscaler run."""
     moto = pytest.importorskip("moto")
@@ -173,6 +212,8 @@ def test_a_mock_of_ec2_launches_the_nodes(
         from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
         ec2, iam = boto3.client("ec2", region_name=region), boto3.client("iam")
+        account = aws_apply.Account(bucket="b", region=region, ssh_from="203.0.113.7/32")
+        group = aws_apply.make_group(account)
         image = ec2.describe_images()["Images"][0]["ImageId"]
         for kind, node in config["available_node_types"].items():
             name = f"profile-{kind}"
@@ -182,7 +223,12 @@ def test_a_mock_of_ec2_launches_the_nodes(
         provider = AWSNodeProvider(config["provider"], config["cluster_name"])
         for node in config["available_node_types"].values():
             provider.create_node(copy.deepcopy(node["node_config"]), {}, 1)
+        rules = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"][0]
         launched = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+    assert {g["GroupId"] for i in launched for g in i["SecurityGroups"]} == {group}
+    outside = [r for r in rules["IpPermissions"] if r["IpRanges"] or r["Ipv6Ranges"]]
+    assert [(r["FromPort"], r["ToPort"]) for r in outside] == [(22, 22)]
+    assert [r["CidrIp"] for r in outside[0]["IpRanges"]] == ["203.0.113.7/32"]
     assert [i["InstanceType"] for i in launched] == ["m7i.4xlarge", "m7i.4xlarge", "g6e.48xlarge"]
     assert [i.get("InstanceLifecycle") for i in launched] == [None, "spot", "spot"]
     assert config["auth"]["ssh_private_key"] == str(tmp_path / ".ssh" / "beit3-ray.pem")

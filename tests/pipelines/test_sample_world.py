@@ -511,7 +511,8 @@ def test_nlvr2_is_balanced_and_its_images_are_there(world: World) -> None:
         for row in statements:
             pair = row["identifier"].rsplit("-", 1)[0]
             for side in (0, 1):
-                path = world.images("nlvr2") / split / f"{pair}-img{side}.png"
+                folder = world.images("nlvr2") / split / str(row.get("directory", ""))
+                path = folder / f"{pair}-img{side}.png"
                 with Image.open(path) as stored:
                     assert stored.format == "PNG"
 

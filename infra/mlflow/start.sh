@@ -1,0 +1,28 @@
+#!/bin/sh
+# MLflow's server with users, runs in PostgreSQL, artifacts in S3. All comes from the environment:
+#   POSTGRES_HOST, POSTGRES_USER, POSTGRES_PASSWORD   databases `mlflow` and `mlflow_auth` are there
+#   MLFLOW_ARTIFACTS                 s3://BUCKET/mlflow
+#   MLFLOW_ALLOWED_HOSTS             names that clients may call it by, ports with them
+#   MLFLOW_AUTH_ADMIN_USERNAME, MLFLOW_AUTH_ADMIN_PASSWORD, MLFLOW_FLASK_SERVER_SECRET_KEY
+#   MLFLOW_HOST, MLFLOW_PORT         default: 0.0.0.0:5000, for a container
+set -eu
+for name in POSTGRES_HOST POSTGRES_USER POSTGRES_PASSWORD MLFLOW_ARTIFACTS MLFLOW_ALLOWED_HOSTS \
+    MLFLOW_AUTH_ADMIN_USERNAME MLFLOW_AUTH_ADMIN_PASSWORD MLFLOW_FLASK_SERVER_SECRET_KEY; do
+    eval "value=\${$name:-}"
+    [ -n "$value" ] || { echo "error: $name is not set" >&2; exit 2; }
+done
+case $POSTGRES_PASSWORD in
+    *[!A-Za-z0-9_-]*) echo "error: POSTGRES_PASSWORD: letters, digits, - and _ only" >&2; exit 2 ;;
+esac
+
+server="postgresql+psycopg2://$POSTGRES_USER:$POSTGRES_PASSWORD@$POSTGRES_HOST"
+umask 077
+MLFLOW_AUTH_CONFIG_PATH=$(mktemp)
+sed "s|\${MLFLOW_AUTH_DATABASE_URI}|$server/mlflow_auth|" \
+    "$(dirname "$0")/basic_auth.ini" > "$MLFLOW_AUTH_CONFIG_PATH"
+# The server's options by environment: what stands on a command line, `ps` shows to all.
+export MLFLOW_AUTH_CONFIG_PATH MLFLOW_BACKEND_STORE_URI="$server/mlflow"
+
+exec mlflow server --app-name basic-auth --workers 2 \
+    --host "${MLFLOW_HOST:-0.0.0.0}" --port "${MLFLOW_PORT:-5000}" \
+    --artifacts-destination "$MLFLOW_ARTIFACTS" --allowed-hosts "$MLFLOW_ALLOWED_HOSTS"

@@ -1,0 +1,10 @@
+"""What to vary when finetuning on image classification."""
+
+from ray import tune
+
+METRIC = "top_1"
+SPACE = {
+    "train.learning_rate": tune.loguniform(3e-4, 6e-3),
+    "train.layer_decay": tune.choice([0.7, 0.85, 1.0]),
+    "drop_path": tune.choice([0.0, 0.1]),
+}
