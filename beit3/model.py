@@ -12,7 +12,7 @@ One set of weights serves five modes, chosen by what is given:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,8 @@ from beit3.device import to_device
 from beit3.multiway import Encoder, Layout, Read, Streams
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The encoder's output for a packed batch.
+class Encoded(NamedTuple):
+    """The encoder's output for a packed batch; a tuple, in which engines find the tensors.
 
     vision: `[images, 1 + patches, hidden]`, `[CLS]` first, or None.
     text: `[text tokens, hidden]`, the texts one after another, or None.

@@ -335,3 +335,11 @@ def test_predict(
         predict.run(replace(base, model="models/vqa"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         predict.run(replace(question, path="/nowhere"))
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning", "retrieval"])
+def test_parameters_may_be_split_over_workers(store: Store, task: str) -> None:
+    cfg = finetune_config(store, task, name=f"{task}-split")
+    train = replace(cfg.train, steps=2, warmup=1, zero_stage=3)
+    info = finetune.run(replace(cfg, train=train))
+    assert info["steps"] == 2
