@@ -274,6 +274,7 @@ def test_another_run_skips_everything(whole: Demo) -> None:
     assert scores(output) == scores(first)
 
 
+@pytest.mark.slow
 def test_in_a_bucket_it_makes_the_same(whole: Demo, s3_store: str, tmp_path: Path) -> None:
     other = Demo(tmp_path / "demo", whole.port, bucket=s3_store).run()
     assert commits(other.store) == commits(whole.store)
