@@ -9,8 +9,8 @@ as transformers' XLMRobertaTokenizer numbers them, so the released `beit3.spm` (
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +67,28 @@ class TextTokenizer:
         found = self.pieces.EncodeAsIds(list(texts), num_threads=threads)
         return [[p + 1 if p else UNK for p in ids] for ids in found]
 
-    def encode_packed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """`encode_batch` without a list per text: all ids one after another, int32 `[tokens]`, and
-        the length of each text `[texts]`."""
-        found = self.pieces.EncodeAsIds(list(texts), num_threads=1)
-        lengths = np.fromiter(map(len, found), np.int64, len(found))
-        pieces = np.fromiter(chain.from_iterable(found), np.int32, int(lengths.sum()))
-        return np.where(pieces == 0, UNK, pieces + 1).astype(np.int32), lengths
+    def encode_cut(
+        self, texts: Iterable[str], max_length: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Texts cut into pieces of at most `max_length` tokens, `<s>` and `</s>` around each.
+
+        Returns the ids, one piece after another, int32 `[tokens]`; the length of each piece
+        `[pieces]`; and how many pieces each text has `[texts]`, none if it is empty.
+        """
+        inner, encode = max_length - 2, self.pieces.EncodeAsIds
+        packed, lengths, counts = array("i"), array("q"), array("q")
+        for text in texts:  # one by one: what a text leaves in Python's memory serves the next
+            ids = encode(text)
+            for start in range(0, len(ids), inner):
+                piece = ids[start : start + inner] if len(ids) > inner else ids
+                packed.append(BOS - 1)  # as the others, one less than its id
+                packed.fromlist(piece)
+                packed.append(EOS - 1)
+                lengths.append(len(piece) + 2)
+            counts.append(-(-len(ids) // inner))
+        found = np.frombuffer(packed, np.int32) + np.int32(1)
+        found[found == 1] = UNK
+        return found, np.frombuffer(lengths, np.int64), np.frombuffer(counts, np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens are left out."""

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from beit3.text import BOS, EOS, TextTokenizer
+from beit3.text import TextTokenizer
 from beit3.transforms import View, apply_view, decode
 from beit3.vqkd import VQKD, batch_that_fits
 from pipelines import bundles, cluster, config, train_image_tokenizer, train_text_tokenizer
@@ -365,23 +365,16 @@ class TextPart:
 
     def _cut(self, batch: pa.RecordBatch) -> pa.Table:
         """The pieces of some documents."""
-        ids, lengths = self.texts.encode_packed(batch["text"].to_pylist())
-        inner = self.cfg.max_text_length - 2
-        count = -(-lengths // inner)  # pieces of each document
-        owner = np.repeat(np.arange(len(lengths)), count)
-        number = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
-        ends = np.cumsum(np.minimum(inner, lengths[owner] - number * inner) + 2)
-        starts = np.concatenate([[0], ends])
-        wrapped = np.full(starts[-1], EOS, np.int32)
-        wrapped[starts[:-1]] = BOS
-        inside = np.ones(len(wrapped), bool)
-        inside[starts[:-1]] = inside[ends - 1] = False
-        wrapped[inside] = ids
+        texts = batch["text"].to_pylist()
+        ids, lengths, counts = self.texts.encode_cut(texts, self.cfg.max_text_length)
         documents = batch["id"].to_pylist()
         names = [
-            f"{documents[o]}#{n}" for o, n in zip(owner.tolist(), number.tolist(), strict=True)
+            f"{document}#{number}"
+            for document, count in zip(documents, counts.tolist(), strict=True)
+            for number in range(count)
         ]
-        pieces = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(wrapped))
+        starts = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        pieces = pa.ListArray.from_arrays(starts, pa.array(ids))
         return pa.table([pa.array(names, pa.string()), pieces], TEXT_TOKENS)
 
 

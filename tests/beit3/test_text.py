@@ -56,15 +56,25 @@ def reference_vocabulary(model: bytes) -> dict[str, int]:
     return vocabulary
 
 
-def test_packed_ids_are_those_of_each_text(tokenizer: TextTokenizer) -> None:
+@pytest.mark.parametrize("longest", [3, 5, 512])
+def test_cut_ids_are_those_of_each_text(tokenizer: TextTokenizer, longest: int) -> None:
     texts = [SENTENCES[0], "", "漢 a red 漢", *SENTENCES[1:]]
-    ids, lengths = tokenizer.encode_packed(texts)
     wanted = [tokenizer.encode(text) for text in texts]
-    assert lengths.tolist() == [len(one) for one in wanted] and ids.dtype == "int32"
-    assert ids.tolist() == [i for one in wanted for i in one] and UNK in ids
-    assert tokenizer.encode_batch(texts) == wanted
-    assert tokenizer.encode_batch(texts, threads=2) == wanted
-    assert [part.tolist() for part in tokenizer.encode_packed([])] == [[], []]
+    inner = longest - 2
+    cut = [[ids[i : i + inner] for i in range(0, len(ids), inner)] for ids in wanted]
+    pieces = [[BOS, *piece, EOS] for of in cut for piece in of]
+    ids, lengths, counts = tokenizer.encode_cut(texts, longest)
+    assert ids.dtype == "int32" and UNK in ids
+    assert ids.tolist() == [i for piece in pieces for i in piece]
+    assert lengths.tolist() == [len(piece) for piece in pieces]
+    assert counts.tolist() == [len(of) for of in cut]
+    assert [part.tolist() for part in tokenizer.encode_cut([], longest)] == [[], [], []]
+
+
+def test_batches_are_encoded_as_each_text_is(tokenizer: TextTokenizer) -> None:
+    wanted = [tokenizer.encode(text) for text in SENTENCES]
+    assert tokenizer.encode_batch(SENTENCES) == wanted
+    assert tokenizer.encode_batch(SENTENCES, threads=2) == wanted
 
 
 def test_ids_follow_the_released_numbering(model: bytes, tokenizer: TextTokenizer) -> None:
