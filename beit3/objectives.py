@@ -76,6 +76,14 @@ class MaskedBatch:
     ids: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
+    def original_text(self) -> Tensor:
+        """`text` with what was masked put back, `[tokens]`."""
+        text = self.text.clone()
+        for kind in TEXT_OBJECTIVES:
+            if kind in self.masked:
+                text[self.masked[kind].places] = self.masked[kind].targets
+        return text
+
     @staticmethod
     def collate(
         images: Tensor,

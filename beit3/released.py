@@ -395,18 +395,32 @@ def _pairs(config: ModelConfig) -> list[tuple[str, list[str]]]:
     return pairs
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m beit3.released",
-        description="Convert a released checkpoint to a model folder, or a folder back.",
-    )
-    parser.add_argument("source", type=Path, help="a .pth or .safetensors file, or a model folder")
-    parser.add_argument("target", type=Path, help="the folder or file to write")
-    parser.add_argument("--image-size", type=int, help="interpolate the position table to this")
+def read_arguments(
+    module: str, description: str, source: str, target: str, arguments: Sequence[str] | None
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line of a converter: `source` and `target` say what the two paths are.
+
+    Ends the program if the target exists.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("source", type=Path, help=source)
+    parser.add_argument("target", type=Path, help=target)
+    parser.add_argument("--image-size", type=int, help="interpolate the positions to this")
     parser.add_argument("--heads", type=int, help="attention heads, where they are not 64 wide")
     options = parser.parse_args(arguments)
     if options.target.exists():
         parser.error(f"{options.target} exists")
+    return parser, options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser, options = read_arguments(
+        "beit3.released",
+        "Convert a released checkpoint to a model folder, or a folder back.",
+        "a .pth or .safetensors file, or a model folder",
+        "the folder or file to write",
+        arguments,
+    )
     try:
         if options.source.is_dir():
             if options.image_size or options.heads:

@@ -13,7 +13,6 @@ it reads an all but black batch of bytes as another one; this project's takes by
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from beit3 import vqkd
 from beit3.model import interpolate_positions
-from beit3.released import HEAD_WIDTH, read_tensors
+from beit3.released import HEAD_WIDTH, read_arguments, read_tensors
 from beit3.vqkd import VQKD, VQKDConfig
 
 _DROPPED = ("loss", "teacher", "scaling")  # as their own loader does
@@ -207,17 +206,13 @@ def _pairs(config: VQKDConfig) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m beit3.vqkd_released",
-        description="Convert a released VQ-KD checkpoint to a tokenizer folder.",
+    parser, options = read_arguments(
+        "beit3.vqkd_released",
+        "Convert a released VQ-KD checkpoint to a tokenizer folder.",
+        "a .pth or .safetensors file",
+        "the folder to write",
+        arguments,
     )
-    parser.add_argument("source", type=Path, help="a .pth or .safetensors file")
-    parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--image-size", type=int, help="interpolate the position tables to this")
-    parser.add_argument("--heads", type=int, help="attention heads, where they are not 64 wide")
-    options = parser.parse_args(arguments)
-    if options.target.exists():
-        parser.error(f"{options.target} exists")
     try:
         config, tensors = load_released(
             options.source, image_size=options.image_size, heads=options.heads

@@ -31,6 +31,24 @@ def exists(store: Store, name: str) -> bool:
     return store.exists(f"{name}/{MANIFEST}")
 
 
+def finished(store: Store, name: str, fingerprint: str, taken: str) -> dict[str, Any] | None:
+    """What was said of a bundle, if this very one is there; None if it is still to be made.
+
+    Args:
+        fingerprint: That of the job, which `info` has as `fingerprint`.
+        taken: What to say of a bundle of this name with another one, and what to do about it.
+
+    Raises:
+        StoreError: the name is taken by another bundle, or its manifest is damaged.
+    """
+    if not exists(store, name):
+        return None
+    found = info(store, name)
+    if found["fingerprint"] != fingerprint:
+        raise StoreError(f"{store.uri}/{name} {taken}")
+    return found
+
+
 def info(store: Store, name: str) -> dict[str, Any]:
     """What was said of a bundle when it was saved.
 

@@ -114,6 +114,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values of dotted names: what `flatten` undid."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = value
+    return nested
+
+
 def stop(message: str) -> NoReturn:
     """End the program: a usage error, said in one line."""
     print(f"error: {message}", file=sys.stderr)

@@ -102,15 +102,9 @@ def _config(store: Store, run_folder: str) -> pretrain.PretrainConfig:
     """What a pretraining run was begun with, with this store's place."""
     note = f"{run_folder}/run.json"
     found = store.read_json(note).get("parameters", {}) if store.exists(note) else {}
-    nested: dict[str, Any] = {}
-    for key, value in found.items():
-        part = nested
-        *outer, last = key.split(".")
-        for level in outer:
-            part = part.setdefault(level, {})
-        part[last] = value
+    chosen = config.unflatten(found) | {"store": store.uri}
     try:
-        return config.from_dict(pretrain.PretrainConfig, nested | {"store": store.uri})
+        return config.from_dict(pretrain.PretrainConfig, chosen)
     except (ValueError, dacite.DaciteError) as error:
         raise StoreError(
             f"{store.uri}/{note}: not of a pretraining run of this version ({error}); only of such "

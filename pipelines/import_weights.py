@@ -21,7 +21,7 @@ from typing import Any, Literal
 from beit3 import teachers, vqkd, vqkd_released
 from beit3.text import TextTokenizer
 from pipelines import bundles, config, console
-from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.storage import Store, fingerprint
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
 FOLDERS = {
@@ -79,13 +79,9 @@ def run(cfg: ImportConfig) -> dict[str, Any]:
     options = config.to_dict(cfg) | {"store": "", "path": "", "name": ""}
     sources = _checksums(path)
     print_of = fingerprint("import_weights", options, [str(sources)])
-    if bundles.exists(store, output):
-        found = bundles.info(store, output)
-        if found["fingerprint"] != print_of:
-            raise StoreError(
-                f"{store.uri}/{output} exists and comes from elsewhere: choose another --name, or "
-                "delete that folder first"
-            )
+    taken = "exists and comes from elsewhere: choose another --name, or delete that folder first"
+    found = bundles.finished(store, output, print_of, taken)
+    if found is not None:
         console.say(f"{output}: already there, skipped")
         return found
     store.check_writable()

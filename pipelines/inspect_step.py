@@ -120,10 +120,9 @@ def write(
 
 def samples(batch: MaskedBatch) -> Iterator[Inspected]:
     """A batch taken apart again, and what is masked in its texts put back."""
-    text, masked = batch.text.clone(), torch.zeros(len(batch.text), dtype=torch.bool)
+    text, masked = batch.original_text(), torch.zeros(len(batch.text), dtype=torch.bool)
     for kind in TEXT_OBJECTIVES:
         if kind in batch.masked:
-            text[batch.masked[kind].places] = batch.masked[kind].targets
             masked[batch.masked[kind].places] = True
     lengths = list(batch.lengths)
     texts = list(zip(text.split(lengths), masked.split(lengths), strict=True)) if lengths else []

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from beit3.text import TextTokenizer
 from pipelines import bundles, cluster, config, console
-from pipelines.storage import Dataset, Store, StoreError, fingerprint
+from pipelines.storage import Dataset, Store, fingerprint
 
 TOKENIZER_FILE = "tokenizer.spm"
 
@@ -72,12 +72,11 @@ def run(cfg: TextTokenizerConfig) -> TextTokenizer:
     inputs = [dataset.commit().identity for dataset in datasets]
     options = config.to_dict(cfg) | {"store": "", "threads": 0}
     print_of = fingerprint("train_text_tokenizer", options, inputs)
-    if bundles.exists(store, output):
-        if bundles.info(store, output)["fingerprint"] != print_of:
-            raise StoreError(
-                f"{store.uri}/{output} was trained from other inputs or options: choose another "
-                "--name, or delete that folder first"
-            )
+    taken = (
+        "was trained from other inputs or options: choose another --name, or delete that folder "
+        "first"
+    )
+    if bundles.finished(store, output, print_of, taken) is not None:
         console.say(f"{output}: already trained, skipped")
         return load(store, cfg.name)
     cluster.start()

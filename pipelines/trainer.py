@@ -62,13 +62,12 @@ def fit(
     """
     begun = time.monotonic()
     run_folder = f"runs/{name}"
-    if bundles.exists(store, output):
-        found = bundles.info(store, output)
-        if found["fingerprint"] != fingerprint:
-            raise StoreError(
-                f"{store.uri}/{output} exists and was trained from other inputs or options: choose "
-                "another name, or delete that folder and its run first"
-            )
+    taken = (
+        "exists and was trained from other inputs or options: choose another name, or delete that "
+        "folder and its run first"
+    )
+    found = bundles.finished(store, output, fingerprint, taken)
+    if found is not None:
         console.say(f"{output}: already trained ({found['steps']} steps), skipped")
         if tuned:  # the sweep was killed between the model and its score
             import ray.tune

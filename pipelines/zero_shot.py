@@ -38,10 +38,7 @@ def picture_recall(
     count = min(count, batch.pairs)
     first = len(batch.images) - batch.pairs
     images = batch.images[first : first + count]
-    text = batch.text.clone()
-    for kind in ("pair_text", "text"):
-        if kind in batch.masked:
-            text[batch.masked[kind].places] = batch.masked[kind].targets
+    text = batch.original_text()
     captions = [part.tolist() for part in text.split(list(batch.lengths))[:count]]
     nothing = torch.zeros(count, batch.hidden_patches.shape[1], dtype=torch.bool)
     ranks = []

@@ -172,13 +172,7 @@ def _plain(result: dict[str, Any]) -> str:
 
 def trial_config(cfg: SweepConfig, chosen: dict[str, Any]) -> FinetuneConfig:
     """The finetuning configuration of a trial: the common one with the drawn values laid on."""
-    nested: dict[str, Any] = {}
-    for key, value in chosen.items():
-        *parents, leaf = key.split(".")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = value
+    nested = config.unflatten(chosen)
     # The name follows from the values, so that a trial that starts again finds its checkpoints.
     mark = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
     nested["name"] = f"{cfg.name}/{mark}"

@@ -27,11 +27,10 @@ from beit3.model import BEiT3
 from beit3.objectives import normalise
 from beit3.tasks import Example, Problem, Recipe, Record, Sample
 from beit3.tasks._batches import owners, pack_texts
+from beit3.tasks._heads import start_small
 from beit3.text import TextTokenizer
 
 SPLITS = {"train": "train", "val": "dev", "test": "test1"}
-HEAD_INIT = 0.001
-"""The head's weights start so much smaller than usual: its first answers are even odds."""
 
 _TRAIN_SENTENCES = 86_373
 
@@ -58,10 +57,7 @@ class Head(nn.Module):
         self.dense1 = nn.Linear(inputs, hidden)
         self.norm2 = nn.LayerNorm(hidden)
         self.dense2 = nn.Linear(hidden, 2)
-        for layer in (self.dense1, self.dense2):
-            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)
-            nn.init.zeros_(layer.bias)
-            layer.weight.data.mul_(HEAD_INIT)
+        start_small(self.dense1, self.dense2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense2(F.gelu(self.norm2(self.dense1(self.norm1(x)))))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-import sentencepiece
 import torch
+from small_models import small_tokenizer
 from torch import Tensor, nn
 
 from beit3.config import PRESETS, ModelConfig
@@ -58,19 +57,7 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
     words = ("a red circle", "two blue squares on sand", "one star above a cross", "the night sky")
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words * 20),
-        model_writer=out,
-        vocab_size=60,
-        hard_vocab_limit=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return TextTokenizer(out.getvalue())
+    return small_tokenizer(words * 20, 60)
 
 
 def make(shape: str, pictures: int = 3) -> tuple[BEiT3, nn.Linear, Tensor]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from scipy.io import savemat
+from small_models import small_tokenizer
 from torch import Tensor
 
 from beit3.config import PRESETS
@@ -29,19 +28,7 @@ PLAIN = {"rand_augment": 0.0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "label_
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red circle on sand"] * 30),
-        model_writer=out,
-        vocab_size=30,
-        hard_vocab_limit=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return TextTokenizer(out.getvalue())
+    return small_tokenizer(["a red circle on sand"] * 30, 30)
 
 
 def task(**options: float) -> Task:

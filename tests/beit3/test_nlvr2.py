@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
+from small_models import small_tokenizer
 from torch import Tensor
 
 from beit3.config import PRESETS
@@ -26,19 +25,7 @@ SENTENCES = ("The left image has a circle.", "Both images contain a square.")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 30),
-        model_writer=out,
-        vocab_size=40,
-        hard_vocab_limit=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return TextTokenizer(out.getvalue())
+    return small_tokenizer(SENTENCES * 30, 40)
 
 
 def line(identifier: str, sentence: Any = SENTENCES[0], label: Any = "True", **more: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
+from small_models import small_tokenizer
 
 from beit3 import tasks
 from beit3.config import PRESETS
@@ -38,19 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red circle on sand", "how many squares are there?"] * 30),
-        model_writer=out,
-        vocab_size=40,
-        hard_vocab_limit=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return TextTokenizer(out.getvalue())
+    return small_tokenizer(["a red circle on sand", "how many squares are there?"] * 30, 40)
 
 
 def records(items: Iterator[Record | Problem]) -> list[Record]:

@@ -248,3 +248,9 @@ def test_flatten_names_values_with_dots() -> None:
         "rates.floor": 0.0,
     }
     assert config.flatten({"a": {"b": {"c": 1}}}) == {"a.b.c": 1}
+
+
+def test_dotted_names_become_nested_again() -> None:
+    nested = {"a": 1, "b": {"c": [2, 3], "d": {"e": "f"}}}
+    assert config.unflatten(config.flatten(nested)) == nested
+    assert config.unflatten({}) == {}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from PIL import Image
+from small_models import save_random_model, small_tokenizer
 
 from beit3 import tasks, weights
 from beit3.config import PRESETS as MODELS
-from beit3.objectives import MaskedDataModelling
-from beit3.text import TextTokenizer
-from pipelines import bundles, evaluate, finetune, models, predict, prepare_task
+from pipelines import evaluate, finetune, models, predict, prepare_task
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
 from pipelines.predict import PredictConfig
@@ -57,23 +54,8 @@ def store(world: World, tmp_path_factory: pytest.TempPathFactory) -> Store:
         assert config.splits == SPLITS[task]
         prepare_task.run(config)
     rows = store.dataset("tasks/nlvr2/train").read_table().to_pylist()
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([e["text"] for row in rows for e in row["examples"]]),
-        model_writer=out,
-        vocab_size=100,
-        hard_vocab_limit=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        weights.save(Path(folder), MaskedDataModelling(SMALL), SMALL, kind="pretrained")
-        models.add_tokenizer(Path(folder), TextTokenizer(out.getvalue()))
-        bundles.save(store, "models/pretrained", Path(folder), {"kind": "pretrained"})
+    tokenizer = small_tokenizer([e["text"] for row in rows for e in row["examples"]], 100)
+    save_random_model(store, SMALL, tokenizer)
     for task in TASKS:
         finetune.run(finetune_config(store, task))
     return store

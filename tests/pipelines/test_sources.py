@@ -1,4 +1,4 @@
-"""The readers of published annotation formats, and the cleaning of images."""
+"""The readers of published annotation formats."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import gzip
 import io
 import json
 import lzma
-import struct
 import tarfile
 import zipfile
-import zlib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from pipelines import sources
-from pipelines.images import CleanImage, ImagePolicy, Rejected, clean_image
 from pipelines.sources import HeldOut, ImageRecord, Malformed, Options, TextRecord
 from pipelines.storage import Store
 
@@ -602,143 +598,3 @@ def test_imagenet1k_finds_each_published_shape(tmp_path: Path) -> None:
     for root, folder in (("plain", ""), ("kaggle", "ILSVRC/Data/CLS-LOC/")):
         found = units("imagenet1k", tmp_path / root, ("train", "val"))
         assert [u["folder"] for u in found] == [f"{folder}train/n00000001", f"{folder}val"]
-
-
-# -- images ---------------------------------------------------------------------------------------
-
-
-def photo(width: int = 120, height: int = 80) -> Image.Image:
-    """Left half red, right half blue, with a green top edge: turns and flips are seen."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[:, : width // 2, 0] = 250
-    pixels[:, width // 2 :, 2] = 250
-    pixels[: height // 4] = (0, 250, 0)
-    return Image.fromarray(pixels)
-
-
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
-
-
-def cleaned(data: bytes, policy: ImagePolicy | None = None) -> Image.Image:
-    result = clean_image(data, policy)
-    assert isinstance(result, CleanImage), result
-    image = Image.open(io.BytesIO(result.data))
-    assert image.format == "JPEG" and image.mode == "RGB"
-    assert image.size == (result.width, result.height)
-    assert clean_image(data, policy) == result  # deterministic
-    return image
-
-
-def rejected(data: bytes, policy: ImagePolicy | None = None) -> str:
-    result = clean_image(data, policy)
-    assert isinstance(result, Rejected), result
-    return result.reason
-
-
-def like_photo(image: Image.Image) -> bool:
-    want = np.asarray(photo().resize(image.size), float)
-    return bool(np.abs(want - np.asarray(image, float)).mean() < 12)
-
-
-def test_a_jpeg_that_needs_nothing_keeps_its_bytes() -> None:
-    data = encoded(photo(), "JPEG")
-    result = clean_image(data)
-    assert isinstance(result, CleanImage) and result.data == data
-    assert len(result.sha256) == 64
-
-
-@pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF", "BMP", "JPEG"])
-def test_each_format_comes_out_the_same(form: str) -> None:
-    assert like_photo(cleaned(encoded(photo(), form)))
-
-
-def test_colour_kinds() -> None:
-    assert like_photo(cleaned(encoded(photo().convert("CMYK"), "JPEG")))
-    assert like_photo(cleaned(encoded(photo().quantize(16), "PNG")))
-    grey = cleaned(encoded(photo().convert("L"), "JPEG"))
-    assert np.ptp(np.asarray(grey).astype(int), axis=2).max() <= 2
-    deep = Image.fromarray(np.full((80, 120), 200 * 256, np.uint16))
-    assert abs(int(np.asarray(cleaned(encoded(deep, "PNG"))).mean()) - 200) <= 1
-
-
-def test_transparency_lies_over_white() -> None:
-    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
-    assert np.asarray(cleaned(encoded(clear, "PNG"))).min() >= 253
-    palette = photo(64, 64).quantize(8)
-    palette.info["transparency"] = palette.getpixel((1, 1))
-    image = cleaned(encoded(palette, "PNG", transparency=palette.getpixel((1, 1))))
-    assert np.asarray(image)[2, 2].min() >= 250
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_is_turned_upright(orientation: int) -> None:
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = photo().transpose(undo[orientation]) if orientation in undo else photo()
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(stored, "JPEG", exif=exif, quality=95)
-    image = cleaned(data)
-    assert image.size == (120, 80) and like_photo(image)
-    small = cleaned(data, ImagePolicy(short_side=40))
-    assert small.size == (60, 40) and like_photo(small)
-
-
-def test_the_short_side_shrinks_and_never_grows() -> None:
-    large = encoded(photo(1200, 800), "JPEG")
-    assert cleaned(large).size == (432, 288) and like_photo(cleaned(large))
-    assert cleaned(encoded(photo(800, 1200), "PNG")).size == (288, 432)
-    assert cleaned(encoded(photo(100, 60), "PNG")).size == (100, 60)
-
-
-def test_filters() -> None:
-    assert rejected(encoded(photo(31, 200), "JPEG")) == "too small"
-    assert rejected(encoded(photo(440, 40), "JPEG")) == "aspect ratio"
-    result = clean_image(encoded(photo(440, 40), "JPEG"))
-    assert isinstance(result, Rejected) and result.stage == "filter"
-    assert cleaned(encoded(photo(440, 40), "JPEG"), ImagePolicy(max_aspect=11)).height == 40
-
-
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
-def test_half_a_file(form: str) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3), dtype=np.uint8)
-    data = encoded(Image.fromarray(noise), form)
-    assert rejected(data[: len(data) // 2]) == "truncated image"
-    for size in (1, 3, 12, 20, 40):  # inside the header: some reason, no exception
-        rejected(data[:size])
-
-
-def test_what_is_no_image() -> None:
-    assert rejected(b"") == "empty body"
-    assert rejected(b"\n<!DOCTYPE html><html><p>gone") == "not an image (HTML)"
-    assert rejected(b"\xef\xbb\xbf<?xml version='1.0'?><html>") == "not an image (HTML)"
-    assert rejected(b"<?xml version='1.0'?><svg width='9'/>") == "unsupported format"
-    assert rejected(encoded(photo(), "TIFF")) == "unsupported format"
-    assert rejected(b"\x00\x00\x00\x1cftypavif" + bytes(64)) == "unsupported format"
-    assert rejected(b"just words") == "not an image"
-    assert rejected(encoded(photo(), "PNG")[:40] + b"\x00" * 400) in (
-        "broken image",
-        "truncated image",
-    )
-
-
-@pytest.mark.parametrize("side", [12_000, 60_000])
-def test_a_bomb_is_refused_by_its_header(side: int) -> None:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        crc = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
-    assert rejected(data) == "too many pixels"
-    assert rejected(encoded(photo(), "PNG"), ImagePolicy(max_pixels=9_599)) == "too many pixels"
