@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="0: by the device's memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--decoders", type=int, default=1, help="threads that decode")
-    parser.add_argument("--texts", type=int, default=20000, help="documents of a process's part")
+    parser.add_argument("--texts", type=int, default=60000, help="documents of a process's part")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of texts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs=2, metavar=("FEW", "MANY"))
@@ -151,9 +151,7 @@ def prepare(options: argparse.Namespace, root: Path) -> Store:
             {"id": str(i), "text": t} for i, t in enumerate(sentences(options.texts, number + 1))
         ]
         table = pa.Table.from_pylist(rows, TEXT_SCHEMA)
-        path = Path(store.path("text/words", f"part-{number:05d}.parquet"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path)
+        store.dataset("text/words").write_table(f"part-{number:05d}.parquet", table)
     return store
 
 

@@ -39,6 +39,8 @@ import pyarrow.parquet as pq
 
 FORMAT_VERSION = 1
 S3_ATTEMPTS = 10
+PIECE_BYTES = 16 << 20  # of a large file on its way; S3 takes up to 10,000 of them
+PIECES_AT_ONCE = 4
 ROW_GROUP_ROWS = 256  # small enough to seek in: about 8 MB of 256-pixel JPEGs
 
 
@@ -168,16 +170,29 @@ class Store:
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Write a whole object; readers see all of it or nothing."""
+        with self._writing(name) as stream:
+            stream.write(data)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Any]:
+        """A stream to an object, which is there when the context ends well."""
         path = self.path(name)
         if not isinstance(self.fs, pafs.LocalFileSystem):
-            with self.fs.open_output_stream(path) as stream:  # an S3 upload appears when complete
-                stream.write(data)
+            stream = self.fs.open_output_stream(path)  # an S3 upload appears when complete
+            try:
+                yield stream
+            except BaseException:
+                stream.close()
+                self.fs.delete_file(path)
+                raise
+            stream.close()
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
-            draft.write_bytes(data)
+            with draft.open("wb") as file:
+                yield file
             draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)
@@ -224,23 +239,42 @@ class Store:
             self.fs.delete_file(info.path)
 
     def upload(self, local: Path, name: str) -> FileRecord:
-        """Copy a local file to the store; the record's `rows` is 0."""
-        data = local.read_bytes()
-        self.write(name, data)
-        return FileRecord(name, 0, len(data), hashlib.sha256(data).hexdigest())
+        """Copy a local file to the store, piece by piece; the record's `rows` is 0."""
+        with local.open("rb") as source, self._writing(name) as target:
+            return _copied(iter(lambda: source.read(PIECE_BYTES), b""), target, name)
 
-    def download(self, folder: str, to: Path) -> Path:
-        """Copy every file below `folder` to a local directory, and return that directory."""
-        for name in self.list(folder, recursive=True):
-            source = posixpath.join(folder, name)
-            if self.fs.get_file_info(self.path(source)).type == pafs.FileType.File:
-                target = to / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(self.read(source))
-        return to
+    def download(self, name: str, local: Path) -> FileRecord:
+        """Copy an object to a local file, piece by piece; the record's `rows` is 0.
+
+        Raises:
+            StoreError: the object can't be read.
+        """
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with local.open("wb") as target:
+            return _copied(self._pieces(name), target, name)
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        try:
+            with self.fs.open_input_stream(self.path(name)) as source:
+                while piece := source.read(PIECE_BYTES):
+                    yield piece
+        except OSError as error:
+            raise StoreError(f"{self.uri}/{name}: {error}") from error
 
     def dataset(self, name: str) -> Dataset:
         return Dataset(self, name)
+
+
+def _copied(pieces: Iterable[bytes], target: Any, name: str) -> FileRecord:
+    """Write a file's pieces to a stream; the record of what they were."""
+    digest, size = hashlib.sha256(), 0
+    for number, piece in enumerate(pieces, 1):
+        target.write(piece)
+        digest.update(piece)
+        size += len(piece)
+        if number % PIECES_AT_ONCE == 0:
+            target.flush()  # S3 sends pieces beside each other, and would let any number wait
+    return FileRecord(name, 0, size, digest.hexdigest())
 
 
 @contextlib.contextmanager
@@ -398,7 +432,8 @@ class Dataset:
             if columns is not None:
                 columns = [name for name in columns if name in file.schema_arrow.names]
             for group in range(file.num_row_groups):  # iter_batches keeps row groups it has left
-                yield from file.read_row_group(group, columns=columns).to_batches(rows)
+                found = file.read_row_group(group, columns=columns, use_threads=False)
+                yield from found.to_batches(rows)  # each CPU has a task of its own
 
     def write_table(self, relative: str, table: pa.Table) -> FileRecord:
         """Write a Parquet file below the dataset's folder."""
@@ -481,13 +516,20 @@ class Dataset:
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """How columns are stored: small, but pictures as they are, which neither shrink nor repeat."""
+    """How columns are stored: small, but pictures as they are, which neither shrink nor repeat.
+
+    Strings have no dictionary: ids and texts do not repeat, and what does repeat zstd finds.
+    """
     leaves = [leaf for field in schema for leaf in _leaves(field, field.name)]
     others = [path for path, type in leaves if not pa.types.is_binary(type)]
     return {
         "compression": {path: "zstd" if path in others else "none" for path, _ in leaves},
-        "use_dictionary": others,
+        "use_dictionary": [path for path, type in leaves if _repeats(type)],
     }
+
+
+def _repeats(type: pa.DataType) -> bool:
+    return not (pa.types.is_binary(type) or pa.types.is_string(type))
 
 
 def _leaves(field: pa.Field, path: str) -> Iterator[tuple[str, pa.DataType]]:

@@ -14,6 +14,7 @@ batches at most, however large the part is.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import zlib
@@ -30,13 +31,13 @@ import torch
 from beit3.text import TextTokenizer
 from beit3.transforms import View, apply_view, decode
 from beit3.vqkd import VQKD, batch_that_fits
-from pipelines import bundles, cluster, config, train_image_tokenizer, train_text_tokenizer
+from pipelines import bill, bundles, cluster, config, train_image_tokenizer, train_text_tokenizer
 from pipelines.parts import PartOutput, Resources, make_dataset
-from pipelines.samples import ViewConfig
+from pipelines.samples import ViewConfig, picture_of
 from pipelines.storage import Commit, Store, fingerprint
 
 AHEAD = 2  # batches that are decoded while one is encoded
-PICTURES, DOCUMENTS = 32, 1024  # rows read at once
+PICTURES, DOCUMENTS = 32, 256  # rows read at once
 GATHERED = 1024  # rows whose tokens are held as Python has them
 
 
@@ -242,7 +243,7 @@ class ImagePart:
     def __init__(self, cfg: TokenizeConfig, source: str) -> None:
         self.cfg, self.store = cfg, Store(cfg.store)
         self.dataset = self.store.dataset(source)
-        self.device = "cuda" if cfg.gpus_per_actor else "cpu"
+        self.device = cluster.device(cfg.gpus_per_actor)
         self.images = _image_tokenizer(cfg.store, cfg.image_tokenizer, self.device)
         self.texts = _text_tokenizer(cfg.store, cfg.text_tokenizer)
         share = min(1.0, cfg.gpus_per_actor) if cfg.gpus_per_actor else 1.0
@@ -264,6 +265,7 @@ class ImagePart:
             if len(columns.ids) >= GATHERED:
                 tables.append(columns.table())
                 columns.clear()
+                _give_back_memory()
 
         for picture in self._pictures(unit):
             if picture.broken:
@@ -330,6 +332,14 @@ class ImagePart:
         return [self.texts.wrap(caption, self.cfg.max_caption_length) for caption in ids]
 
 
+def _give_back_memory() -> None:
+    """Free what the C library keeps: among so many pictures of so many sizes, the holes between
+    them would grow with the part."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+
+
 def _number(part: str) -> int:
     """What a part's random numbers are drawn by."""
     return int(part) if part.isdecimal() else zlib.crc32(part.encode())
@@ -338,9 +348,10 @@ def _number(part: str) -> int:
 def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
     """Identity, picture and captions of a row of `images/*`, or of a prepared captioning split."""
     if "image" in row:
-        return {"id": row["id"], "data": row["image"]["bytes"], "captions": row["captions"]}
-    captions = [caption for e in row["examples"] for caption in json.loads(e["target"])]
-    return {"id": row["id"], "data": row["images"][0]["bytes"], "captions": captions}
+        captions = row["captions"]
+    else:
+        captions = [caption for e in row["examples"] for caption in json.loads(e["target"])]
+    return {"id": row["id"], "data": picture_of(row), "captions": captions}
 
 
 class TextPart:
@@ -358,7 +369,7 @@ class TextPart:
             made = self._cut(batch)
             pieces.append(made)
             documents += batch.num_rows
-            tokens += len(made["ids"].combine_chunks().flatten())
+            tokens += len(made["ids"].chunk(0).values)
         table = pa.concat_tables(pieces)
         stats = {"rows": table.num_rows, "documents": documents, "tokens": tokens}
         return PartOutput(table, stats=stats)
@@ -379,7 +390,9 @@ class TextPart:
 
 
 def main() -> None:
-    run(config.cli(PRESETS, description=__doc__ or ""))
+    chosen = config.cli(PRESETS, description=__doc__ or "")
+    with bill.printed():
+        run(chosen)
 
 
 if __name__ == "__main__":

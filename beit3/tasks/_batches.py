@@ -27,7 +27,5 @@ def pack_texts(
     texts: Sequence[str | None], tokenizer: TextTokenizer, max_length: int
 ) -> tuple[Tensor, list[int]]:
     """Texts as `<s> ids </s>`, cut to `max_length` tokens, one after another; and their lengths."""
-    encoded = tokenizer.encode_batch([text or "" for text in texts])
-    wrapped = [tokenizer.wrap(ids, max_length) for ids in encoded]
-    packed = torch.tensor([i for ids in wrapped for i in ids], dtype=torch.long)
-    return packed, [len(ids) for ids in wrapped]
+    packed, lengths = tokenizer.encode_packed([text or "" for text in texts], max_length)
+    return torch.from_numpy(packed), lengths

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -141,6 +142,16 @@ def test_wrap_adds_the_ends_and_cuts(tokenizer: TextTokenizer) -> None:
     assert tokenizer.wrap([7, 8, 9], 4) == [BOS, 7, 8, EOS]
     assert tokenizer.wrap([7, 8, 9], 2) == [BOS, EOS]
     assert tokenizer.wrap([], 2) == [BOS, EOS]
+
+
+def test_packed_texts_are_the_wrapped_ones_in_a_row(tokenizer: TextTokenizer) -> None:
+    texts = [*SENTENCES, "", "☂"]
+    packed, lengths = tokenizer.encode_packed(texts, 6)
+    wrapped = [tokenizer.wrap(tokenizer.encode(text), 6) for text in texts]
+    assert packed.dtype == np.int64 and packed.tolist() == [i for ids in wrapped for i in ids]
+    assert lengths == [len(ids) for ids in wrapped] and max(lengths) == 6
+    nothing, none = tokenizer.encode_packed([], 6)
+    assert not len(nothing) and none == []
 
 
 def test_wrap_needs_room_for_the_ends(tokenizer: TextTokenizer) -> None:

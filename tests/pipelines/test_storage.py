@@ -7,15 +7,18 @@ import io
 import json
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faulty_proxy import faulty_proxy
 
+from pipelines import storage
 from pipelines.storage import (
     ROW_GROUP_ROWS,
     Commit,
@@ -82,8 +85,41 @@ def test_upload_and_download(store: Store, tmp_path: Path) -> None:
     record = store.upload(tmp_path / "file", "up/sub/file")
     assert (record.path, record.bytes) == ("up/sub/file", 5)
     assert record.sha256 == hashlib.sha256(b"12345").hexdigest()
-    folder = store.download("up", tmp_path / "down")
-    assert (folder / "sub" / "file").read_bytes() == b"12345"
+    assert store.download("up/sub/file", tmp_path / "down" / "file") == record
+    assert (tmp_path / "down" / "file").read_bytes() == b"12345"
+    with pytest.raises(StoreError, match="up/sub/other"):
+        store.download("up/sub/other", tmp_path / "down" / "other")
+
+
+@pytest.mark.parametrize("size", [0, 6 << 20, (15 << 20) + 7])
+def test_a_file_of_several_pieces(
+    size: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PIECE_BYTES", 6 << 20)
+    monkeypatch.setattr(storage, "PIECES_AT_ONCE", 2)
+    data = np.random.default_rng(0).bytes(size)
+    (tmp_path / "file").write_bytes(data)
+    record = store.upload(tmp_path / "file", "file")
+    assert (record.bytes, record.sha256) == (size, hashlib.sha256(data).hexdigest())
+    assert store.read("file") == data
+    assert store.download("file", tmp_path / "back") == record
+    assert (tmp_path / "back").read_bytes() == data
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PIECE_BYTES", 6 << 20)
+    (tmp_path / "file").write_bytes(bytes(20 << 20))
+
+    def breaks(pieces: Iterator[bytes], target: Any, name: str) -> None:
+        target.write(next(pieces))
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(storage, "_copied", breaks)
+    with pytest.raises(OSError, match="the disk is gone"):
+        store.upload(tmp_path / "file", "file")
+    assert store.list("") == []
 
 
 def test_check_writable_leaves_nothing(store: Store) -> None:
@@ -123,6 +159,18 @@ def test_a_missing_bucket_is_named(s3_server: str) -> None:
     store = Store("s3://no-such-bucket/prefix")
     with pytest.raises(StoreError, match="s3://no-such-bucket/prefix: can't write there"):
         store.check_writable()
+
+
+def test_a_bucket_that_may_only_be_read_is_named(
+    s3_server: str, s3_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(s3_store).write("a", b"1")
+    with faulty_proxy(s3_server, 0.0, forbidden=("PUT", "POST", "DELETE")) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = Store(s3_store)
+        assert store.read("a") == b"1"
+        with pytest.raises(StoreError, match=f"store {s3_store}: can't write there.*credentials"):
+            store.check_writable()
 
 
 # -- the atomic step -----------------------------------------------------------------------------
