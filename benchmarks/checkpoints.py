@@ -43,7 +43,8 @@ from benchmarks import _measure
 from benchmarks._samples import draw
 from pipelines import bundles, checkpoints
 from pipelines import engine as engines
-from pipelines.pretrain import PretrainConfig, PretrainRecipe
+from pipelines.pretrain import PretrainRecipe
+from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import Run, TrainConfig
 from pipelines.storage import Store
 

@@ -26,11 +26,11 @@ from beit3.objectives import DualEncoder
 from beit3.tasks.retrieval import recalls
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
-from pipelines import cluster, config, models, train_text_tokenizer
+from pipelines import bill, cluster, config, models, train_text_tokenizer
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import read_examples
 from pipelines.recipe import TrainConfig
-from pipelines.samples import Pictures, Samples, ViewConfig
+from pipelines.samples import Pictures, Samples, ViewConfig, picture_of
 from pipelines.storage import Store, fingerprint
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
@@ -159,14 +159,10 @@ class ContrastRecipe:
                 picture = pictures(sample.row["id"], sample.row["image"]["bytes"])
                 pixels.append(self.cfg.view.pixels(picture, sample.rng, self.model.image_size))
                 captions = sample.row["captions"] or [""]
-                caption = captions[int(sample.rng.integers(len(captions)))]
-                ids = self.tokenizer.encode(caption)
-                texts.append(self.tokenizer.wrap(ids, self.cfg.max_text_length))
-            return ContrastBatch(
-                torch.from_numpy(np.stack(pixels)),
-                torch.tensor([i for text in texts for i in text]),
-                [len(text) for text in texts],
-            )
+                texts.append(captions[int(sample.rng.integers(len(captions)))])
+            packed, lengths = self.tokenizer.encode_packed(texts, self.cfg.max_text_length)
+            images = torch.from_numpy(np.stack(pixels))
+            return ContrastBatch(images, torch.from_numpy(packed), lengths)
 
         return batch
 
@@ -210,17 +206,14 @@ class ContrastRecipe:
 
     def _encode_pictures(self, model: DualEncoder, rows: list[dict[str, Any]]) -> np.ndarray:
         size = self.model.image_size
-        pixels = [apply_view(decode(_image(row)), WHOLE, size) for row in rows]
+        pixels = [apply_view(decode(picture_of(row)), WHOLE, size) for row in rows]
         images = torch.from_numpy(np.stack(pixels)).to(model.logit_scale.device)
         return model.encode_images(images).float().cpu().numpy()
 
     def _encode_texts(self, model: DualEncoder, texts: list[str]) -> np.ndarray:
-        ids = [
-            self.tokenizer.wrap(i, self.cfg.max_text_length)
-            for i in map(self.tokenizer.encode, texts)
-        ]
-        packed = torch.tensor([i for text in ids for i in text]).to(model.logit_scale.device)
-        return model.encode_texts(packed, [len(text) for text in ids]).float().cpu().numpy()
+        packed, lengths = self.tokenizer.encode_packed(texts, self.cfg.max_text_length)
+        ids = torch.from_numpy(packed).to(model.logit_scale.device)
+        return model.encode_texts(ids, lengths).float().cpu().numpy()
 
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
         assert isinstance(module, _Module)
@@ -232,11 +225,6 @@ class ContrastRecipe:
             "text_tokenizer": self.tokenizer.identity,
             **models.provenance(Store(self.cfg.store), self.cfg, data),
         }
-
-
-def _image(row: dict[str, Any]) -> bytes:
-    """Of a row of `images/*`, or of a prepared task's."""
-    return (row["image"] if "image" in row else row["images"][0])["bytes"]
 
 
 def _captions(row: dict[str, Any]) -> list[str]:
@@ -273,7 +261,9 @@ def run(cfg: ContrastConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    run(config.cli(PRESETS, description=__doc__ or ""))
+    chosen = config.cli(PRESETS, description=__doc__ or "")
+    with bill.printed():
+        run(chosen)
 
 
 if __name__ == "__main__":

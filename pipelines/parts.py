@@ -50,40 +50,58 @@ def run_parts(
     make_worker: Callable[[], Worker],
     *,
     resources: Resources = Resources(),  # noqa: B008 (frozen)
+    here: bool = False,
     label: str | None = None,
 ) -> list[PartRecord]:
     """Make the parts that are not there yet; return the records of all, in the units' order.
 
-    `make_worker` is called once per actor, or once per process for tasks, and must be picklable.
+    Args:
+        make_worker: Called once per actor, or once per task, and must be picklable.
+        here: Make them all in this process, one after another, without Ray.
     """
-    import ray.data
-
     names = [unit["name"] for unit in units]
     if len(set(names)) != len(names):
         raise ValueError(f"{dataset.name}: unit names are not unique")
     records = {k: v for k, v in dataset.finished_parts(fingerprint).items() if k in set(names)}
     todo = [unit for unit in units if unit["name"] not in records]
     with console.bar(label or dataset.name, total=len(units), done=len(records)) as bar:
-        if todo:
-            rows = [{"unit": json.dumps(unit)} for unit in todo]
-            stream = ray.data.from_items(rows, override_num_blocks=len(rows))
-            options: dict[str, Any] = {"batch_size": 1, "num_cpus": resources.cpus}
-            if resources.gpus:
-                options["num_gpus"] = resources.gpus
-            if resources.actors:
-                options["compute"] = ray.data.ActorPoolStrategy(
-                    size=min(resources.actors, len(todo))
-                )
-                options["fn_constructor_args"] = (dataset, fingerprint, make_worker)
-                stream = stream.map_batches(_PartActor, **options)
-            else:
-                options["fn_args"] = (dataset, fingerprint, make_worker)
-                stream = stream.map_batches(cast(Any, _part_task), **options)
-            for row in stream.iter_rows():
-                record = PartRecord.from_json(row["record"])
-                records[record.name] = record
-                bar.update(1)
+        if todo and here:
+            worker = make_worker()
+            made = (_make(dataset, fingerprint, worker, unit) for unit in todo)
+        else:
+            made = _by_ray(dataset, fingerprint, todo, make_worker, resources)
+        for record in made:
+            records[record.name] = record
+            bar.update(1)
     return [records[name] for name in names]
+
+
+def _by_ray(
+    dataset: Dataset,
+    fingerprint: str,
+    units: Sequence[dict[str, Any]],
+    make_worker: Callable[[], Worker],
+    resources: Resources,
+) -> Iterator[PartRecord]:
+    """The records of parts, as they are finished."""
+    if not units:
+        return
+    import ray.data
+
+    rows = [{"unit": json.dumps(unit)} for unit in units]
+    stream = ray.data.from_items(rows, override_num_blocks=len(rows))
+    options: dict[str, Any] = {"batch_size": 1, "num_cpus": resources.cpus}
+    if resources.gpus:
+        options["num_gpus"] = resources.gpus
+    if resources.actors:
+        options["compute"] = ray.data.ActorPoolStrategy(size=min(resources.actors, len(units)))
+        options["fn_constructor_args"] = (dataset, fingerprint, make_worker)
+        stream = stream.map_batches(_PartActor, **options)
+    else:
+        options["fn_args"] = (dataset, fingerprint, make_worker)
+        stream = stream.map_batches(cast(Any, _part_task), **options)
+    for row in stream.iter_rows():
+        yield PartRecord.from_json(row["record"])
 
 
 def each(
@@ -134,6 +152,13 @@ def _each_task(
     return {"place": [int(batch["place"][0])], "result": [json.dumps(result)]}
 
 
+def _make(dataset: Dataset, fingerprint: str, worker: Worker, unit: dict[str, Any]) -> PartRecord:
+    output = worker(unit)
+    return dataset.write_part(
+        fingerprint, unit["name"], output.table, set_aside=output.set_aside, stats=output.stats
+    )
+
+
 def _write(
     dataset: Dataset, fingerprint: str, worker: Worker, batch: dict[str, Any]
 ) -> dict[str, list[str]]:
@@ -142,11 +167,7 @@ def _write(
     recorded = f"{dataset.name}/data-{fingerprint[:8]}/_part-{unit['name']}.json"
     if dataset.store.exists(recorded):
         return {"record": [dataset.store.read(recorded).decode()]}
-    output = worker(unit)
-    record = dataset.write_part(
-        fingerprint, unit["name"], output.table, set_aside=output.set_aside, stats=output.stats
-    )
-    return {"record": [record.to_json()]}
+    return {"record": [_make(dataset, fingerprint, worker, unit).to_json()]}
 
 
 class _PartActor:
@@ -188,17 +209,19 @@ def make_dataset(
     make_worker: Callable[[], Worker],
     schema: pa.Schema,
     resources: Resources = Resources(),  # noqa: B008 (frozen)
+    here: bool = False,
     extra_stats: dict[str, Any] | None = None,
 ) -> Commit:
     """The whole life of a dataset: skip it if it is committed, else make its parts and commit.
 
-    `units` is a function because listing them may be work that a finished dataset doesn't need.
+    `units` is a function because listing them may be work that a finished dataset doesn't need;
+    with `here` all is done in this process, without Ray.
     """
     found = dataset.finished(fingerprint)
     if found is not None:
         console.say(f"{dataset.name}: already there ({found.rows:,} rows), skipped")
         return found
-    records = run_parts(dataset, fingerprint, units(), make_worker, resources=resources)
+    records = run_parts(dataset, fingerprint, units(), make_worker, resources=resources, here=here)
     return dataset.publish(
         fingerprint,
         records,

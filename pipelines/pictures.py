@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit3.transforms import WHOLE, apply_view, decode
+from pipelines.samples import picture_of
 from pipelines.storage import ROW_GROUP_ROWS, Dataset, StoreError
 
 ZOOM = 3
@@ -44,9 +45,8 @@ def some_images(dataset: Dataset, count: int, size: int) -> Tensor:
         for value in values:
             if len(pixels) >= enough:
                 break
-            cell = value.as_py()
             with contextlib.suppress(OSError):
-                picture = decode((cell[0] if isinstance(cell, list) else cell)["bytes"])
+                picture = decode(picture_of({column: value.as_py()}))
                 pixels.append(apply_view(picture, WHOLE, size))
     if not pixels:
         raise StoreError(f"{dataset.uri} has no pictures")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +13,8 @@ from beit3.memory import activation_bytes, hollow
 from pipelines import budget, console
 from pipelines.budget import GIB
 from pipelines.loader import ParquetRows
+from pipelines.pretrain_config import PretrainConfig
 from pipelines.storage import Dataset
-
-if TYPE_CHECKING:
-    from pipelines.pretrain import PretrainConfig
 
 _TOKENS = {"texts": "ids", "pairs": "captions"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,11 @@ class Samples:
             rng=np.random.default_rng((self.seed, number)),
             epoch=self.order.epoch_of(number),
         )
+
+
+def picture_of(row: Mapping[str, Any]) -> bytes:
+    """The picture of a row of `images/*`, or the first of a row of `tasks/*`, as it is stored."""
+    return (row["image"] if "image" in row else row["images"][0])["bytes"]
 
 
 class Pictures:

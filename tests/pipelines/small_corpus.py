@@ -18,7 +18,7 @@ from beit3.vqkd import PRESETS as TOKENIZERS
 from pipelines.contrast import ContrastConfig
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
-from pipelines.pretrain import PretrainConfig
+from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import TrainConfig
 from pipelines.samples import ViewConfig
 from pipelines.storage import Commit, Store, fingerprint

@@ -15,9 +15,10 @@ import torch
 
 from beit3.objectives import MaskedBatch
 from beit3.text import UNK
-from pipelines import inspect_step, pretrain, train_text_tokenizer
+from pipelines import inspect_step, models, train_text_tokenizer
 from pipelines.inspect_step import Share, greyed, samples, write
-from pipelines.pretrain import PretrainConfig, PretrainRecipe, run
+from pipelines.pretrain import PretrainRecipe, run
+from pipelines.pretrain_config import PretrainConfig
 from pipelines.storage import Store
 
 STEP = 3
@@ -121,8 +122,8 @@ def test_it_trains_nothing_and_tells_of_other_options(
 
 
 def test_the_number_of_the_step_decides_nothing_else(config: PretrainConfig) -> None:
-    plain = pretrain.models.decisive(replace(config, inspect_step=None))
-    assert pretrain.models.decisive(config) == plain
+    plain = models.decisive(replace(config, inspect_step=None))
+    assert models.decisive(config) == plain
 
 
 def test_hidden_patches_are_grey() -> None:

@@ -117,6 +117,22 @@ def test_actors_make_the_same_bytes_as_tasks(tmp_path: Path) -> None:
     assert made["tasks"].set_aside == made["one"].set_aside == made["two"].set_aside
 
 
+def test_one_process_makes_the_same_bytes(tmp_path: Path) -> None:
+    """And ends what another left half done, with one worker; with none if no part is missing."""
+    for name in ("tasks", "here"):
+        (tmp_path / name).mkdir()
+    tasks = make(Store(tmp_path / "tasks" / "store"), "numbers", tmp_path / "tasks")
+    store, folder = Store(tmp_path / "here" / "store"), tmp_path / "here"
+    with pytest.raises(OSError, match="the disk is full"):
+        make(store, "numbers", folder, "broken", "00002", here=True)
+    assert calls(folder) == ["made", "00000", "00001", "00002"]
+    found = make(store, "numbers", folder, here=True)
+    assert calls(folder)[4:] == ["made", "00002", "00003", "00004"]
+    assert found.files == tasks.files and found.stats == tasks.stats
+    run_parts(store.dataset("numbers"), PRINT, units(), maker(folder), here=True)
+    assert len(calls(folder)) == 8
+
+
 def test_records_come_in_the_order_of_the_units(tmp_path: Path) -> None:
     dataset = Store(tmp_path / "store").dataset("numbers")
     backwards = units()[::-1]

@@ -18,7 +18,7 @@ import torch
 
 from beit3 import released, vqkd, weights
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
-from beit3.text import UNK, TextTokenizer
+from beit3.text import BOS, EOS, UNK, TextTokenizer
 from beit3.transforms import View, apply_view, decode
 from pipelines import (
     bundles,
@@ -28,10 +28,13 @@ from pipelines import (
     inspect_step,
     models,
     pretrain,
+    token_checks,
     tracking,
     train_text_tokenizer,
 )
-from pipelines.pretrain import PretrainConfig, PretrainRecipe, run
+from pipelines.masked_batches import held_out_batches
+from pipelines.pretrain import PretrainRecipe, run
+from pipelines.pretrain_config import PRESETS, PretrainConfig
 from pipelines.recipe import TrainConfig
 from pipelines.storage import Dataset, Store, StoreError, fingerprint
 
@@ -177,7 +180,7 @@ def test_a_pair_without_captions_is_an_image_alone(copied: Callable[..., Store])
 
     republished(store, "some", lambda used: None, rows=without_some)
     config = small_corpus.pretraining(store, pairs=("some",), held_out="")
-    pretrain.check_kinds({"pairs": [store.dataset("tokens/some")]})
+    token_checks.check_kinds({"pairs": [store.dataset("tokens/some")]})
     batches = PretrainRecipe(config, _tokenizer(store)).batches(0, 1)
     for step in range(10):
         batch = batches(step)
@@ -186,6 +189,32 @@ def test_a_pair_without_captions_is_an_image_alone(copied: Callable[..., Store])
         odd = sum(int(name.split("/")[1]) % 2 for name in lost)
         assert batch.pairs == odd and len(batch.images) == ALONE + PAIRS
         assert bool(batch.hidden_patches[: ALONE + PAIRS - odd].any(1).all())
+
+
+def test_of_pairs_alone_every_worker_has_text(copied: Callable[..., Store]) -> None:
+    """An empty one, if it must be: workers call the same modules."""
+    store = copied("tokens", "tokenizers", "images")
+
+    def but_one(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        for row in rows[1:]:
+            row["captions"] = []
+        return pa.Table.from_pylist(rows, table.schema)
+
+    republished(store, "one", lambda used: None, rows=but_one)
+    config = small_corpus.pretraining(
+        store, images=(), image_batch=0, texts=(), text_batch=0, pairs=("one",), held_out=""
+    )
+    recipe = PretrainRecipe(config, _tokenizer(store))
+    found = set()
+    for rank in range(4):
+        batches = recipe.batches(rank, 4)
+        for batch in map(batches, range(8)):
+            assert (batch.pairs, len(batch.images)) == (1, PAIRS // 4)
+            empty = batch.text.tolist() == [BOS, EOS]
+            assert empty or batch.lengths[0] > 2
+            found.add(empty)
+    assert found == {True, False}
 
 
 # -- ablations -------------------------------------------------------------------------------------
@@ -212,7 +241,7 @@ ABLATIONS: dict[str, tuple[str, set[str]]] = {
 def ablation(name: str, store: Store) -> PretrainConfig:
     """A row's options, as they are written, on the small corpus."""
     chosen = config.cli(
-        pretrain.PRESETS, description="", args=["--preset", "tiny", *ABLATIONS[name][0].split()]
+        PRESETS, description="", args=["--preset", "tiny", *ABLATIONS[name][0].split()]
     )
     model = replace(
         small_corpus.SHAPE,
@@ -310,7 +339,7 @@ def test_pixels_train_a_model_that_finetuning_takes(corpus: Store) -> None:
 
 def test_what_is_not_trained_is_measured_all_the_same(corpus: Store) -> None:
     cfg = replace(ablation("mono", corpus), held_out="captioning/val", held_out_batches=1)
-    batch = pretrain.held_out_batches(cfg, _tokenizer(corpus))(0)
+    batch = held_out_batches(cfg, _tokenizer(corpus))(0)
     assert set(batch.masked) == {"pair_image", "pair_text"}
     results = PretrainRecipe(cfg, _tokenizer(corpus)).build()(batch)
     assert {"accuracy/pair_image", "accuracy/pair_text"} <= set(results)
@@ -354,7 +383,8 @@ def test_tokens_of_two_tokenizers_don_t_mix(kind: str, copied: Callable[..., Sto
     store = copied("tokens", "tokenizers")
     republished(store, "odd", lambda used: used[kind].update(name="other", identity="0" * 16))
     config = small_corpus.pretraining(store, pairs=("pairs", "odd"))
-    with pytest.raises(StoreError, match=rf"with different {kind} tokenizers \(other, "):
+    said = rf"different {kind} tokenizers \(tokens/alone with .*, tokens/odd with other\): tokenize"
+    with pytest.raises(StoreError, match=said):
         run(config)
 
 
@@ -404,6 +434,16 @@ def test_a_model_that_does_not_fit_the_tokens_is_refused(
 
 
 @pytest.mark.usefixtures("nothing_starts")
+def test_a_model_that_the_machine_has_no_memory_for_is_refused(
+    corpus: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    model = replace(small_corpus.SHAPE, hidden=1 << 15, mlp=1 << 17, layers=8)
+    with pytest.raises(ValueError, match=r"train.workers 2: .* GiB in all, .* a smaller model"):
+        run(small_corpus.pretraining(corpus, model=model, train={"workers": 2}))
+
+
+@pytest.mark.usefixtures("nothing_starts")
 def test_missing_and_empty_datasets_are_named(copied: Callable[..., Store]) -> None:
     store = copied("tokens", "tokenizers")
     with pytest.raises(StoreError, match="tokens/nothing does not exist"):
@@ -411,7 +451,7 @@ def test_missing_and_empty_datasets_are_named(copied: Callable[..., Store]) -> N
     with pytest.raises(StoreError, match="tokens/nothing does not exist"):
         run(small_corpus.pretraining(store, held_out="nothing"))
     republished(store, "empty", lambda used: None, rows=lambda table: table.slice(0, 0))
-    with pytest.raises(StoreError, match=r"tokens/empty has no rows: leave 'empty' out"):
+    with pytest.raises(StoreError, match=r"pairs: .*tokens/empty has no rows: leave 'empty' out"):
         run(small_corpus.pretraining(store, pairs=("empty",)))
 
 
@@ -449,6 +489,11 @@ def test_datasets_of_another_kind_are_named(
         ({"pair_batch": 0}, "pairs names 5 datasets, but pair_batch is 0"),
         ({"text_batch": 9, "train": TrainConfig(workers=2)}, "text_batch 9 is not divis"),
         (
+            dict.fromkeys(("image_batch", "text_batch", "pair_batch"), 96)
+            | {"train": TrainConfig(workers=3)},
+            r"train.workers 3: the 64 streams .* can't be shared out equally, .*: set a divisor or",
+        ),
+        (
             {"images": (), "texts": (), "pairs": ()}
             | {"image_batch": 0, "text_batch": 0, "pair_batch": 0},
             "nothing to train on",
@@ -461,10 +506,10 @@ def test_impossible_options_are_named(options: dict[str, Any], said: str) -> Non
 
 
 def test_presets_fit_their_model() -> None:
-    for name, cfg in pretrain.PRESETS.items():
+    for name, cfg in PRESETS.items():
         for batch in (cfg.image_batch, cfg.text_batch, cfg.pair_batch):
             assert batch % cfg.train.workers == 0, name
-    base = pretrain.PRESETS["base"]
+    base = PRESETS["base"]
     assert (base.model.layers, base.model.hidden, base.train.steps) == (12, 768, 1_000_000)
 
 

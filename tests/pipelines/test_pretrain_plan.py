@@ -14,9 +14,10 @@ from torch import nn
 from beit3.config import PRESETS as MODELS
 from beit3.flops import StepShape
 from beit3.objectives import MaskedDataModelling
-from pipelines import budget, cluster, pretrain, pretrain_plan
+from pipelines import budget, cluster, pretrain, pretrain_plan, token_checks
 from pipelines.budget import GIB, Assumptions
-from pipelines.pretrain import PRESETS, PretrainConfig, PretrainRecipe
+from pipelines.pretrain import PretrainRecipe
+from pipelines.pretrain_config import PRESETS, PretrainConfig
 from pipelines.recipe import TrainConfig
 from pipelines.storage import Store, StoreError
 
@@ -55,7 +56,7 @@ def test_tokens_that_are_there_are_counted_and_checked(
     assert not found["missing"]
     assert rows["tokens/pairs"] == {"name": "tokens/pairs", "rows": 34, "samples": 17 * 8}
     # The lengths are those of the tokens: a real batch costs about as much.
-    tokenizer = pretrain.check_data(corpus, cfg)[1]
+    tokenizer = token_checks.check_data(corpus, cfg)[1]
     recipe = PretrainRecipe(cfg, tokenizer)
     batches = recipe.batches(0, 1)
     mean = sum(recipe.flops(batches(step)) for step in range(17)) / 17

@@ -1,0 +1,188 @@
+"""Batches of pretraining: pictures as they were tokenized, texts, and what is hidden of both."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from beit3.masking import token_mask
+from beit3.objectives import MaskedBatch, ObjectiveWeights
+from beit3.text import BOS, EOS, TextTokenizer
+from beit3.transforms import View, apply_view
+from pipelines.loader import ParquetRows
+from pipelines.pretrain_config import HELD_OUT_PAIRS, OBJECTIVES, PretrainConfig
+from pipelines.samples import Pictures, Sample, Samples
+from pipelines.storage import ROW_GROUP_ROWS, Store
+
+
+@dataclass(frozen=True)
+class _Corrupted:
+    """A sample on its way into a batch, without its pixels: of a picture, a text, or both."""
+
+    id: str
+    source: str
+    words: np.ndarray | None = None
+    hidden: np.ndarray | None = None
+    text: Sequence[int] = ()
+    masked: np.ndarray | None = None
+
+
+class MaskedBatches:
+    """Corrupted batches of a worker, as a function of the step."""
+
+    def __init__(
+        self, cfg: PretrainConfig, tokenizer: TextTokenizer, rank: int, world: int
+    ) -> None:
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.masking = cfg.hidden
+        store = Store(cfg.store)
+        self.samples = {
+            kind: Samples(
+                [store.dataset(f"tokens/{name}") for name in cfg.used(kind)],
+                columns=None,
+                seed=cfg.train.seed * 3 + number,
+                batch=cfg.drawn(kind),
+                rank=rank,
+                world=world,
+                weights=cfg.weights(kind),
+                arrow=() if kind == "texts" else ("views",),  # one of several is wanted
+            )
+            for number, kind in enumerate(OBJECTIVES)
+            if cfg.drawn(kind)
+        }
+        self.pictures = {kind: PictureSource(store, cfg.used(kind)) for kind in ("images", "pairs")}
+
+    def __call__(self, step: int) -> MaskedBatch:
+        drawn = {kind: samples(step) for kind, samples in self.samples.items()}
+        pairs = [one for one in drawn.get("pairs", ()) if one.row["captions"]]
+        # A picture that has lost its captions still is a picture.
+        lost = [one for one in drawn.get("pairs", ()) if not one.row["captions"]]
+        if lost and not pairs and "texts" not in drawn:
+            # Of all workers none must be without text: they call the same modules (ZeRO 3).
+            pairs, lost = lost[:1], lost[1:]
+        alone = [("images", one) for one in drawn.get("images", ())]
+        alone += [("pairs", one) for one in lost]
+        return self._collate(
+            self._pixels([*alone, *(("pairs", one) for one in pairs)]),
+            [self._alone(kind, one) for kind, one in alone],
+            [self._pair(one) for one in pairs],
+            [self._text(one) for one in drawn.get("texts", ())],
+        )
+
+    def _pixels(self, shown: Sequence[tuple[str, Sample]]) -> np.ndarray:
+        """Views of pictures of each kind, uint8 `[pictures, 3, image_size, image_size]`.
+
+        They are made in a row, apart from masks and words: so the processor's caches keep what
+        each takes. Each goes to its place at once: memory that is held anew for each costs time.
+        """
+        side = self.cfg.model.image_size
+        pixels = np.empty((len(shown), 3, side, side), np.uint8)
+        for (kind, sample), into in zip(shown, pixels, strict=True):
+            self.pictures[kind].draw(sample, _stored_view(sample), into)
+        return pixels
+
+    def _alone(self, kind: str, sample: Sample) -> _Corrupted:
+        hidden = self.masking.of_image(self.cfg.model.grid, sample.rng)
+        return self._picture(kind, sample, hidden)
+
+    def _pair(self, sample: Sample) -> _Corrupted:
+        captions = sample.row["captions"] or [[BOS, EOS]]
+        caption = captions[int(sample.rng.integers(len(captions)))]
+        hidden, masked = self.masking.of_pair(self.cfg.model.grid, len(caption), sample.rng)
+        picture = self._picture("pairs", sample, hidden)
+        return replace(picture, text=caption, masked=masked)
+
+    def _text(self, sample: Sample) -> _Corrupted:
+        text = sample.row["ids"]
+        masked = token_mask(len(text), self.masking.text, sample.rng)
+        source = self.cfg.texts[sample.group.dataset]
+        return _Corrupted(sample.row["id"], source, text=text, masked=masked)
+
+    def _picture(self, kind: str, sample: Sample, hidden: np.ndarray) -> _Corrupted:
+        words = _stored_view(sample)["words"].values.to_numpy().astype(np.int64)
+        source = self.cfg.used(kind)[sample.group.dataset]
+        return _Corrupted(sample.row["id"], source, words=words, hidden=hidden)
+
+    def _collate(
+        self,
+        pixels: np.ndarray,
+        alone: list[_Corrupted],
+        pairs: list[_Corrupted],
+        texts: list[_Corrupted],
+    ) -> MaskedBatch:
+        shown, said, everything = [*alone, *pairs], [*pairs, *texts], [*alone, *pairs, *texts]
+        patches = self.cfg.model.patches
+        hidden = np.array([one.hidden for one in shown], bool)
+        words = np.array([one.words for one in shown], np.int64)
+        return MaskedBatch.collate(
+            torch.from_numpy(pixels),
+            torch.from_numpy(hidden.reshape(-1, patches)),
+            torch.from_numpy(words.reshape(-1, patches)),
+            [one.text for one in said],
+            [one.masked for one in said if one.masked is not None],
+            self.tokenizer.mask_id,
+            pairs=len(pairs),
+            ids=[one.id for one in everything],
+            sources=[one.source for one in everything],
+        )
+
+
+def _stored_view(sample: Sample) -> pa.StructScalar:
+    """Box, flip and words of the view that is this epoch's."""
+    views = sample.row["views"]
+    return views[sample.epoch % len(views)]
+
+
+class PictureSource:
+    """The pictures that belong to tokenized datasets, found by part and row."""
+
+    def __init__(self, store: Store, names: Sequence[str]) -> None:
+        commits = [store.dataset(f"tokens/{name}").commit() for name in names]
+        self.datasets = [store.dataset(c.lineage["inputs"][0]["dataset"]) for c in commits]
+        self.rows = ParquetRows(self.datasets, ["image", "images"]) if names else None
+        # A part of tokens/x holds the tokens of the part of the same number of its source.
+        self.paths = [
+            {posixpath.basename(f.path): f.path for f in dataset.commit().files}
+            for dataset in self.datasets
+        ]
+        self.decoded = Pictures()
+
+    def draw(self, sample: Sample, view: pa.StructScalar, out: np.ndarray) -> None:
+        """Write the view that was tokenized to `out`, uint8 `[3, size, size]`."""
+        assert self.rows is not None
+        number = sample.group.dataset
+        path = self.paths[number][posixpath.basename(sample.group.path)]
+        group, index = divmod(sample.row["image_row"], ROW_GROUP_ROWS)
+        cell = self.rows.table(number, path, group).column(0)[index]
+        # `image`, or of a task's row the first of `images`
+        data = (cell[0] if isinstance(cell, pa.ListScalar) else cell)["bytes"].as_py()
+        picture = self.decoded(f"{number}/{sample.row['id']}", data)
+        box = View(tuple(view["box"].as_py()), view["flip"].as_py())
+        apply_view(picture, box, out.shape[-1], out)
+
+
+def held_out_batches(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBatches:
+    """Batches of held-out pairs, on one worker."""
+    alone = replace(
+        cfg,
+        images=(),
+        texts=(),
+        pairs=(cfg.held_out,),
+        image_weights=(),
+        text_weights=(),
+        pair_weights=(),
+        image_batch=0,
+        text_batch=0,
+        pair_batch=HELD_OUT_PAIRS,
+        held_out="",
+        held_out_ranked=0,
+        # What is not trained is measured all the same.
+        objectives=ObjectiveWeights(image_target=cfg.objectives.image_target),
+        train=replace(cfg.train, workers=0, gpus_per_worker=0.0),
+    )
+    return MaskedBatches(alone, tokenizer, 0, 1)

@@ -1,0 +1,163 @@
+"""The configuration of pretraining: the data, what of them is hidden and predicted, the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from beit3.config import PRESETS as MODELS
+from beit3.config import ModelConfig
+from beit3.masking import Masking
+from beit3.objectives import ObjectiveWeights
+from pipelines.budget import Assumptions
+from pipelines.loader import STREAMS
+from pipelines.recipe import TrainConfig
+
+HELD_OUT_PAIRS = 64  # in a batch that is measured on
+# What can be learnt from samples of each kind.
+OBJECTIVES = {"images": ("image",), "texts": ("text",), "pairs": ("pair_image", "pair_text")}
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain a BEiT-3."""
+
+    store: str = "store"
+    """Where datasets and models live: a folder or an s3:// URI."""
+    name: str = "pretrained"
+    """The model becomes `models/<name>`, the run `runs/<name>`."""
+    images: tuple[str, ...] = ("imagenet21k",)
+    """Tokenized image datasets to use without captions (`tokens/<name>`)."""
+    texts: tuple[str, ...] = ("wiki",)
+    """Tokenized text datasets."""
+    pairs: tuple[str, ...] = ("cc3m", "cc12m", "sbu", "coco", "vg")
+    """Tokenized image datasets to use with their captions."""
+    image_weights: tuple[float, ...] = ()
+    """How often each of `images` is drawn, in relation to the others; empty: by its size."""
+    text_weights: tuple[float, ...] = ()
+    """The same of `texts`."""
+    pair_weights: tuple[float, ...] = ()
+    """The same of `pairs`."""
+    image_batch: int = 2048
+    """Images alone of a step, over all workers."""
+    text_batch: int = 2048
+    """Texts alone of a step."""
+    pair_batch: int = 2048
+    """Pairs of a step."""
+    held_out: str = ""
+    """Tokenized pairs, such as captioning/val, whose masked accuracies are measured at the end;
+    empty: nothing is measured."""
+    held_out_batches: int = 4
+    held_out_ranked: int = 0
+    """Held-out pairs, up to 64, among which each caption looks for its picture; 0: none does. The
+    model reads the square of so many pairs (`pipelines/zero_shot.py`)."""
+    inspect_step: int | None = None
+    """Train nothing, but show what this step reads; the first is 1, as in MLflow."""
+    dry_run: bool = False
+    """Train nothing, but say what the run would take in memory, hours and money, as `assume` has
+    it, and whether tokens and model fit together."""
+    assume: Assumptions = field(default_factory=Assumptions)
+    """What a dry run reckons with."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masking: Masking = field(default_factory=Masking)
+    objectives: ObjectiveWeights = field(default_factory=ObjectiveWeights)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for kind in OBJECTIVES:
+            named, batch = getattr(self, kind), getattr(self, f"{kind[:-1]}_batch")
+            if bool(named) != (batch > 0):
+                raise ValueError(
+                    f"{kind} names {len(named)} datasets, but {kind[:-1]}_batch is {batch}: "
+                    "set both or neither"
+                )
+            if self.train.workers and batch % self.train.workers:
+                raise ValueError(
+                    f"{kind[:-1]}_batch {batch} is not divisible by train.workers "
+                    f"{self.train.workers}"
+                )
+            weights = self.weights(kind)
+            if weights and len(weights) != len(named):
+                raise ValueError(
+                    f"{kind[:-1]}_weights: {len(weights)} weights for the {len(named)} datasets of "
+                    f"{kind}: set one for each, or none"
+                )
+            if not all(0 < weight < math.inf for weight in weights):
+                raise ValueError(
+                    f"{kind[:-1]}_weights: expected numbers above 0, got "
+                    f"{' '.join(map(str, weights))}; leave out of {kind} what is not to be drawn"
+                )
+        workers = self.train.workers
+        if workers and STREAMS % workers and workers % STREAMS:
+            raise ValueError(
+                f"train.workers {workers}: the {STREAMS} streams that samples are read in can't be "
+                "shared out equally, and every worker would read all of the data: set a divisor or "
+                f"a multiple of {STREAMS}"
+            )
+        if not any(map(self.drawn, OBJECTIVES)):
+            raise ValueError(
+                "image_batch, text_batch, pair_batch: all are 0, or the objectives of what is not "
+                "are: nothing to train on"
+            )
+        if not 0 <= self.held_out_ranked <= HELD_OUT_PAIRS:
+            raise ValueError(
+                f"held_out_ranked: expected 0 to {HELD_OUT_PAIRS}, got {self.held_out_ranked}"
+            )
+        if self.inspect_step is not None and not 1 <= self.inspect_step <= self.train.steps:
+            raise ValueError(
+                f"inspect_step {self.inspect_step} is not within 1..train.steps {self.train.steps}"
+            )
+
+    def weights(self, kind: str) -> tuple[float, ...]:
+        return getattr(self, f"{kind[:-1]}_weights")
+
+    def drawn(self, kind: str) -> int:
+        """Samples of a kind in a step: none where all that could be learnt from them is off."""
+        on = any(getattr(self.objectives, name) for name in OBJECTIVES[kind])
+        return getattr(self, f"{kind[:-1]}_batch") if on else 0
+
+    def used(self, kind: str) -> tuple[str, ...]:
+        """The datasets that samples of a kind are drawn from."""
+        return getattr(self, kind) if self.drawn(kind) else ()
+
+    @property
+    def hidden(self) -> Masking:
+        """`masking`, with nothing hidden of a pair that an objective of weight 0 would predict."""
+        image, text = self.objectives.pair_image, self.objectives.pair_text
+        if bool(image) == bool(text):
+            return self.masking
+        return replace(self.masking, pairs="separate", pair_text_share=float(bool(text)))
+
+
+def _paper(name: str, **train: Any) -> PretrainConfig:
+    """Table 11 of the paper: 1M steps of 2048 images, texts and pairs; AdamW; DropPath 0.1."""
+    shape = {f: getattr(MODELS[name], f) for f in MODELS[name].__dataclass_fields__}
+    shape |= {"drop_path": 0.1, "checkpoint_activations": "blocks"}
+    defaults: dict[str, Any] = {
+        "steps": 1_000_000,
+        "warmup": 10_000,
+        "learning_rate": 1e-3,
+        "precision": "bf16",
+        "workers": 64,
+        "gpus_per_worker": 1,
+        "checkpoint_every": 1000,
+    }
+    return PretrainConfig(model=ModelConfig(**shape), train=TrainConfig(**(defaults | train)))
+
+
+PRESETS = {
+    "tiny": PretrainConfig(
+        image_batch=8,
+        text_batch=16,
+        pair_batch=64,
+        model=MODELS["tiny"],
+        masking=Masking(min_block=4, pair_text_share=0.75),
+        train=TrainConfig(
+            steps=500, warmup=30, learning_rate=2e-3, workers=2, checkpoint_every=100
+        ),
+    ),
+    "base": _paper("base", workers=16),
+    "large": _paper("large", workers=32),
+    "giant": _paper("giant"),
+}

@@ -1,0 +1,126 @@
+"""Whether tokens can be trained on: of the right kind, and made for this model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow.parquet as pq
+
+from beit3.text import TextTokenizer
+from pipelines import bundles, models, train_image_tokenizer, train_text_tokenizer
+from pipelines.pretrain_config import OBJECTIVES, PretrainConfig
+from pipelines.storage import Dataset, Store, StoreError
+
+
+def tokens(store: Store, cfg: PretrainConfig) -> dict[str, list[Dataset]]:
+    """The datasets that a run trains on, by kind."""
+    return {
+        kind: [store.dataset(f"tokens/{name}") for name in cfg.used(kind)] for kind in OBJECTIVES
+    }
+
+
+def check_data(store: Store, cfg: PretrainConfig) -> tuple[list[Dataset], TextTokenizer]:
+    """All datasets of a run, the held-out one last, and the text tokenizer; they can be used.
+
+    Raises:
+        StoreError, ValueError: as `run`.
+    """
+    datasets = tokens(store, cfg)
+    held_out = [store.dataset(f"tokens/{cfg.held_out}")] if cfg.held_out else []
+    check_kinds({**datasets, "held_out": held_out})
+    everything = [*(d for of_kind in datasets.values() for d in of_kind), *held_out]
+    tokenizer = check_tokens(store, cfg, everything)
+    models.check_vocabulary(tokenizer, cfg.model)
+    return everything, tokenizer
+
+
+def check_kinds(datasets: dict[str, list[Dataset]]) -> None:
+    """Datasets are named under what they hold: pictures, texts, pictures with captions.
+
+    Raises:
+        StoreError: one is not, or is missing or empty.
+    """
+    for kind, of_kind in datasets.items():
+        for dataset in of_kind:
+            commit = dataset.commit()
+            name = dataset.name.removeprefix("tokens/")
+            if not commit.rows:
+                raise StoreError(
+                    f"{kind}: {dataset.uri} has no rows: leave {name!r} out, or ingest it again"
+                )
+            is_text = commit.lineage["inputs"][0]["dataset"].startswith("text/")
+            if is_text != (kind == "texts"):
+                holds = "texts, no pictures" if is_text else "pictures, no texts"
+                raise StoreError(f"{kind}: {dataset.uri} holds {holds}: name {name!r} elsewhere")
+            if kind in ("pairs", "held_out") and not _has_captions(dataset):
+                raise StoreError(
+                    f"{kind}: no picture of {dataset.uri} has a caption: name {name!r} in images"
+                )
+
+
+def _has_captions(dataset: Dataset) -> bool:
+    """Whether any row has, by what the files' footers count."""
+    for path in dataset.paths():
+        footer = pq.read_metadata(path, filesystem=dataset.store.fs)
+        for number in range(footer.num_row_groups):
+            group = footer.row_group(number)
+            columns = [group.column(i) for i in range(group.num_columns)]
+            captions = next(c for c in columns if c.path_in_schema.startswith("captions."))
+            counted = captions.statistics
+            # Without a caption there is a null in the place of its first token.
+            if counted is None or captions.num_values > (counted.null_count or 0):
+                return True
+    return False
+
+
+def check_tokens(store: Store, cfg: PretrainConfig, datasets: Sequence[Dataset]) -> TextTokenizer:
+    """Every dataset comes from one pair of tokenizers that fits the model."""
+    used: dict[str, dict[str, str]] = {"text": {}, "image": {}}
+    examples: dict[str, dict[str, str]] = {"text": {}, "image": {}}
+    for dataset in datasets:
+        commit = dataset.commit()
+        for key in ("max_text_length", "max_caption_length"):
+            longest = commit.lineage["config"][key]
+            if longest > cfg.model.max_text_length:
+                raise StoreError(
+                    f"{dataset.uri} was tokenized with {key} {longest}, above the model's "
+                    f"model.max_text_length {cfg.model.max_text_length}: raise that, or tokenize "
+                    "again into shorter pieces"
+                )
+        for kind, made_with in commit.lineage["inputs"][0]["tokenizers"].items():
+            identity, name = made_with["identity"], made_with["name"]
+            used[kind][identity] = name
+            examples[kind].setdefault(identity, f"{dataset.name} with {name}")
+    for kind, found in examples.items():
+        if len(found) > 1:
+            raise StoreError(
+                f"the datasets were tokenized with different {kind} tokenizers "
+                f"({', '.join(sorted(found.values()))}): tokenize them all with one"
+            )
+    if used["image"]:
+        (identity, name) = next(iter(used["image"].items()))
+        shape = train_image_tokenizer.shape(store, name)
+        if bundles.identity(store, f"tokenizers/image/{name}") != identity:
+            raise StoreError(
+                f"tokenizers/image/{name} is not the one that made these tokens: tokenize again"
+            )
+        grid = shape.image_size // shape.patch_size
+        if grid != cfg.model.grid or shape.image_size != cfg.model.image_size:
+            raise StoreError(
+                f"visual words are {grid}x{grid} at {shape.image_size} pixels, the model's "
+                f"patches {cfg.model.grid}x{cfg.model.grid} at {cfg.model.image_size}: tokenize "
+                f"with another tokenizer than {name}, or set model.image_size and model.patch_size"
+            )
+        codes = cfg.objectives.image_target == "codes"
+        if codes and shape.codebook_size != cfg.model.codebook_size:
+            raise StoreError(
+                f"model.codebook_size {cfg.model.codebook_size} is not the tokenizer's "
+                f"{shape.codebook_size} (tokenizers/image/{name}): set it to that"
+            )
+    (identity, name) = next(iter(used["text"].items()))
+    tokenizer = train_text_tokenizer.load(store, name)
+    if tokenizer.identity != identity:
+        raise StoreError(
+            f"tokenizers/text/{name} is not the one that made these tokens: tokenize again"
+        )
+    return tokenizer
