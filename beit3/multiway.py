@@ -329,11 +329,9 @@ def _parts(stream: Tensor | None, lengths: list[int]) -> list[Tensor]:
 
 
 def _cut(stream: Tensor | None, at: int) -> tuple[Tensor | None, Tensor | None]:
-    """What stands before and behind a border; None where there is nothing."""
-    if stream is None or at == len(stream):
-        return stream, None
-    if at == 0:
-        return None, stream
+    """What stands before and behind a border."""
+    if stream is None:
+        return None, None
     before, behind = stream.split([at, len(stream) - at])
     return before, behind
 
@@ -361,11 +359,11 @@ class Experts(nn.Module):
     def forward(self, x: Streams, spans: Spans) -> Streams:
         if self.fusion_expert is None:
             return self._apart(x)
+        # Each expert is called, be it with no token: workers must call the same modules in the same
+        # order, whatever their batches hold.
         alone, pictures = _cut(x.vision, spans.singles)
         captions, texts = _cut(x.language, spans.paired)
         paired = [part for part in (pictures, captions) if part is not None]
-        if not paired:
-            return self._apart(x)
         fused = self.fusion_expert(torch.cat(paired)).split([len(part) for part in paired])
         apart = self._apart(Streams(alone, texts))
         vision = [apart.vision, None if pictures is None else fused[0]]

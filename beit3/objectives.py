@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -222,7 +222,8 @@ class MaskedDataModelling(nn.Module):
     def predict(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """What is predicted for each objective present: logits `[masked, codes]` of images (or
         normalised pixels `[masked, patch * patch * 3]`), logits `[masked, words]` of texts."""
-        return self._predictions(self._hidden(batch), batch)
+        found = self._predictions(self._hidden(batch), batch)
+        return {kind: own for kind, own in found.items() if kind in batch.masked}
 
     def _hidden(self, batch: MaskedBatch) -> Streams:
         some = len(batch.images) > 0
@@ -235,17 +236,20 @@ class MaskedDataModelling(nn.Module):
         )
 
     def _predictions(self, hidden: Streams, batch: MaskedBatch) -> dict[str, Tensor]:
+        """Of each objective, `[0, out]` where nothing is masked: both heads are called whatever the
+        batch holds, since workers that gather their parameters must call the same modules."""
+        some = next(output for output in hidden if output is not None)
+        nothing = batch.layout.starts[:0]
         predictions: dict[str, Tensor] = {}
         for head, output, kinds in (
             (self.head_of_images, hidden.vision, IMAGE_OBJECTIVES),
             (self.text_head, hidden.language, TEXT_OBJECTIVES),
         ):
-            present = [kind for kind in kinds if kind in batch.masked]
-            if output is not None and present:  # one matrix product for all of a head's objectives
-                rows = [batch.masked[kind].rows for kind in present]
-                found = head(output.index_select(0, torch.cat(rows)))
-                parts = found.split([len(own) for own in rows])
-                predictions |= dict(zip(present, parts, strict=True))
+            # One matrix product for all of a head's objectives.
+            rows = [batch.masked[k].rows if k in batch.masked else nothing for k in kinds]
+            read = (some if output is None else output).index_select(0, torch.cat(rows))
+            parts = head(read).split([len(own) for own in rows])
+            predictions |= dict(zip(kinds, parts, strict=True))
         return predictions
 
     @torch.no_grad()
@@ -285,33 +289,42 @@ class MaskedDataModelling(nn.Module):
 
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """The loss and, per objective present, `loss/*` and `accuracy/*` (scalars); pixels have no
-        accuracy. An objective of weight 0 is measured where the batch has it, and no more."""
+        accuracy. An objective of weight 0 is measured where the batch has it, and no more.
+
+        In training with several workers they are means over all workers' masked places, and the
+        workers' mean of `loss` is the loss: every worker must call this."""
         results: dict[str, Tensor] = {}
         hidden = self._hidden(batch)
-        # What an objective would read stays in the graph though nothing of it is masked here:
-        # engines want a gradient of every parameter, the same ones on every worker.
-        loss = self.text_head.bias.new_zeros(())
-        for output in hidden:
-            loss = loss if output is None else loss + output.sum() * 0.0
-        for head, kinds in (
-            (self.head_of_images, IMAGE_OBJECTIVES),
-            (self.text_head, TEXT_OBJECTIVES),
-        ):
-            if not any(kind in batch.masked and getattr(self.weights, kind) for kind in kinds):
-                loss = loss + (head.weight.sum() + head.bias.sum()) * 0.0
-        for name, found in self._predictions(hidden, batch).items():
+        predictions = self._predictions(hidden, batch)
+        # What nothing is learned from stays in the graph: engines want a gradient of every
+        # parameter, the same ones on every worker.
+        kept = [output for output in hidden if output is not None]
+        kept += [p for k, p in predictions.items() if not self._learns(batch, k)]
+        loss = torch.stack([output.float().sum() for output in kept]).sum() * 0.0
+        parts: dict[str, Tensor] = {}
+        for name in batch.masked:
+            found = predictions[name]
             if self.pixels and name in IMAGE_OBJECTIVES:
                 part = F.mse_loss(found.float(), self._pixels(batch, batch.masked[name].places))
             else:
                 targets = batch.masked[name].targets
                 part = F.cross_entropy(found.float(), targets)
                 results[f"accuracy/{name}"] = (found.argmax(-1) == targets).float().mean()
+            parts[name] = part
+            results[f"loss/{name}"] = part if getattr(self.weights, name) else part.detach()
+        shares: dict[str, Any] = dict.fromkeys(parts, 1.0)
+        if self.training and dist.is_initialized() and dist.get_world_size() > 1:
+            places = {name: len(batch.masked[name].places) for name in parts}
+            results, shares = over_workers(results, places, loss.device)
+        for name, part in parts.items():
             weight = getattr(self.weights, name)
-            results[f"loss/{name}"] = part if weight else part.detach()
             if weight:
-                loss = loss + weight * part
+                loss = loss + weight * shares[name] * part
         results["loss"] = loss
         return results
+
+    def _learns(self, batch: MaskedBatch, kind: str) -> bool:
+        return kind in batch.masked and getattr(self.weights, kind) > 0
 
     def _pixels(self, batch: MaskedBatch, places: Tensor) -> Tensor:
         """Patches `[places, patch * patch * 3]`, each with mean 0 and deviation 1."""
@@ -319,6 +332,39 @@ class MaskedDataModelling(nn.Module):
         true = patches(batch.images, size)[places].float() / 255
         centred = true - true.mean(-1, keepdim=True)
         return centred / (true.var(-1, keepdim=True) + PIXEL_EPS).sqrt()
+
+
+def over_workers(
+    means: dict[str, Tensor], places: dict[str, int], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Means over the masked places of all workers, which must all call this.
+
+    Workers have as many samples as each other but not as many masked places, so that the mean of
+    their means would change with their number.
+
+    Args:
+        means: `loss/*` and `accuracy/*` over a worker's own places.
+        places: How many these are, by objective.
+
+    Returns:
+        The same means over all places; and by objective the worker's number of places in relation
+        to the mean of all workers, by which its own loss counts.
+    """
+    kinds = (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES)
+    none = torch.zeros((), device=device)
+    counts = torch.stack([none + places.get(kind, 0) for kind in kinds])
+    sums = [
+        torch.stack([means.get(f"{of}/{kind}", none).detach() for kind in kinds]) * counts
+        for of in ("loss", "accuracy")
+    ]
+    told = torch.stack([counts, *sums])
+    dist.all_reduce(told)
+    total = told[0].clamp(min=1)
+    losses, accuracies = (told[1:] / total).unbind()
+    found = {f"loss/{kind}": value for kind, value in zip(kinds, losses, strict=True)}
+    found |= {f"accuracy/{kind}": value for kind, value in zip(kinds, accuracies, strict=True)}
+    shares = counts * dist.get_world_size() / total
+    return {name: found[name] for name in means}, dict(zip(kinds, shares, strict=True))
 
 
 def patches(images: Tensor, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import nn
 from pipelines.recipe import TrainConfig
 
 GIB = 1 << 30
-_BUCKET = 500_000_000
-"""Elements of the buffer that gradients are reduced in, DeepSpeed's `reduce_bucket_size`."""
-_GATHERED = 1_000_000_000
-"""Elements that ZeRO 3 keeps whole at most, DeepSpeed's `stage3_max_live_parameters`."""
+_BUCKET = 50_000_000
+"""Elements at most of a buffer that gradients are reduced in: 200 MB keep any network busy."""
+_GATHERED = 200_000_000
+"""Elements at most that ZeRO 3 holds whole: four blocks of the giant model."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,21 @@ class States:
         return self.parameters + self.gradients + self.optimizer + self.average + self.buffers
 
 
+def bucket(count: int) -> int:
+    """Elements of a buffer that the gradients of so many parameters are reduced in."""
+    return max(1, min(_BUCKET, count))
+
+
+def gathered(count: int) -> int:
+    """Elements that ZeRO 3 holds whole, of so many parameters, before it lets go of some."""
+    return max(1, min(_GATHERED, count // 4))
+
+
+def overlaps(config: TrainConfig) -> bool:
+    """Whether gradients are reduced while others are computed, which takes each buffer twice."""
+    return config.workers > 1 and config.gpus_per_worker > 0
+
+
 def states(count: int, config: TrainConfig, *, frozen: int = 0) -> States:
     """What `count` trained parameters take on each worker, and `frozen` further ones.
 
@@ -82,11 +98,14 @@ def states(count: int, config: TrainConfig, *, frozen: int = 0) -> States:
         return States(whole + 4 * frozen, whole, 2 * whole, average, 0, 0)
     gradients = piece if stage > 1 else whole
     optimizer = 3 * piece
-    buffers = _BUCKET * (4 if config.precision == "fp32" else 4 + 2)  # one for each precision
     parameters = whole + 4 * frozen
     if stage == 3:
         parameters = piece + 4 * frozen // max(1, config.workers)
-        buffers += 4 * min(count + frozen, _GATHERED)
+        buffers = bucket(count) * (4 if config.precision == "fp32" else 4 + 2)
+        buffers += 4 * gathered(count + frozen)
+    else:  # one in fp32 for each precision that gradients travel in
+        copies = (1 if config.precision == "fp32" else 2) * (2 if overlaps(config) else 1)
+        buffers = 4 * bucket(count) * copies
     if not config.offload:
         return States(parameters, gradients, optimizer, average, buffers, 0)
     host = optimizer + average + piece
@@ -101,9 +120,7 @@ def check_device(module: nn.Module, config: TrainConfig, device: torch.device) -
     """
     if device.type != "cuda":
         return
-    counts = [0, 0]
-    for parameter in module.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
+    counts = _counts(module)
     needed = states(counts[1], config, frozen=counts[0]).total
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
@@ -113,6 +130,40 @@ def check_device(module: nn.Module, config: TrainConfig, device: torch.device) -
             f"{needed / GIB:.1f} GiB of each GPU, and {torch.cuda.get_device_name(device)} has "
             f"{free / GIB:.1f} GiB free: {ways or 'train on more workers, or a smaller model'}"
         )
+
+
+def check_machine(module: nn.Module, config: TrainConfig) -> None:
+    """See to it that the state of a run on CPUs fits into this machine, before anything is built.
+
+    Of a cluster's other machines nothing is known here: with RAY_ADDRESS set, nothing is checked.
+
+    Args:
+        module: The run's, which may be on PyTorch's meta device.
+
+    Raises:
+        ValueError: it does not, even without any activations.
+    """
+    if config.gpus_per_worker or os.environ.get("RAY_ADDRESS"):
+        return
+    counts, workers = _counts(module), max(1, config.workers)
+    found = states(counts[1], config, frozen=counts[0])
+    needed = workers * (found.total + found.host)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"train.workers {config.workers}: {sum(counts):,} parameters with gradients and "
+            f"optimizer state take {needed / GIB:.1f} GiB in all, and this machine has "
+            f"{there / GIB:.1f} GiB: train a smaller model (model.layers, model.hidden), with "
+            "fewer workers, or on a cluster"
+        )
+
+
+def _counts(module: nn.Module) -> tuple[int, int]:
+    """Parameters that are frozen, and those that are trained."""
+    counts = [0, 0]
+    for parameter in module.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return counts[0], counts[1]
 
 
 def lighter(config: TrainConfig) -> list[tuple[str, TrainConfig]]:

@@ -77,15 +77,10 @@ def load(store: Store, name: str, to: Path) -> dict[str, Any]:
     """
     manifest = _manifest(store, name)
     for relative, expected in manifest["files"].items():
-        try:
-            data = store.read(f"{name}/{relative}")
-        except OSError as error:
-            raise StoreError(f"{store.uri}/{name}/{relative}: {error}") from error
-        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        found = store.download(f"{name}/{relative}", to / relative)
+        if found.sha256 != expected["sha256"]:
+            (to / relative).unlink()
             raise StoreError(f"{store.uri}/{name}/{relative}: damaged (checksum differs)")
-        target = to / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
     return manifest["info"]
 
 

@@ -18,12 +18,15 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines import bundles, zero
 from pipelines.recipe import TrainConfig
 from pipelines.storage import Store, StoreError
 from pipelines.zero import AVERAGE, MOMENTS
+
+FORMAT = 1
+"""Of a checkpoint's files, as its manifest says; one that says nothing is of the first."""
 
 
 def folder(run: str, step: int) -> str:
@@ -84,7 +87,8 @@ class Writer:
         with tempfile.TemporaryDirectory() as temporary:
             for name, tensors in files.items():
                 save_file(tensors, Path(temporary) / name)
-            bundles.save(self.store, folder(self.run, step), Path(temporary), {"step": step})
+            info = {"step": step, "format": FORMAT}
+            bundles.save(self.store, folder(self.run, step), Path(temporary), info)
         for old in self._superfluous(step):
             self.store.delete(folder(self.run, old))
 
@@ -104,11 +108,22 @@ def restore(store: Store, run: str, engine: Any, say: Callable[[str], None]) -> 
 
     0 if there is none. Every worker must call this; rank 0 reads. A damaged checkpoint is named to
     `say` and the one before it is taken.
+
+    Raises:
+        StoreError: the checkpoint is sound, but of a later format or of another model.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        step = _fetch(store, run, Path(temporary), say) if dist.get_rank() == 0 else 0
+        step, wrong = 0, ""
+        if dist.get_rank() == 0:
+            step, kind = _fetch(store, run, Path(temporary), say)
+            wrong = _unfit(Path(temporary) / str(step), kind, engine.module) if step else ""
         local = Path(temporary) / str(step)
-        step, averaged = _agreed(step, (local / "average.safetensors").exists())
+        step, averaged, wrong = _agreed(step, (local / "average.safetensors").exists(), wrong)
+        if wrong:
+            raise StoreError(
+                f"{store.uri}/{folder(run, step)}/{wrong}. Finish this run with the version of the "
+                f"code that wrote it, or train anew under another name, or delete {run} first"
+            )
         if not step:
             return 0
         with _reader(local / "model.safetensors") as read:
@@ -126,6 +141,31 @@ def restore(store: Store, run: str, engine: Any, say: Callable[[str], None]) -> 
                 for name, parameter in zero.trainable(engine.module):
                     zero.set_state(engine, parameter, AVERAGE, read(name, parameter))
     return step
+
+
+def newest(store: Store, run: str) -> int:
+    """The step of a run's newest committed checkpoint; 0 if there is none."""
+    committed = (s for s in reversed(_begun(store, run)) if bundles.exists(store, folder(run, s)))
+    return next(committed, 0)
+
+
+def inherit(store: Store, run: str, donor: str) -> int:
+    """Give a run that has no checkpoint yet the newest sound one of another; returns its step.
+
+    Raises:
+        StoreError: the other run has none.
+    """
+    own = newest(store, run)
+    if own:
+        return own
+    for _ in range(3):  # the other run may delete what is being read
+        with tempfile.TemporaryDirectory() as temporary:
+            step, kind = _fetch(store, donor, Path(temporary), lambda said: None)
+            if step:
+                info = {"step": step, "format": kind, "from": donor}
+                bundles.save(store, folder(run, step), Path(temporary) / str(step), info)
+                return step
+    raise StoreError(f"{store.uri}/{donor}: has no sound checkpoint that {run} could go on from")
 
 
 def _copy(engine: Any) -> dict[str, dict[str, Tensor]]:
@@ -150,18 +190,50 @@ def _copy(engine: Any) -> dict[str, dict[str, Tensor]]:
     return files | ({"average.safetensors": average} if averaged else {})
 
 
-def _fetch(store: Store, run: str, to: Path, say: Callable[[str], None]) -> int:
-    """Copy the newest sound checkpoint to `to/<step>`; returns its step, 0 if there is none."""
+def _fetch(store: Store, run: str, to: Path, say: Callable[[str], None]) -> tuple[int, int]:
+    """Copy the newest sound checkpoint to `to/<step>`; returns its step, 0 if there is none, and
+    its format."""
     for step in reversed(_begun(store, run)):
         name = folder(run, step)
         if not bundles.exists(store, name):
             continue
         try:
-            bundles.load(store, name, to / str(step))
-            return step
+            info = bundles.load(store, name, to / str(step))
+            return step, info.get("format", 1)
         except StoreError as error:
             say(f"checkpoint of step {step} is damaged, trying an older: {error}")
-    return 0
+    return 0, FORMAT
+
+
+def _unfit(local: Path, kind: int, module: nn.Module) -> str:
+    """Why a checkpoint is none of this model's, with the file's name; empty if it is."""
+    if kind > FORMAT:
+        return f"{bundles.MANIFEST}: the format is {kind}, and this version reads up to {FORMAT}"
+    trained = zero.trainable(module)
+    files = {
+        "model.safetensors": module.state_dict(keep_vars=True),
+        "optimizer.safetensors": {f"{n}:{m}": p for n, p in trained for m in MOMENTS},
+        "average.safetensors": dict(trained) if (local / "average.safetensors").exists() else {},
+    }
+    for file, wanted in files.items():
+        held = _shapes(local / file)
+        for name, tensor in wanted.items():
+            if name not in held:
+                return f"{file}: holds no {name}, which the model has"
+            if held[name] != list(zero.shape(tensor)):
+                shape = list(zero.shape(tensor))
+                return f"{file}: {name} is {held[name]}, and the model's is {shape}"
+        if file == "model.safetensors" and held.keys() - wanted.keys():
+            return f"{file}: holds {min(held.keys() - wanted.keys())}, which the model lacks"
+    return ""
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of a file's tensors by name; none if it isn't there."""
+    if not file.exists():
+        return {}
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
 
 
 def _begun(store: Store, run: str) -> list[int]:
@@ -170,9 +242,9 @@ def _begun(store: Store, run: str) -> list[int]:
     return sorted(int(n.removeprefix("step-")) for n in names)
 
 
-def _agreed(step: int, averaged: bool) -> tuple[int, bool]:
+def _agreed(step: int, averaged: bool, wrong: str) -> tuple[int, bool, str]:
     """What rank 0 found."""
-    found = [(step, averaged)]
+    found = [(step, averaged, wrong)]
     dist.broadcast_object_list(found, 0)
     return found[0]
 

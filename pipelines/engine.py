@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from beit3.optimisation import cosine_schedule, parameter_groups
+from pipelines import budget
 from pipelines.recipe import Run, TrainConfig
 
 
@@ -42,21 +43,44 @@ def build(run: Run, module: nn.Module) -> Any:
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # ours is a packed batch: one object a step
             "gradient_accumulation_steps": config.accumulate,
-            "gradient_clipping": config.clip,
-            "zero_optimization": {"stage": config.zero_stage},
+            # Without ZeRO `guards.Guard` clips, by the norm that it tells bad steps by.
+            "gradient_clipping": config.clip if config.zero_stage else 0.0,
+            "zero_optimization": _zero(config, module),
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
         if config.offload:
-            settings["zero_optimization"]["offload_optimizer"] = {
-                "device": "cpu",
-                "pin_memory": config.gpus_per_worker > 0,
-            }
             settings["zero_force_ds_cpu_optimizer"] = False
         if config.precision == "bf16":
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return engine
+
+
+def _zero(config: TrainConfig, module: nn.Module) -> dict[str, Any]:
+    """ZeRO's settings; DeepSpeed's own sizes are those of models of many billions of parameters."""
+    parameters = list(module.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    settings: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": budget.bucket(trained),
+        "overlap_comm": budget.overlaps(config),
+    }
+    if config.offload:
+        pin = config.gpus_per_worker > 0
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+    if config.zero_stage == 3:
+        live = budget.gathered(sum(p.numel() for p in parameters))
+        settings |= {
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live,
+            "stage3_prefetch_bucket_size": budget.bucket(live),
+            # Vectors stay whole, whatever the model's width; matrices are split.
+            "stage3_param_persistence_threshold": max(
+                (p.numel() for p in parameters if p.ndim <= 1), default=0
+            ),
+        }
+    return settings
 
 
 def set_learning_rate(engine: Any, config: TrainConfig, step: int) -> None:

@@ -21,7 +21,9 @@ import dacite
 from safetensors.torch import load_file
 
 from beit3 import released, weights
-from pipelines import bundles, checkpoints, config, console, model_card, pretrain
+from pipelines import bundles, checkpoints, config, console, model_card, token_checks
+from pipelines.pretrain import PretrainRecipe
+from pipelines.pretrain_config import PretrainConfig
 from pipelines.storage import Store, StoreError
 
 
@@ -86,8 +88,8 @@ def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]
         kept = ", ".join(store.list(f"{run_folder}/checkpoints")) or "none"
         raise StoreError(f"{store.uri}/{name}: missing. There are: {kept}")
     cfg = _config(store, run_folder)
-    _, tokenizer = pretrain.check_data(store, cfg)
-    recipe = pretrain.PretrainRecipe(cfg, tokenizer)
+    _, tokenizer = token_checks.check_data(store, cfg)
+    recipe = PretrainRecipe(cfg, tokenizer)
     module = recipe.build()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -98,13 +100,13 @@ def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]
     return {"steps": step, "run": run_folder, "metrics": {}, **recipe.export(module, to)}
 
 
-def _config(store: Store, run_folder: str) -> pretrain.PretrainConfig:
+def _config(store: Store, run_folder: str) -> PretrainConfig:
     """What a pretraining run was begun with, with this store's place."""
     note = f"{run_folder}/run.json"
     found = store.read_json(note).get("parameters", {}) if store.exists(note) else {}
     chosen = config.unflatten(found) | {"store": store.uri}
     try:
-        return config.from_dict(pretrain.PretrainConfig, chosen)
+        return config.from_dict(PretrainConfig, chosen)
     except (ValueError, dacite.DaciteError) as error:
         raise StoreError(
             f"{store.uri}/{note}: not of a pretraining run of this version ({error}); only of such "

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipelines import zero
 from pipelines.recipe import Run
@@ -40,6 +41,8 @@ class Verdict:
     """The run was asked to stop."""
     save: bool
     """A worker wants a checkpoint: its machine is about to go."""
+    gradient_norm: Any
+    """2-norm of the gradient before it was clipped."""
 
 
 class Guard:
@@ -101,16 +104,20 @@ class Guard:
         """
         loss, stop, save = self._agree()
         bad, norm = self._fault(loss), None
-        if bad or not self.stage:
+        if bad:
             norm = gradient_norm(self.engine)
-            if not bad and not math.isfinite(norm):
+        elif not self.stage:
+            norm = self._clip()
+            if not math.isfinite(norm):
                 bad = "the gradient is not finite"
         if bad:
             _drop_gradient(self.engine)
         else:
             self.engine.step()
-        if not bad and not self.engine.was_step_applied():  # ZeRO looks at the gradient itself
-            bad, norm = "the gradient is not finite", self.engine.get_global_grad_norm()
+            if self.stage:  # ZeRO looks at the gradient itself, and clips it
+                norm = self.engine.get_global_grad_norm()
+                if not self.engine.was_step_applied():
+                    bad = "the gradient is not finite"
         if bad:
             self._leave_out(step, bad, loss, norm)
         else:
@@ -118,7 +125,15 @@ class Guard:
             self._recent.append(loss)
         if self.skipped:
             _set_adam_steps(self.engine, step)
-        return Verdict(bool(bad), stop and self.stepped, save)
+        return Verdict(bool(bad), stop and self.stepped, save, norm)
+
+    def _clip(self) -> float:
+        """The norm of a gradient that every worker has whole, which is then clipped by it."""
+        parameters = [p for _, p in zero.trainable(self.engine.module) if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.clip and bool(norm.isfinite()):
+            clip_grads_with_norm_(parameters, self.config.clip, norm)
+        return float(norm)
 
     def remember(self, step: int) -> None:
         """Keep what spikes are measured by, for a run that goes on from this step's checkpoint."""

@@ -82,6 +82,7 @@ def write(name: str, kind: str, model: ModelConfig, info: dict[str, Any]) -> str
         "How to load it": ["```python", loading(kind).rstrip("\n"), "```"],
         "Model": _table(asdict(model)),
         "Training": list(_training(info)),
+        **({"Sweep": list(_sweep(info["sweep"]))} if "sweep" in info else {}),
         "Data": list(_data(info)),
         "Licence": [
             "The weights come with no licence of their own: whoever publishes them says which. The "
@@ -118,6 +119,24 @@ def _training(info: dict[str, Any]) -> Iterator[str]:
     measured = chosen.get("held_out") or chosen.get("eval_split") or "held-out data"
     yield f"\nAt the end, on {measured}:\n"
     yield from _table({key: f"{value:.4f}" for key, value in metrics.items()})
+
+
+def _sweep(sweep: dict[str, Any]) -> Iterator[str]:
+    """The trials among which this model was the best."""
+    rows = sweep["trials"]
+    yield f"The best of the {len(rows)} trials of the sweep `{sweep['name']}`:\n"
+    names = list(rows[0]["parameters"])
+    yield f"| trial | {' | '.join(names)} | {sweep['metric']} | steps | |"
+    yield f"|---|{'---:|' * (len(names) + 2)}---|"
+    for row in rows:
+        values = [f"{row['parameters'][name]:.4g}" for name in names]
+        score = "–" if row["score"] is None else f"{row['score']:.4f}"
+        yield f"| {' | '.join([row['name'], *values, score, str(row['steps']), row['status']])} |"
+    if len(sweep["runs"]) > 1:
+        yield "\nIts weights are of several runs, one after the other:\n"
+        for run in sweep["runs"]:
+            values = ", ".join(f"{name} {value:.4g}" for name, value in run["values"].items())
+            yield f"- `{run['run']}` from step {run['step']}: {values}"
 
 
 def _data(info: dict[str, Any]) -> Iterator[str]:

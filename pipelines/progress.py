@@ -49,7 +49,7 @@ class Clock:
         self.waited += waited
         self.flops += self.run.recipe.flops(batch)
 
-    def log(self, step: int, values: dict[str, float], engine: Any) -> None:
+    def log(self, step: int, values: dict[str, float], engine: Any, gradient_norm: Any) -> None:
         """Log a step's values, and what the time since the last such step went to."""
         now = time.monotonic()
         steps = max(1, step - self.last_step)
@@ -60,10 +60,8 @@ class Clock:
             "learning_rate": max(group["lr"] for group in groups),
             "samples_per_second": per_step * steps / seconds,
             "data_wait_share": self.waited / seconds,
+            "gradient_norm": float(gradient_norm),
         }
-        norm = engine.get_global_grad_norm()
-        if norm is not None:
-            extra["gradient_norm"] = float(norm)
         if self.flops:
             self.peak = self.peak or matmul_peak(self.device, _DTYPES[self.run.config.precision])
             extra["tflops_per_worker"] = self.flops / seconds / 1e12

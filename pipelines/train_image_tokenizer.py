@@ -26,7 +26,7 @@ from beit3.tokenizer_health import Baseline, Health, judge, measure
 from beit3.vqkd import PRESETS as SHAPES
 from beit3.vqkd import SHAPE_FILE as SHAPE_FILE
 from beit3.vqkd import VQKD, VQKDConfig, codebook_health, usage_health
-from pipelines import bundles, cluster, config, console, models, pictures
+from pipelines import bill, bundles, cluster, config, console, models, pictures
 from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.storage import Dataset, Store, StoreError, fingerprint
@@ -341,7 +341,9 @@ def run(cfg: ImageTokenizerConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    run(config.cli(PRESETS, description=__doc__ or ""))
+    chosen = config.cli(PRESETS, description=__doc__ or "")
+    with bill.printed():
+        run(chosen)
 
 
 if __name__ == "__main__":

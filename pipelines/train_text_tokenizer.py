@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import pyarrow as pa
 
 from beit3.text import TextTokenizer
-from pipelines import bundles, cluster, config, console
+from pipelines import bill, bundles, cluster, config, console
 from pipelines.storage import Dataset, Store, fingerprint
 
 TOKENIZER_FILE = "tokenizer.spm"
@@ -172,7 +172,9 @@ def _lines(table: pa.Table, column: str, share: float) -> pa.Table:
 
 
 def main() -> None:
-    run(config.cli(PRESETS, description=__doc__ or ""))
+    chosen = config.cli(PRESETS, description=__doc__ or "")
+    with bill.printed():
+        run(chosen)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from beit3.device import to_device
-from pipelines import budget, bundles, checkpoints, console, progress, stops, tracking, zero
+from pipelines import (
+    bill,
+    budget,
+    bundles,
+    checkpoints,
+    cluster,
+    console,
+    progress,
+    stops,
+    tracking,
+    zero,
+)
 from pipelines import engine as engines
 from pipelines.guards import Guard
 from pipelines.loader_workers import check_room, prefetch
@@ -82,7 +93,11 @@ def fit(
     run = Run(store.uri, run_folder, output, fingerprint, recipe, config, handle, tuned)
     store.delete(f"{run_folder}/progress.json")  # what an interrupted run said last
     try:
-        with stops.stoppable(store, run, begun), progress.shown(store, run):
+        with (
+            bill.of_training(None if tuned else handle, config),  # trials share their nodes
+            stops.stoppable(store, run, begun),
+            progress.shown(store, run),
+        ):
             _launch(run)
     except BaseException as error:
         stopped = tuned and isinstance(error, SystemExit)  # by Tune: the sweep says how it ended
@@ -114,11 +129,16 @@ def _launch(run: Run) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from pipelines.process_group import GroupConfig
+
     config = run.config
     check_room(config)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"run": run},
+        torch_config=GroupConfig(
+            "nccl" if cluster.device(config.gpus_per_worker) == "cuda" else "gloo"
+        ),
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.gpus_per_worker > 0,
@@ -237,11 +257,12 @@ def _steps(
             elif not agreed.skipped and (done % config.log_every == 0 or save or last):
                 values = _mean_over_workers(results, world)
                 if clock:
-                    clock.log(done, values, engine)
+                    clock.log(done, values, engine, agreed.gradient_norm)
             if clock:
                 clock.show(done)
             if save:
-                logger.flush(10.0)  # a run that goes on from here doesn't log these steps again
+                if not logger.failing:  # a run that goes on from here doesn't log these steps again
+                    logger.flush(10.0)
                 writer.save(done, engine)
                 guard.remember(done)
                 if agreed.stop:
@@ -255,6 +276,7 @@ def _steps(
                             metrics = run.recipe.evaluate(module, done, logger)
                         logger.metrics(done, {f"eval/{k}": v for k, v in metrics.items()})
                 if run.tuned and not last:  # Tune may end this process in here
+                    writer.wait()  # another trial may go on from this one's checkpoint
                     logger.flush()
                     _report(config, {**metrics, "step": done})
                 elif world > 1:
@@ -301,7 +323,7 @@ def _join(config: TrainConfig) -> tuple[int, int, torch.device]:
         context = ray.train.get_context()
         rank, world = context.get_world_rank(), context.get_world_size()
         local_rank = context.get_local_rank()
-    if config.gpus_per_worker:
+    if cluster.device(config.gpus_per_worker) == "cuda":
         device = ray.train.torch.get_device()
         assert isinstance(device, torch.device)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
@@ -217,6 +218,56 @@ def test_heads_see_masked_positions_only() -> None:
             for k in kinds
         ]
         torch.testing.assert_close(head.bias.grad, errors[0].mean(0) + errors[1].mean(0))
+
+
+def traced(model: MaskedDataModelling, pieces: list[Piece]) -> tuple[list[str], list[str]]:
+    """The modules with parameters that a batch calls, each with whether what it is given has a
+    gradient, and the parameters, as their gradients are ready."""
+    called: list[str] = []
+    ready: list[str] = []
+    handles = [
+        module.register_forward_hook(
+            lambda _, given, __, name=name: called.append(f"{name} {given[0].requires_grad}")
+        )
+        for name, module in model.named_modules()
+        if list(module.parameters(recurse=False))
+    ]
+    handles += [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))
+        for name, parameter in model.named_parameters()
+    ]
+    model(pack(pieces))["loss"].backward()
+    for handle in handles:
+        handle.remove()
+    return called, ready
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
+def test_whatever_a_batch_holds_the_same_modules_are_called(
+    config: ModelConfig, checkpointing: Literal["none", "blocks"]
+) -> None:
+    """In the same order, forward and backward: engines gather parameters and reduce gradients as
+    modules are called, all workers together."""
+    model = build(replace(config, checkpoint_activations=checkpointing))
+    called, ready = traced(model, draw(images=2, texts=2, pairs=2))
+    assert sorted(ready) == sorted(name for name, _ in model.named_parameters())
+    unmasked, unhidden = (draw(images=2, texts=2, pairs=2) for _ in range(2))
+    for piece in unmasked:
+        if piece.masked is not None:
+            piece.masked[:], piece.text = False, piece.words
+    for piece in unhidden:
+        if piece.hidden is not None:
+            piece.hidden[:] = False
+    for other in (
+        unmasked,
+        unhidden,
+        draw(images=4, texts=4, pairs=0),
+        draw(images=0, texts=2, pairs=2),
+        draw(images=2, texts=0, pairs=2),
+        draw(images=0, texts=0, pairs=1),
+    ):
+        assert traced(model, other) == (called, ready)
 
 
 def test_targets_of_visible_patches_do_not_matter() -> None:

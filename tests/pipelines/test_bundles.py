@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import bundles
+from pipelines import bundles, storage
 from pipelines.storage import Store, StoreError
 
 
@@ -69,6 +69,38 @@ def test_damage_is_noticed(harm: str, store: Store, folder: Path, tmp_path: Path
     reason = "weights.bin" if harm == "missing" else r"weights\.bin: damaged"
     with pytest.raises(StoreError, match=reason):
         bundles.load(store, "models/a", tmp_path / "to")
+
+
+def test_a_disk_that_takes_nothing_is_no_damage(store: Store, folder: Path, tmp_path: Path) -> None:
+    """Or a run would go on from an older checkpoint than the one that is there."""
+    bundles.save(store, "models/a", folder, {})
+    (tmp_path / "to" / "weights.bin").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        bundles.load(store, "models/a", tmp_path / "to")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_a_large_bundle_is_never_in_memory(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PIECE_BYTES", 6 << 20)
+    folder, size = tmp_path / "made", 160 << 20
+    folder.mkdir()
+    with (folder / "weights.bin").open("wb") as file:
+        file.truncate(size)
+    before = peak_memory(reset=True)
+    bundles.save(store, "models/a", folder, {})
+    bundles.load(store, "models/a", tmp_path / "to")
+    assert peak_memory() - before < size / 2
+    assert (tmp_path / "to" / "weights.bin").stat().st_size == size
+
+
+def peak_memory(*, reset: bool = False) -> int:
+    """Bytes that this process had in memory at most, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 @pytest.mark.parametrize("left", [b"", b'{"files": {"weig'])

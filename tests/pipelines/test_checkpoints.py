@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ from small_corpus import SHAPE, SIZE
 from torch import Tensor, nn
 
 from beit3.objectives import MaskedBatch, MaskedDataModelling
-from pipelines import bundles, checkpoints, trainer, zero
+from pipelines import budget, bundles, checkpoints, trainer, zero
 from pipelines import engine as engines
 from pipelines.recipe import Run, TrainConfig
-from pipelines.storage import Store
+from pipelines.storage import Store, StoreError
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
 
@@ -97,10 +99,10 @@ def train(
     store: Store, stop_at: int | None = None, *, name: str = "run", **changes: Any
 ) -> dict[str, Tensor]:
     """Train to the end, or until it is interrupted; the trained weights."""
-    dropout = changes.pop("dropout", 0.3)
+    recipe = changes.pop("recipe", None) or Recipe(stop_at, changes.pop("dropout", 0.3))
     fit(
-        store, name=name, output=f"models/{name}", fingerprint="same",
-        recipe=Recipe(stop_at, dropout), config=train_config(**changes), parameters={}, track=False,
+        store, name=name, output=f"models/{name}", fingerprint="same", recipe=recipe,
+        config=train_config(**changes), parameters={}, track=False,
     )  # fmt: skip
     return state(store, f"models/{name}")["model"]
 
@@ -179,23 +181,88 @@ class Masked(Recipe):
         return {"loss": float(module(self.batches(0, 1)(1_000))["loss"])}
 
 
+class Uneven(Masked):
+    """The same samples on one worker or two, of which each hides another number of places."""
+
+    def batches(self, rank: int, world: int) -> Callable[[int], MaskedBatch]:
+        def batch(step: int) -> MaskedBatch:
+            rng = np.random.default_rng(step)
+            images = rng.integers(0, 256, (4, 3, SIZE, SIZE), dtype=np.uint8)
+            hidden = rng.random((4, SHAPE.patches)) < np.array([[0.2], [0.7], [0.4], [0.6]])
+            words = rng.integers(0, SHAPE.codebook_size, (4, SHAPE.patches))
+            texts = [rng.integers(4, SHAPE.vocab_size, length) for length in (5, 14, 6, 17)]
+            masked = [rng.random(len(text)) < 0.4 for text in texts]
+            own = range(rank, 4, world)  # two images alone, two pairs; two pairs, two texts alone
+            return MaskedBatch.collate(
+                torch.from_numpy(images[own]),
+                torch.from_numpy(hidden[own]),
+                torch.from_numpy(words[own]),
+                [texts[i].tolist() for i in own],
+                [masked[i] for i in own],
+                mask_id=3,
+                pairs=2 // world,
+            )
+
+        return batch
+
+
+class Lacking(Recipe):
+    """Masked pretraining where a worker has nothing of what the other has, now of this, now that:
+    nothing to predict of texts, or of pictures, no pairs, nothing alone."""
+
+    def build(self) -> nn.Module:
+        return MaskedDataModelling(replace(SHAPE, checkpoint_activations="blocks"))
+
+    def batches(self, rank: int, world: int) -> Callable[[int], MaskedBatch]:
+        def batch(step: int) -> MaskedBatch:
+            rng = np.random.default_rng((step, rank))
+            lacks = ("", "words", "patches", "pairs", "alone")[step % 5] if step % 2 == rank else ""
+            pairs = 0 if lacks == "pairs" else 2
+            images, texts = (pairs, pairs) if lacks == "alone" else (4, 3)
+            hidden = np.arange(SHAPE.patches)[None].repeat(images, 0) % 2 == 0
+            lengths = rng.integers(5, 12, texts)
+            return MaskedBatch.collate(
+                torch.from_numpy(rng.integers(0, 256, (images, 3, SIZE, SIZE), dtype=np.uint8)),
+                torch.from_numpy(hidden & (lacks != "patches")),
+                torch.from_numpy(rng.integers(0, SHAPE.codebook_size, hidden.shape)),
+                [rng.integers(4, SHAPE.vocab_size, n).tolist() for n in lengths],
+                [(np.arange(n) % 3 == 1) & (lacks != "words") for n in lengths],
+                mask_id=3,
+                pairs=pairs,
+            )
+
+        return batch
+
+    def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
+        return {}
+
+
 @dataclass(frozen=True)
 class Job:
-    """A run of two workers, from the start or from a checkpoint of another run's."""
+    """A run of two workers, from the start or from a checkpoint of another run's.
+
+    bucket: Elements of the buffers that gradients are reduced in; 0: all of them.
+    """
 
     name: str
     changes: dict[str, Any]
     recipe: Recipe = Recipe()
     begin: tuple[Path, int] | None = None
+    bucket: int = 0
 
 
 def _two(rank: int, root: Path, jobs: list[Job]) -> None:
     """What each of the two processes does."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/group", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{root}/group", rank=rank, world_size=2,
+        timeout=timedelta(minutes=1),
+    )  # fmt: skip
     trainer._join = lambda config: (rank, 2, torch.device("cpu"))
+    largest = budget._BUCKET
     for job in jobs:
+        budget._BUCKET = job.bucket or largest
         if rank == 0 and job.begin:
             begun(Store(job.begin[0]), root / job.name, job.begin[1])
         dist.barrier()
@@ -208,10 +275,12 @@ def _two(rank: int, root: Path, jobs: list[Job]) -> None:
 
 @pytest.fixture(scope="module")
 def pairs(unbroken: dict[int, Store], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Store]:
-    """Stores of runs of two workers, by name; `alone` is of one, without dropout."""
+    """Stores of runs of two workers, by name; `alone`, without dropout, and `uneven` are of one."""
     root = tmp_path_factory.mktemp("pairs")
     train(Store(root / "alone"), keep_checkpoints=STEPS, dropout=0.0)
+    train(Store(root / "uneven"), recipe=Uneven(), keep_checkpoints=STEPS)
     averaged = {"ema": DECAY}
+    overlapping = {"gpus_per_worker": 1.0, "accumulate": 2}
     jobs = [
         *(Job(f"zero-{s}", {"zero_stage": s, **averaged}) for s in STAGES),
         *(Job(f"offload-{s}", {"zero_stage": s, "offload": True, **averaged}) for s in (1, 2, 3)),
@@ -228,12 +297,21 @@ def pairs(unbroken: dict[int, Store], tmp_path_factory: pytest.TempPathFactory) 
             for a, b in ((3, 1), (1, 3))
         ),
         Job("grown", {"zero_stage": 3}, Recipe(dropout=0.0), begin=(root / "alone", 3)),
-        *(Job(f"masked-{s}", {"zero_stage": s}, Masked()) for s in (0, 3)),
+        *(Job(f"masked-{s}", {"zero_stage": s}, Masked()) for s in STAGES),
+        *(Job(f"uneven-{s}", {"zero_stage": s}, Uneven()) for s in (1, 3)),
+        *(Job(f"lacking-{s}", {"zero_stage": s}, Lacking(), bucket=5_000) for s in STAGES),
+        Job("accumulated", {"zero_stage": 0, "accumulate": 2}),
+        # As on GPUs: gradients are reduced while others are computed; some exceed a bucket.
+        *(
+            Job(f"overlapping-{s}", {"zero_stage": s, **overlapping}, bucket=10_000)
+            for s in (1, 2, 3)
+        ),
         Job("zero-3-bf16", bf16 := {"zero_stage": 3, "precision": "bf16"}, Masked()),
         Job("again-3-bf16", bf16, Masked(), begin=(root / "zero-3-bf16", 3)),
     ]
     torch.multiprocessing.spawn(_two, (root, jobs), nprocs=2)
-    return {name: Store(root / name) for name in ("alone", *(job.name for job in jobs))}
+    names = ("alone", "uneven", *(job.name for job in jobs))
+    return {name: Store(root / name) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -313,11 +391,45 @@ def test_what_is_evaluated_is_what_is_exported(stage: int, pairs: dict[str, Stor
     assert metrics["loss"] == pytest.approx(evaluated(store), rel=1e-5)
 
 
-def test_masked_pretraining_at_stage_3(pairs: dict[str, Store]) -> None:
-    one, other = (pairs[f"masked-{stage}"] for stage in (0, 3))
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_masked_pretraining_agrees_at_every_stage(stage: int, pairs: dict[str, Store]) -> None:
+    one, other = (pairs[f"masked-{number}"] for number in (0, stage))
     close(state(one, "models/run")["model"], state(other, "models/run")["model"])
     losses = [bundles.info(store, "models/run")["metrics"]["loss"] for store in (one, other)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_masked_places_count_alike_whichever_worker_has_them(
+    stage: int, pairs: dict[str, Store]
+) -> None:
+    """The loss is the mean over all of them, not of the workers' means."""
+    for step in (1, 2):  # of each step's gradient the first moment holds a tenth
+        where = checkpoints.folder("runs/run", step)
+        one, two = (state(pairs[name], where) for name in ("uneven", f"uneven-{stage}"))
+        for name, moment in one["optimizer"].items():
+            torch.testing.assert_close(two["optimizer"][name], moment, rtol=1e-3, atol=1e-7)
+    close(
+        state(pairs[f"uneven-{stage}"], "models/run")["model"],
+        state(pairs["uneven"], "models/run")["model"],
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_workers_whose_batches_differ_in_kind_agree(stage: int, pairs: dict[str, Store]) -> None:
+    one, other = (state(pairs[f"lacking-{s}"], "models/run")["model"] for s in (0, stage))
+    close(one, other)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_reducing_beside_the_backward_pass_changes_nothing(
+    stage: int, pairs: dict[str, Store]
+) -> None:
+    for step in range(1, STEPS):
+        where = checkpoints.folder("runs/run", step)
+        wanted = state(pairs["accumulated"], where)
+        for file, tensors in state(pairs[f"overlapping-{stage}"], where).items():
+            close(tensors, wanted[file])
 
 
 # -- the average of the weights --------------------------------------------------------------------
@@ -624,3 +736,82 @@ def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(
     said = capsys.readouterr().out
     assert "checkpoint of step 3 is damaged" in said and "resumed" not in said
     assert same(final, state(unbroken[1], "models/run")["model"])
+
+
+# -- other versions' checkpoints -------------------------------------------------------------------
+
+Files = dict[str, dict[str, Tensor]]
+
+
+def rewrite(store: Store, step: int, change: Callable[[Files], Any], **info: Any) -> None:
+    """Give a checkpoint other tensors, and a sound manifest with other notes."""
+    name = checkpoints.folder("runs/run", step)
+    files = state(store, name)
+    change(files)
+    store.delete(name)
+    with tempfile.TemporaryDirectory() as folder:
+        for file, tensors in files.items():
+            save_file(tensors, Path(folder) / f"{file}.safetensors")
+        bundles.save(store, name, Path(folder), {"step": step, **info})
+
+
+def test_a_checkpoint_from_before_formats_had_numbers_goes_on(
+    unbroken: dict[int, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights lay beside the optimizer's moments too."""
+
+    def as_it_was(files: Files) -> None:
+        values = {f"{name}:value": tensor.clone() for name, tensor in files["model"].items()}
+        files["optimizer"] |= values
+
+    store = begun(unbroken[1], tmp_path, 3)
+    assert bundles.info(store, checkpoints.folder("runs/run", 3))["format"] == checkpoints.FORMAT
+    rewrite(store, 3, as_it_was)
+    final = train(store)
+    assert "resumed from step 3" in capsys.readouterr().out
+    assert same(final, state(unbroken[1], "models/run")["model"])
+
+
+@pytest.mark.parametrize(
+    ("change", "info", "said"),
+    [
+        (lambda f: f["model"].pop("wide.bias"), {}, "model.safetensors: holds no wide.bias, which"),
+        (
+            lambda f: f["model"].update({"old.bias": torch.zeros(3)}),
+            {},
+            "model.safetensors: holds old.bias, which the model lacks",
+        ),
+        (
+            lambda f: f["model"].update({"last.bias": torch.zeros(4)}),
+            {},
+            r"model.safetensors: last.bias is \[4\], and the model's is \[3\]",
+        ),
+        (
+            lambda f: f["optimizer"].pop("last.bias:exp_avg"),
+            {},
+            "optimizer.safetensors: holds no last.bias:exp_avg, which the model has",
+        ),
+        (lambda f: f.pop("optimizer"), {}, "optimizer.safetensors: holds no first.weight:exp_avg"),
+        (
+            lambda f: f,
+            {"format": checkpoints.FORMAT + 1},
+            f"{bundles.MANIFEST}: the format is {checkpoints.FORMAT + 1}, and this version reads",
+        ),
+    ],
+    ids=["fewer", "more", "other-shape", "no-moment", "no-optimizer", "later-format"],
+)
+def test_a_checkpoint_that_this_version_cant_read_is_named(
+    change: Callable[[Files], Any],
+    info: dict[str, Any],
+    said: str,
+    unbroken: dict[int, Store],
+    tmp_path: Path,
+) -> None:
+    """It is sound: an older one is not taken in its place, and nothing is trained anew."""
+    store = begun(unbroken[1], tmp_path, 2)
+    begun(unbroken[1], tmp_path, 3)
+    rewrite(store, 3, change, **info)
+    with pytest.raises(StoreError, match=f"/runs/run/checkpoints/step-00000003/{said}") as raised:
+        train(store)
+    assert "train anew under another name, or delete runs/run first" in str(raised.value)
+    assert steps_of(store) == [2, 3] and not bundles.exists(store, "models/run")

@@ -146,6 +146,19 @@ def test_stages_agree_on_the_gradient_of_a_spike(few_losses: None, store: Store)
             torch.testing.assert_close(tensor, first[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_gradient_is_clipped(stage: int, store: Store) -> None:
+    """After one step the first moment is a tenth of the gradient that the optimizer was given."""
+    norms = []
+    for clip in (0.0, 1e9, 1e-3):
+        name = f"clip-{clip}"
+        train(store, name, Recipe(), zero_stage=stage, clip=clip, checkpoint_every=1, keep_every=1)
+        moments = [t for k, t in state(store, name, 1).items() if k.endswith(":exp_avg")]
+        norms.append(float(sum(m.double().pow(2).sum() for m in moments) ** 0.5))
+    assert norms[0] == norms[1] > 1e-2
+    assert norms[2] == pytest.approx(1e-4, rel=1e-2)
+
+
 @pytest.mark.parametrize("sharded", SHARDED)
 @pytest.mark.parametrize("bad", [6, 7])
 def test_one_bad_batch_of_two_spoils_the_step(
@@ -196,7 +209,7 @@ def test_left_out_steps_are_counted_and_said(
 ) -> None:
     result = train(
         store, "run", Recipe(((2, "nan"), (3, "inf"), (5, "nan"))), track=True, on_bad_step="skip",
-        checkpoint_every=4,
+        checkpoint_every=4, zero_stage=0,
     )  # fmt: skip
     tracker = tracking.client(tracking.tracking_uri(store))
 
@@ -206,6 +219,8 @@ def test_left_out_steps_are_counted_and_said(
 
     assert history("train/skipped_steps") == {3: 1, 4: 2, 6: 3}
     assert sorted(history("train/loss")) == [1, 2, 5, 7, 8]
+    norms = history("train/gradient_norm")
+    assert sorted(norms) == [1, 2, 5, 7, 8] and all(0 < norm < 1e3 for norm in norms.values())
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(lines) == 3 and len(set(lines)) == 3
     assert "runs/run: step 4 left out: the loss is infinite; its samples are named in" in lines[1]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from beit3 import weights
 from beit3.objectives import MaskedDataModelling
-from pipelines import bundles, checkpoints, models, pretrain, tracking, trainer
+from pipelines import bundles, checkpoints, models, pretrain, token_checks, tracking, trainer
 from pipelines.progress import progress
 from pipelines.recipe import TrainConfig
 from pipelines.storage import Store, StoreError
@@ -207,7 +207,7 @@ def test_two_workers_checkpoint_goes_on_with_one(
     before = load_file(store.path(checkpoints.folder("runs/pretrained", 4), "model.safetensors"))
     config = small_corpus.pretraining(store)
     datasets = [store.dataset(f"tokens/{name}") for name in ("alone", "words", "pairs")]
-    recipe = pretrain.PretrainRecipe(config, pretrain.check_tokens(store, config, datasets))
+    recipe = pretrain.PretrainRecipe(config, token_checks.check_tokens(store, config, datasets))
     result = fit(
         store, name="pretrained", output="models/pretrained",
         fingerprint=pretrained["fingerprint"], recipe=recipe, config=config.train, parameters={},
