@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -23,30 +24,39 @@ def block_mask(
     """
     if not 0 <= count <= grid * grid:
         raise ValueError(f"count {count} is not within 0..{grid * grid}")
-    mask, left = np.zeros((grid, grid), dtype=bool), count
+    taken, left = 0, count  # cells as bits, row by row: arrays this small take longer
     smallest = min(min_block, max(1, count))
     log_aspect = math.log(min_aspect)
     while left > 0:
         for _ in range(10):
-            area = rng.uniform(min(smallest, left), left) if left > 1 else 1.0
-            aspect = math.exp(rng.uniform(log_aspect, -log_aspect))
+            least = min(smallest, left)
+            area = least + (left - least) * rng.random() if left > 1 else 1.0
+            aspect = math.exp(log_aspect - 2 * log_aspect * rng.random())
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < height < grid and 0 < width < grid):
                 continue
             top = int(rng.integers(0, grid - height + 1))
             start = int(rng.integers(0, grid - width + 1))
-            block = mask[top : top + height, start : start + width]
-            fresh = block.size - int(np.count_nonzero(block))
+            block = _rectangle(grid, height, width) << top * grid + start
+            fresh = (block & ~taken).bit_count()
             if 0 < fresh <= left:
-                block[:] = True
+                taken |= block
                 left -= fresh
                 break
         else:
             break
-    flat = mask.ravel()
+    cells = grid * grid
+    packed = np.frombuffer(taken.to_bytes(cells // 8 + 1, "little"), np.uint8)
+    flat = np.unpackbits(packed, count=cells, bitorder="little").view(bool)
     if left > 0:
         flat[rng.choice(np.flatnonzero(~flat), left, replace=False)] = True
-    return mask
+    return flat.reshape(grid, grid)
+
+
+@functools.cache
+def _rectangle(grid: int, height: int, width: int) -> int:
+    """The cells of a rectangle in the first corner."""
+    return sum(((1 << width) - 1) << row * grid for row in range(height))
 
 
 def token_mask(length: int, ratio: float, rng: np.random.Generator) -> np.ndarray:

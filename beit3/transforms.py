@@ -33,7 +33,8 @@ def decode(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            ImageOps.exif_transpose(picture, in_place=True)  # loads it
+            return picture if picture.mode == "RGB" else picture.convert("RGB")
     except OSError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
@@ -74,8 +75,14 @@ def centre_view(width: int, height: int) -> View:
     return View((across / 2, down / 2, 1 - across / 2, 1 - down / 2))
 
 
-def apply_view(picture: Image.Image, view: View, size: int) -> np.ndarray:
-    """Crop, resize to a square (bicubic) and perhaps mirror: uint8 `[3, size, size]`."""
+def apply_view(
+    picture: Image.Image, view: View, size: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Crop, resize to a square (bicubic) and perhaps mirror: uint8 `[3, size, size]`.
+
+    Args:
+        out: Where to write it, such as a picture's place in a batch.
+    """
     width, height = picture.size
     left, top, right, bottom = view.box
     box = (left * width, top * height, right * width, bottom * height)
@@ -83,4 +90,6 @@ def apply_view(picture: Image.Image, view: View, size: int) -> np.ndarray:
     pixels = np.asarray(resized)
     if view.flip:
         pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    out = np.empty((3, size, size), np.uint8) if out is None else out
+    out[...] = pixels.transpose(2, 0, 1)
+    return out

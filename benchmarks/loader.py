@@ -32,13 +32,15 @@ import pyarrow as pa
 from PIL import Image
 
 from beit3.config import PRESETS as MODELS
+from beit3.config import ModelConfig
 from beit3.text import TextTokenizer
 from beit3.transforms import View, apply_view, decode
 from benchmarks._photos import draw
 from pipelines import cluster
 from pipelines.ingest import IMAGE_SCHEMA
 from pipelines.loader_workers import AHEAD, prefetch
-from pipelines.pretrain import PretrainConfig, PretrainRecipe
+from pipelines.pretrain import PretrainRecipe
+from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import TrainConfig
 from pipelines.samples import ViewConfig
 from pipelines.storage import Store, fingerprint
@@ -47,21 +49,23 @@ from pipelines.tokenize_corpus import image_tokens
 MODEL = MODELS["base"]
 SIDE, QUALITY = 288, 92
 VIEWS = 4  # tokenized of each picture; in the first epoch the first of them is shown
+PART = 2048  # rows of a file
 QUEUE = 3  # batches that wait in this process
 
 
 class Mask(TextTokenizer):
-    """All that batches without texts ask of a tokenizer."""
+    """All that batches ask of a tokenizer."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         self.model = b""
+        self.of = model
 
     @property
     def mask_id(self) -> int:
-        return MODEL.vocab_size - 1
+        return self.of.vocab_size - 1
 
-    def __reduce__(self) -> tuple[type[Mask], tuple[()]]:
-        return Mask, ()
+    def __reduce__(self) -> tuple[type[Mask], tuple[ModelConfig]]:
+        return Mask, (self.of,)
 
 
 def photos(count: int, seed: int) -> list[bytes]:
@@ -84,34 +88,44 @@ def views(pictures: Sequence[bytes], rows: int, seed: int) -> list[View]:
     return [ViewConfig().draw(opened[i % len(opened)], rng) for i in range(rows)]
 
 
-def publish(store: Store, pictures: Sequence[bytes], drawn: Sequence[View], part: int) -> None:
-    """`images/photos` and `tokens/photos`, in files of `part` rows."""
-    rng, schema = np.random.default_rng(0), image_tokens(MODEL.patches)
-    sources, tokens = store.dataset("images/photos"), store.dataset("tokens/photos")
-    mark, records = fingerprint("benchmark", "photos"), []
-    for start in range(0, len(drawn), part):
-        numbers = range(start, min(start + part, len(drawn)))
+def publish(
+    store: Store,
+    pictures: Sequence[bytes],
+    drawn: Sequence[View],
+    *,
+    model: ModelConfig = MODEL,
+    name: str = "photos",
+    captions: Sequence[Sequence[int]] = (),
+) -> None:
+    """`images/<name>` and `tokens/<name>`, a row for each view, with a caption if there are any."""
+    rng, schema = np.random.default_rng(0), image_tokens(model.patches)
+    sources, tokens = store.dataset(f"images/{name}"), store.dataset(f"tokens/{name}")
+    mark, records = fingerprint("benchmark", name), []
+    for start in range(0, len(drawn), PART):
+        numbers = range(start, min(start + PART, len(drawn)))
         images, words = [], []
         for i in numbers:
             data = {"bytes": pictures[i % len(pictures)], "path": None}
-            images.append({"id": f"photos/{i}", "image": data, "captions": [], "source": "photos"})
+            images.append({"id": f"{name}/{i}", "image": data, "captions": [], "source": name})
             own = [
                 {"box": view.box, "flip": view.flip}
-                | {"words": rng.integers(0, MODEL.codebook_size, MODEL.patches)}
+                | {"words": rng.integers(0, model.codebook_size, model.patches)}
                 for view in (drawn[i], *(drawn[j] for j in rng.integers(0, len(drawn), VIEWS - 1)))
             ]
-            row = {"id": f"photos/{i}", "image_row": i - start, "views": own, "captions": []}
-            words.append(row)
-        name = f"{start // part:05d}"
+            said = [captions[i]] if captions else []
+            words.append(
+                {"id": f"{name}/{i}", "image_row": i - start, "views": own, "captions": said}
+            )
+        part = f"{start // PART:05d}"
         records.append(
             (
-                sources.write_part(mark, name, pa.Table.from_pylist(images, IMAGE_SCHEMA)),
-                tokens.write_part(mark, name, pa.Table.from_pylist(words, schema)),
+                sources.write_part(mark, part, pa.Table.from_pylist(images, IMAGE_SCHEMA)),
+                tokens.write_part(mark, part, pa.Table.from_pylist(words, schema)),
             )
         )
     note = {"job": "benchmark", "stats": {}, "config": {}}
     sources.publish(mark, [one for one, _ in records], schema=IMAGE_SCHEMA, **note)
-    inputs = [{"dataset": "images/photos", "tokenizers": {}}]
+    inputs = [{"dataset": f"images/{name}", "tokenizers": {}}]
     tokens.publish(mark, [one for _, one in records], schema=schema, inputs=inputs, **note)
 
 
@@ -141,13 +155,13 @@ def compare(options: argparse.Namespace) -> tuple[list[float], list[float], floa
     drawn = views(pictures, rows, options.seed)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        publish(store, pictures, drawn, part=2048)
+        publish(store, pictures, drawn)
         recipe = PretrainRecipe(
             PretrainConfig(
                 store=store.uri, images=("photos",), texts=(), pairs=(), image_batch=batch,
                 text_batch=0, pair_batch=0, model=MODEL, train=TrainConfig(workers=0),
             ),
-            Mask(),
+            Mask(MODEL),
         )  # fmt: skip
         batches = prefetch(recipe, 0, 1, range(rows // batch), options.processes)
         count = options.batches * batch

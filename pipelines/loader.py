@@ -78,9 +78,9 @@ class ParquetRows:
         self._lock = threading.Lock()
 
     def row(self, group: RowGroup, index: int) -> dict[str, Any]:
-        table = self.table(group.dataset, group.path, group.index).slice(index, 1)
-        kept = {name: table.column(name)[0] for name in self.arrow}
-        return table.drop_columns(self.arrow).to_pylist()[0] | kept
+        table = self.table(group.dataset, group.path, group.index)
+        cells = {name: table.column(name)[index] for name in table.column_names}
+        return {name: v if name in self.arrow else v.as_py() for name, v in cells.items()}
 
     def table(self, dataset: int, path: str, index: int) -> pa.Table:
         key = (dataset, path, index)

@@ -121,6 +121,15 @@ def test_a_flipped_view_is_the_mirror() -> None:
     assert (flipped != straight).any()
 
 
+def test_a_view_can_be_written_to_its_place_in_a_batch() -> None:
+    batch = np.zeros((2, 3, 12, 12), np.uint8)
+    for flip in (False, True):
+        view = View((0.1, 0.2, 0.8, 0.9), flip)
+        assert apply_view(picture(), view, 12, batch[1]).base is batch
+        assert (batch[1] == apply_view(picture(), view, 12)).all()
+    assert not batch[0].any()
+
+
 def test_a_view_crops_its_box() -> None:
     source = picture(40, 30)
     pixels = apply_view(source, View((0.25, 0.5, 0.75, 1.0)), 15)
