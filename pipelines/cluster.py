@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def start(*, cpus: int | None = None) -> None:
@@ -25,17 +27,45 @@ def start(*, cpus: int | None = None) -> None:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         else:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=bool(os.environ.get("BEIT3_RAY_LOGS")),
-                logging_level=logging.ERROR,
-                object_store_memory=1 << 30,
-                _metrics_export_port=None,
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    log_to_driver=bool(os.environ.get("BEIT3_RAY_LOGS")),
+                    logging_level=logging.ERROR,
+                    object_store_memory=1 << 30,
+                    _metrics_export_port=None,
+                )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def device(gpus: float) -> str:
+    """What a worker with so many of Ray's GPUs computes on: `cuda` or `cpu`.
+
+    With BEIT3_DEVICE=cpu it is always the CPU: a cluster can be rehearsed on machines whose GPUs
+    are only declared (`ray start --num-gpus`).
+    """
+    return "cuda" if gpus and os.environ.get("BEIT3_DEVICE") != "cpu" else "cpu"
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a Ray that starts in here take 127.0.0.1 as its node's address, and listen there alone.
+
+    On Linux Ray otherwise turns loopback into the machine's address in the network, and listens
+    everywhere. The environment variable for it, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, is read when
+    Ray is first imported, which may have been long ago.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before

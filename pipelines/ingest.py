@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipelines import (
+    bill,
     cluster,
     console,
     data_report,
@@ -166,7 +167,8 @@ def main() -> None:
         if config.dry_run:
             show(plan(config))
         else:
-            run(config)
+            with bill.printed():
+                run(config)
     except (FileNotFoundError, StoreError, ValueError) as error:
         stop(str(error))
 

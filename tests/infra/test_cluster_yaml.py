@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -234,3 +240,49 @@ def test_a_mock_of_ec2_launches_the_nodes(
     assert config["auth"]["ssh_private_key"] == str(tmp_path / ".ssh" / "beit3-ray.pem")
     assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
     assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 8
+
+
+@pytest.mark.slow
+def test_ray_up_launches_the_head_and_knocks_at_its_door(
+    written: dict[str, Any], aws_apply: Any, s3_server: str, tmp_path: Path
+) -> None:
+    """The command itself against a mock of EC2, up to SSH, which a mock has not."""
+    import boto3
+
+    config, region = copy.deepcopy(written), written["provider"]["region"]
+    ec2, iam = boto3.client("ec2", region_name=region), boto3.client("iam")
+    account = aws_apply.Account(bucket="b", region=region, ssh_from="203.0.113.7/32")
+    group = aws_apply.make_group(account)
+    image = ec2.describe_images()["Images"][0]["ImageId"]
+    for kind, node in config["available_node_types"].items():
+        profile = iam.create_instance_profile(InstanceProfileName=f"up-{kind}")["InstanceProfile"]
+        node["node_config"] |= {"ImageId": image, "IamInstanceProfile": {"Arn": profile["Arn"]}}
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(config))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0")
+    log = tmp_path / "log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("ray"), "up", "--yes", "--no-config-cache", file],
+            env=os.environ | {"HOME": str(tmp_path)},
+            cwd=ROOT,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while "SSH" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    launched = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+    (head,) = launched  # workers are the autoscaler's, which runs on the head
+    tags = {tag["Key"]: tag["Value"] for tag in head["Tags"]}
+    assert tags["ray-node-type"] == "head" and tags["ray-cluster-name"] == "beit3-ray"
+    assert head["InstanceType"] == "m7i.4xlarge"
+    assert [g["GroupId"] for g in head["SecurityGroups"]] == [group]

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -33,6 +33,8 @@ MARK = "BEIT3_TEST_MARK"
 
 class Driver:
     """A started program, with everything it started; only these processes are ever killed."""
+
+    program = __file__
 
     def __init__(self, folder: Path, configs: Sequence[dict[str, Any]], **environment: str) -> None:
         self.mark = uuid.uuid4().hex
@@ -46,14 +48,14 @@ class Driver:
         inherited |= {"PYTHONWARNINGS": "ignore", "RAY_TMPDIR": self.ray_folder, MARK: self.mark}
         with self.log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(settings)],
+                [sys.executable, self.program, str(settings)],
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
                 env=inherited | environment,
             )
 
-    def __enter__(self) -> Driver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

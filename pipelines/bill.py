@@ -1,0 +1,166 @@
+"""What a job used of machines: hours of each type of node, and their price where it is known.
+
+Nodes are looked at every few seconds, and each counts from one look to the next for as long as Ray
+has it alive, whatever it does; nodes that come and go count while they are there. So two jobs at
+once on one cluster count the same nodes twice. A machine that starts up, or shuts down, costs and
+isn't counted: Ray doesn't see it yet, or no longer.
+
+    BEIT3_PRICES="head=1 cpu=0.5 gpu=20"
+
+names what a node of each type costs for an hour, in any currency. Types are those of the cluster's
+file; a machine by itself is `machine`. What a training's workers cost by `train.price_per_hour`, as
+`train.max_cost` counts it, is said beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from pipelines import config, console, tracking
+from pipelines.recipe import TrainConfig
+
+PRICES = "BEIT3_PRICES"
+ALONE = "machine"
+LOOK_SECONDS = 5.0
+
+
+class Meter:
+    """Counts node-hours in the background. Use as a context manager."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._since = now, now()
+        self._seconds: dict[str, float] = {}
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Meter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def look(self) -> None:
+        """Count the nodes that are alive now, since the last look that found any."""
+        with self._lock, contextlib.suppress(Exception):  # Ray may be starting, or just gone
+            alive = _alive()
+            now = self._now()
+            if alive:
+                for kind in alive:
+                    self._seconds[kind] = self._seconds.get(kind, 0.0) + now - self._since
+                self._since = now
+
+    def hours(self) -> dict[str, float]:
+        """Node-hours so far, by type; without any Ray those of this machine."""
+        self.look()
+        with self._lock:
+            seconds = dict(self._seconds) or {ALONE: self._now() - self._since}
+        return {kind: count / 3600 for kind, count in sorted(seconds.items())}
+
+    def _run(self) -> None:
+        while not self._closed.wait(LOOK_SECONDS):
+            self.look()
+
+
+def _alive() -> list[str]:
+    """The types of the nodes that Ray has alive; empty before this process is in a cluster."""
+    if "ray" not in sys.modules:  # importing it takes seconds
+        return []
+    import ray
+
+    if not ray.is_initialized():
+        return []
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [node["Labels"].get("ray.io/node-group") or ALONE for node in nodes]
+
+
+def prices() -> dict[str, float]:
+    """What a node of each type costs for an hour, as BEIT3_PRICES has it.
+
+    Raises:
+        ValueError: it is not written as `type=price`, parted by spaces or commas.
+    """
+    found: dict[str, float] = {}
+    for one in os.environ.get(PRICES, "").replace(",", " ").split():
+        kind, _, price = one.partition("=")
+        try:
+            found[kind] = float(price)
+        except ValueError:
+            raise ValueError(
+                f'{PRICES}: expected a price after "{kind}=", got "{one}"; say "cpu=0.5 gpu=20"'
+            ) from None
+    return found
+
+
+def cost(hours: Mapping[str, float], prices: Mapping[str, float]) -> float | None:
+    """What the hours cost; None where a type has no price."""
+    if not set(hours) <= set(prices):
+        return None
+    return sum(count * prices[kind] for kind, count in hours.items())
+
+
+def sentence(hours: Mapping[str, float], prices: Mapping[str, float]) -> str:
+    """The bill in words."""
+    used = ", ".join(f"{kind} {count:.3f}" for kind, count in hours.items())
+    money = cost(hours, prices)
+    if money is not None:
+        return f"node-hours: {used}; cost: {money:,.2f}"
+    unknown = ", ".join(sorted(set(hours) - set(prices)))
+    return f"node-hours: {used}; cost: unknown, {PRICES} has no price of {unknown}"
+
+
+@contextlib.contextmanager
+def printed() -> Iterator[None]:
+    """Say what the block used when it ends, well or not: around a job.
+
+    Prices that can't be read end the program before the job begins.
+    """
+    try:
+        known = prices()
+    except ValueError as error:
+        config.stop(str(error))
+    with Meter() as meter:
+        try:
+            yield
+        finally:
+            console.say(sentence(meter.hours(), known))
+
+
+@contextlib.contextmanager
+def of_training(handle: tracking.RunHandle | None, train: TrainConfig) -> Iterator[None]:
+    """Log to MLflow what a training used when it ends, well or not, and say what its workers cost
+    if their price is known."""
+    begun = time.monotonic()
+    with Meter() as meter:
+        try:
+            yield
+        finally:
+            hours = (time.monotonic() - begun) / 3600
+            if train.price_per_hour:
+                workers = max(1, train.workers)
+                money = hours * workers * train.price_per_hour
+                console.say(f"workers: {workers} for {hours:.3f} hours; cost: {money:,.2f}")
+            if handle is not None:
+                track(handle, meter.hours())
+
+
+def track(handle: tracking.RunHandle, hours: Mapping[str, float]) -> None:
+    """Add to an MLflow run's `bill/*` what this start of it used; those before stay counted."""
+    values = {f"bill/node_hours_{kind}": count for kind, count in hours.items()}
+    money = cost(hours, prices())
+    if money is not None:
+        values["bill/cost"] = money
+    try:
+        client = tracking.client(handle.uri)
+        before = client.get_run(handle.run_id).data.metrics
+        for name, value in values.items():
+            client.log_metric(handle.run_id, name, before.get(name, 0.0) + value)
+    except Exception as error:  # the job itself went well
+        logging.getLogger(__name__).warning("tracking: the bill is not logged: %s", error)

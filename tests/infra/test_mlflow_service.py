@@ -1,0 +1,90 @@
+"""MLflow with users, PostgreSQL and a bucket, as infra/mlflow has it, tracks a training."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow_service import Service
+from ports import listening
+
+from pipelines import pretrain, tracking
+from pipelines.storage import Store
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def as_user(mlflow_service: Service, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A user for jobs, made as docs/operations.md has it; the environment of one who tracks."""
+    from mlflow.server import get_app_client
+
+    for name, value in mlflow_service.environment().items():
+        monkeypatch.setenv(name, value)
+    client: Any = get_app_client("basic-auth", mlflow_service.url)
+    password = "a long enough password"
+    client.create_user("trainer", password)
+    for name, value in mlflow_service.environment("trainer", password).items():
+        monkeypatch.setenv(name, value)
+    return "trainer"
+
+
+def test_a_pretraining_is_tracked(
+    mlflow_service: Service,
+    as_user: str,
+    small_corpus: Any,
+    small_store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import boto3
+
+    monkeypatch.setenv("BEIT3_PRICES", "machine=3600")
+    cfg = small_corpus.pretraining(small_store, name="tracked")
+    result = pretrain.run(cfg)
+    handle = tracking.RunHandle(**small_store.read_json("runs/tracked/mlflow.json"))
+    assert handle.uri == mlflow_service.url and handle.run_id == result["mlflow_run"]
+    client = tracking.client(handle.uri)
+    run = client.get_run(handle.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.steps"] == str(cfg.train.steps)
+    losses = client.get_metric_history(handle.run_id, "train/loss")
+    assert [m.step for m in losses] == list(range(1, cfg.train.steps + 1))
+    assert result["metrics"]
+    assert run.data.metrics["final/loss"] == pytest.approx(result["metrics"]["loss"])
+    assert run.data.metrics["bill/cost"] == pytest.approx(
+        run.data.metrics["bill/node_hours_machine"] * 3600
+    )
+    (picture,) = client.list_artifacts(handle.run_id, "masked")
+    local = client.download_artifacts(handle.run_id, picture.path)
+    # It went through the server into the bucket: this process has no key of it to use.
+    assert str(run.info.artifact_uri).startswith("mlflow-artifacts:")
+    bucket: Any = boto3.client("s3")
+    kept = bucket.list_objects_v2(Bucket="beit3-tests", Prefix="mlflow/")["Contents"]
+    assert [o["Size"] for o in kept if o["Key"].endswith(picture.path)] == [
+        Path(local).stat().st_size
+    ]
+
+
+def test_a_stranger_sees_nothing(mlflow_service: Service) -> None:
+    url = f"{mlflow_service.url}/api/2.0/mlflow/experiments/search?max_results=1"
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(url, timeout=10)
+    assert error.value.code == 401
+
+
+def test_a_host_that_is_not_named_is_refused(mlflow_service: Service) -> None:
+    asked = urllib.request.Request(f"{mlflow_service.url}/", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(asked, timeout=10)
+    assert error.value.code == 403
+
+
+def test_it_listens_on_loopback_alone(mlflow_service: Service) -> None:
+    sockets = listening(mlflow_service.processes())
+    assert {"postgres", "mlflow"} <= {
+        name for name in ("postgres", "mlflow") for s in sockets if name in s.program
+    }
+    assert [s for s in sockets if not s.on_loopback] == []
