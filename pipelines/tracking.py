@@ -130,6 +130,7 @@ class Logger:
         self.handle = handle
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
         self._logged: dict[str, int] = {}
+        self._failing = threading.Event()
         self._thread: threading.Thread | None = None
         self._machine: Machine | None = None
         if handle is not None:
@@ -165,6 +166,11 @@ class Logger:
     def file(self, path: Path, folder: str | None = None) -> None:
         """Log a local file as an artifact."""
         self._queue.put(("file", (str(path), folder)))
+
+    @property
+    def failing(self) -> bool:
+        """The tracker does not take what it was sent last; it is sent again and again."""
+        return self._failing.is_set()
 
     def flush(self, timeout: float = 60.0) -> None:
         """Wait until what was logged so far is delivered, at most `timeout` seconds."""
@@ -240,8 +246,10 @@ class Logger:
         while True:
             try:
                 send()
+                self._failing.clear()
                 return
             except Exception as error:
+                self._failing.set()
                 logging.getLogger(__name__).warning("tracking: %s; trying again", error)
                 time.sleep(pause)
                 pause = min(30.0, pause * 2)

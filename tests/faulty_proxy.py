@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,11 +25,14 @@ class Faults:
 
 
 @contextmanager
-def faulty_proxy(target: str, share: float, seed: int = 0) -> Iterator[Faults]:
+def faulty_proxy(
+    target: str, share: float, seed: int = 0, *, forbidden: Sequence[str] = ()
+) -> Iterator[Faults]:
     """Serve `target` on a port of its own, failing a share of the requests.
 
     Half of the failures come before the request is passed on, half after, so that it was done
-    though the client is told that it was not.
+    though the client is told that it was not. Requests of `forbidden` methods get 403, as of
+    someone without permission.
     """
     faults, drawn, upstream = Faults(), random.Random(seed), urlparse(target)
 
@@ -44,6 +47,8 @@ def faulty_proxy(target: str, share: float, seed: int = 0) -> Iterator[Faults]:
 
         def _any(self) -> None:
             body = self._body()
+            if self.command in forbidden:
+                return self._answer(403, {}, b"")
             with faults.lock:
                 fate = drawn.random()
                 fail, late = fate < share, fate < share / 2

@@ -79,6 +79,19 @@ def test_a_server_that_is_down_is_said_before_work_starts(
     assert not store.exists("models/down") and not store.exists("runs/down/mlflow.json")
 
 
+@pytest.mark.parametrize("uri", ["sqlite:///{file}/deep/mlflow.db", "nowhere://tracker"])
+def test_a_tracker_that_cant_be_written_is_said_before_work_starts(
+    uri: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")  # no folder can be made below it, whoever asks
+    uri = uri.format(file=tmp_path / "file")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(StoreError, match="unset MLFLOW_TRACKING_URI to track in a local") as error:
+        start_run(store, "unwritable", {}, key="runs/unwritable")
+    assert f"tracking {uri}: " in str(error.value)
+    assert not store.exists("runs/unwritable")
+
+
 # -- runs -----------------------------------------------------------------------------------------
 
 
@@ -196,19 +209,20 @@ def test_a_server_that_fails_for_a_while_loses_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handle = start_run(store, "patient", {})
-    failures: list[str] = []
+    failures: list[bool] = []
     real: Callable[..., None] = Logger._metrics
 
     def fails_twice(self: Logger, *arguments: Any) -> None:
         if len(failures) < 2:
-            failures.append("no")
+            failures.append(self.failing)
             raise ConnectionError("the server restarts")
         real(self, *arguments)
 
     monkeypatch.setattr(Logger, "_metrics", fails_twice)
     with Logger(handle) as logger:
         logger.metrics(1, {"loss": 0.5})
-    assert len(failures) == 2 and history(handle, "loss") == [(1, 0.5)]
+    assert failures == [False, True] and not logger.failing
+    assert history(handle, "loss") == [(1, 0.5)]
 
 
 def test_logging_never_waits_for_the_server(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
