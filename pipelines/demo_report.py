@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from pipelines import (
     console,
     demo_stages,
     models,
-    pretrain,
     report,
     storage,
     tracking,
@@ -30,7 +28,9 @@ from pipelines import (
     train_text_tokenizer,
 )
 from pipelines import report_content as page
+from pipelines.baselines import TEST_SPLITS, chance
 from pipelines.demo import DemoConfig
+from pipelines.masked_batches import held_out_batches
 from pipelines.pictures import to_image
 from pipelines.sample_world import World
 from pipelines.storage import Store
@@ -154,33 +154,6 @@ def scores(store: Store) -> list[page.Score]:
     return rows
 
 
-def chance(store: Store, task: str) -> dict[str, float]:
-    """What a model that never looks at the picture would score."""
-    examples = [e for e, _ in predictions(store, f"{task}-pretrained")]
-    if task == "retrieval":
-        return _retrieval_chance([str(e.target) for e in examples])
-    training = store.dataset(f"tasks/{task}/train").read_table(["examples"])
-    known = [e for row in training.to_pylist() for e in row["examples"]]
-    if task == "vqa":
-        given = [a for e in known for a in json.loads(e["target"])["answers"]]
-        guess = [max(set(given), key=given.count)] * len(examples)
-    else:
-        rng = np.random.default_rng(0)
-        guess = [known[int(rng.integers(len(known)))]["text"] for _ in examples]
-    return tasks.create(task, labels=(), options=None).score(guess, examples)
-
-
-def _retrieval_chance(owners: list[str]) -> dict[str, float]:
-    images, texts = len(set(owners)), len(owners)
-    each = texts // images
-    values = {}
-    for k in (1, 5, 10):
-        drawn = min(k, texts)
-        miss = math.comb(texts - each, drawn) / math.comb(texts, drawn)
-        values |= {f"text_recall_{k}": 1 - miss, f"image_recall_{k}": min(1.0, k / images)}
-    return values
-
-
 def predictions(store: Store, name: str) -> list[tuple[Example, Any]]:
     """Examples of an evaluation and what was predicted, in order."""
     table = store.dataset(f"predictions/{name}").read_table().to_pylist()
@@ -195,7 +168,7 @@ def predictions(store: Store, name: str) -> list[tuple[Example, Any]]:
 
 def task_rows(store: Store, task: str) -> dict[str, dict[str, Any]]:
     """Rows of a task's test split, by id."""
-    split = demo_stages.TEST_SPLITS[task]
+    split = TEST_SPLITS[task]
     return {r["id"]: r for r in store.dataset(f"tasks/{task}/{split}").read_table().to_pylist()}
 
 
@@ -343,7 +316,7 @@ def _model(store: Store) -> tuple[MaskedDataModelling, Any]:
 
 def _masked(cfg: DemoConfig, store: Store) -> list[page.MaskedExample]:
     model, tokenizer = _model(store)
-    batch = pretrain.held_out_batches(demo_stages.pretraining(cfg), tokenizer)(0)
+    batch = held_out_batches(demo_stages.pretraining(cfg), tokenizer)(0)
     predicted, restored = model.restore(batch)
     grid = model.backbone.config.grid
     patch = model.backbone.config.patch_size

@@ -19,11 +19,12 @@ from pipelines import (
     finetune,
     ingest,
     prepare_task,
-    pretrain,
+    pretrain_config,
     tokenize_corpus,
     train_image_tokenizer,
     train_text_tokenizer,
 )
+from pipelines.baselines import TEST_SPLITS
 from pipelines.progress import progress
 from pipelines.sample_world import World, WorldSize, generate, load
 from pipelines.samples import ViewConfig
@@ -39,7 +40,6 @@ TEXTS = ("wiki",)
 TASKS = ("vqa", "retrieval", "captioning")
 ALIGNED = "models/aligned"
 STARTS = {"pretrained": "models/pretrained", "scratch": finetune.RANDOM}
-TEST_SPLITS = {"vqa": "val", "retrieval": "test", "captioning": "test"}
 HELD_OUT = "captioning/val"  # what pretraining is measured on
 VIEW = ViewConfig(scale=(0.8, 1.0), flip=0.0)  # captions of this world speak of left and right
 VOCABULARY = 320
@@ -178,8 +178,8 @@ def tokens(cfg: DemoConfig) -> tokenize_corpus.TokenizeConfig:
     )
 
 
-def pretraining(cfg: DemoConfig) -> pretrain.PretrainConfig:
-    base = pretrain.PRESETS["tiny"]
+def pretraining(cfg: DemoConfig) -> pretrain_config.PretrainConfig:
+    base = pretrain_config.PRESETS["tiny"]
     steps = 6 if cfg.small else 1200
     return dataclasses.replace(
         base,

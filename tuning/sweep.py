@@ -1,26 +1,28 @@
-"""Sweep finetuning: Ray Tune over learning rate, layer decay, drop path; poor trials stop early.
+"""Sweep finetuning: Ray Tune over learning rate, layer decay, drop path.
 
     python tuning/sweep.py --preset tiny --samples 8 --finetune.task vqa
-    ray job submit --working-dir . -- python tuning/sweep.py --preset gpu --samples 32 ...
+    python tuning/sweep.py --preset tiny --scheduler pbt --samples 6
+    ray job submit --working-dir . -- python tuning/sweep.py --preset gpu --search optuna ...
 
-Each trial is a Ray Train run of `pipelines/finetune.py`, logged as an MLflow run nested under the
-sweep's. A sweep that was killed goes on when run again. The table of trials is
-`sweeps/<name>.json` in the store.
+Each trial is a run of `pipelines/finetune.py`, logged as an MLflow run nested under the sweep's. A
+sweep that was killed goes on when run again. It leaves `sweeps/<name>.json`, the table of trials;
+`sweeps/<name>.html`, the same to look at; and `models/<name>/best`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from pipelines import bundles, cluster, config, console, finetune, tracking
+from pipelines import bill, cluster, config, console, finetune, models, tracking
 from pipelines.finetune import FinetuneConfig
 from pipelines.storage import Store, StoreError, fingerprint
-from tuning import spaces
+from tuning import outcome, room, schedulers, spaces, sweep_page, trials, watch
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,27 @@ class SweepConfig:
     """What every trial has in common; the search space lies over it."""
     samples: int = 16
     """Trials to draw."""
+    search: Literal["random", "optuna"] = "random"
+    """Where values come from: drawn at random, or from Optuna's TPE, which learns from the trials
+    before."""
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    """ASHA stops poor trials early. Population based training lets poor trials go on from good
+    ones' checkpoints with other values. `none` trains all to the end."""
     grace_evaluations: int = 1
-    """Evaluations before a poor trial may be stopped."""
+    """ASHA: evaluations before a poor trial may be stopped."""
     reduction: int = 2
-    """At each rung of ASHA, one in so many trials goes on."""
+    """ASHA: at each rung, one in so many trials goes on."""
+    exploit_evaluations: int = 1
+    """Population based training: after so many evaluations a trial may take another's weights."""
+    exploit_share: float = 0.25
+    """Population based training: the share of the trials that are poor, and that are good."""
     concurrent: int = 0
-    """Trials at once; 0: as many as the cluster has room for."""
+    """Trials at once; 0: as many as the cluster has room for now."""
     cpus_per_trial: float = 1.0
     """CPUs of a trial's own process; its Ray Train workers come on top."""
+    autoscaling: bool = False
+    """The cluster brings machines by itself, so that what it has no room for now is waited for.
+    Needs `concurrent`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,10 +64,32 @@ class SweepConfig:
             raise ValueError(f"samples: expected at least 1, got {self.samples}")
         if self.reduction < 2:
             raise ValueError(f"reduction: expected at least 2, got {self.reduction}")
+        for name in ("grace_evaluations", "exploit_evaluations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.exploit_share <= 0.5:
+            raise ValueError(
+                f"exploit_share: expected more than 0 and at most 0.5, got {self.exploit_share}"
+            )
+        if self.concurrent < 0 or self.cpus_per_trial < 0:
+            raise ValueError("concurrent and cpus_per_trial can't be negative")
+        if self.autoscaling and not self.concurrent:
+            raise ValueError("autoscaling needs concurrent: how many trials to bring machines for")
         if not self.finetune.train.evaluate_every:
             raise ValueError(
                 "finetune.train.evaluate_every is 0: set it, trials are judged by evaluations"
             )
+        if not self.finetune.eval_split:
+            raise ValueError("finetune.eval_split is empty: trials are judged on it")
+        if not self.finetune.track:
+            raise ValueError("finetune.track is off: a sweep's curves are read from MLflow")
+        if self.scheduler == "pbt" and self.search != "random":
+            raise ValueError(
+                f"search {self.search} with scheduler pbt: there values change while training, and "
+                "a search that learns from the first ones learns nothing: take search random"
+            )
+        if self.scheduler == "pbt" and self.samples < 2:
+            raise ValueError("samples: population based training needs at least 2")
 
 
 def _preset(size: str, **train: Any) -> SweepConfig:
@@ -69,150 +106,188 @@ PRESETS = {
 
 
 def run(cfg: SweepConfig) -> dict[str, Any]:
-    """Sweep, or go on, or read the finished table: `{"metric", "best", "trials": [...]}`.
+    """Sweep, or go on, or read the finished table.
+
+    Returns:
+        What `sweeps/<name>.json` holds: `metric`, `best`, `trials` (the best first, each with
+        `parameters`, `score`, `status`, `curve`), `importance`, `model`, and how busy the
+        `workers` were: `seconds` by what they did, `busy`.
 
     Raises:
         StoreError: the name is taken by another sweep.
+        ValueError: the cluster has no room for a trial, and never will.
+        RuntimeError: no trial was trained to its end.
     """
     store = Store(cfg.finetune.store)
-    table = f"sweeps/{cfg.name}.json"
-    print_of = fingerprint("sweep", config.to_dict(cfg) | {"concurrent": 0})
+    table, mark = f"sweeps/{cfg.name}.json", _fingerprint(cfg)
     if store.exists(table):
         found = store.read_json(table)
-        if found["fingerprint"] != print_of:
+        if found["fingerprint"] != mark:
             raise StoreError(
                 f"{store.uri}/{table} is another sweep's: choose another --name, or delete it"
             )
         console.say(f"{table}: already there ({len(found['trials'])} trials), skipped")
         return found
     cluster.start()
+    workers = room.at_once(
+        cfg.finetune.train,
+        cfg.cpus_per_trial,
+        wanted=cfg.concurrent,
+        samples=cfg.samples,
+        autoscaling=cfg.autoscaling,
+    )
     handle = tracking.start_run(
         store, f"sweep/{cfg.name}", config.flatten(cfg), key=f"sweeps/{cfg.name}"
     )
-    _, metric = spaces.load(cfg.finetune.task)
-    results = _tuner(cfg, store, print_of, handle.run_id).fit()
-    for result in results:
-        _close(cfg, store, result)
-    rows = [_row(result, metric) for result in results]
-    rows.sort(key=lambda row: (row["score"] is None, -(row["score"] or 0.0)))
-    if not rows or rows[0]["score"] is None:
-        raise RuntimeError(f"no trial of sweep {cfg.name} gave a score: {rows}")
-    outcome = {"fingerprint": print_of, "metric": metric, "best": rows[0], "trials": rows}
-    outcome["mlflow_run"] = handle.run_id
-    with tracking.Logger(handle) as logger:
-        logger.metrics(0, {f"best/{metric}": rows[0]["score"]})
-        logger.json("trials.json", rows)
+    folder = f"sweeps/ray/{cfg.name.replace('/', '-')}-{mark[:8]}"
+    _tune(cfg, store, folder, workers, handle)
+    result = {"fingerprint": mark, **outcome.gather(cfg, store, folder)}
+    result["mlflow_run"] = handle.run_id
+    result["model"] = outcome.export(store, result)
+    page = sweep_page.render(result, spaces.read(spaces.load(cfg.finetune.task)[0]))
+    store.write(f"sweeps/{cfg.name}.html", page.encode())
+    with tempfile.TemporaryDirectory() as local, tracking.Logger(handle) as logger:
+        score = result["best"]["score"]
+        logger.metrics(0, {f"best/{result['metric']}": score, "busy": result["busy"]})
+        logger.json("trials.json", result["trials"])
+        (Path(local) / "sweep.html").write_text(page)
+        logger.file(Path(local) / "sweep.html")
+        logger.flush()  # while the file is there
     tracking.finish_run(handle)
-    store.write_json(table, outcome)
-    show(outcome)
-    return outcome
+    store.write_json(table, result)
+    outcome.show(result)
+    return result
 
 
-def _tuner(cfg: SweepConfig, store: Store, print_of: str, parent: str) -> Any:
+def _fingerprint(cfg: SweepConfig) -> str:
+    """Of what decides the outcome: not where and how fast it runs."""
+    plain = config.to_dict(cfg)
+    for name in ("concurrent", "cpus_per_trial", "autoscaling"):
+        del plain[name]
+    plain["finetune"] = models.decisive(cfg.finetune)
+    plain["evaluate_every"] = cfg.finetune.train.evaluate_every
+    space, metric = spaces.load(cfg.finetune.task)
+    fields = {name: dataclasses.asdict(field) for name, field in spaces.read(space).items()}
+    return fingerprint("sweep", [plain, fields, metric])
+
+
+def _tune(
+    cfg: SweepConfig, store: Store, folder: str, workers: int, parent: tracking.RunHandle
+) -> None:
+    """Run the trials, those that an earlier start has left."""
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     space, metric = spaces.load(cfg.finetune.task)
     trainable = tune.with_resources(
-        functools.partial(_trial, cfg=cfg, parent=parent), {"CPU": cfg.cpus_per_trial}
+        functools.partial(
+            trials.train, sweep=cfg.name, common=common(cfg), metric=metric, parent=parent
+        ),
+        {"CPU": cfg.cpus_per_trial},
     )
-    where = f"{store.uri}/sweeps/ray"
-    experiment = f"{cfg.name.replace('/', '-')}-{print_of[:8]}"
-    if tune.Tuner.can_restore(f"{where}/{experiment}"):
-        console.say(f"sweep {cfg.name}: goes on where it was")
-        return tune.Tuner.restore(
-            f"{where}/{experiment}", trainable, resume_errored=True, param_space=space
+    where, note = f"{store.uri}/{folder}", f"{folder}/begun.json"
+    if tune.Tuner.can_restore(where):
+        begun = store.read_json(note)["workers"]
+        if workers < begun and len(room.demand(cfg.finetune.train, 0)) > 1:
+            # More trials would begin than find room for their workers, and wait for each other.
+            raise ValueError(
+                f"sweep {cfg.name} was begun with {begun} trials at once, and there is room for "
+                f"{workers}: start a cluster as large as then"
+            )
+        console.say(f"sweep {cfg.name}: goes on where it was, {begun} trials at once")
+        tuner = tune.Tuner.restore(where, trainable, resume_errored=True, param_space=space)
+    else:
+        store.write_json(note, {"workers": workers})
+        in_process = not cfg.finetune.train.workers
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                num_samples=cfg.samples,
+                scheduler=_scheduler(cfg, store, workers),
+                search_alg=_search(cfg, metric),
+                # Optuna is to learn from a trial before it says the next.
+                max_concurrent_trials=workers if cfg.search == "optuna" else None,
+                # A process that has imported everything takes the next trial. One that waits for
+                # Ray Train workers can't leave them; it ends, and they with it.
+                reuse_actors=in_process,
+            ),
+            run_config=tune.RunConfig(
+                name=folder.rpartition("/")[2],
+                storage_path=where.rpartition("/")[0],
+                verbose=0,
+                callbacks=[watch.Watch(store, folder, workers, cfg.samples, metric)],
+            ),
         )
-    every = cfg.finetune.train.evaluate_every
-    scheduler = ASHAScheduler(
-        time_attr="step",
-        metric=metric,
-        mode="max",
-        max_t=cfg.finetune.train.steps,
-        grace_period=min(cfg.grace_evaluations * every, cfg.finetune.train.steps),
-        reduction_factor=cfg.reduction,
-    )
-    return tune.Tuner(
-        trainable,
-        param_space=space,
-        tune_config=tune.TuneConfig(
-            num_samples=cfg.samples,
-            scheduler=scheduler,
-            max_concurrent_trials=cfg.concurrent or None,
-            search_alg=BasicVariantGenerator(random_state=cfg.seed),
-        ),
-        run_config=tune.RunConfig(
-            name=experiment, storage_path=where, verbose=0, callbacks=[_Progress(cfg.samples)]
-        ),
-    )
+    tuner.fit()
 
 
-def _Progress(total: int) -> Any:
-    """A Tune callback that counts finished trials on the console."""
-    from ray import tune
+def _search(cfg: SweepConfig, metric: str) -> Any:
+    from ray.tune.search.optuna import OptunaSearch
 
-    class Progress(tune.Callback):
-        def __init__(self) -> None:
-            self.ended = 0
+    if cfg.search == "optuna":
+        import optuna
 
-        def on_trial_complete(
-            self, iteration: int, trials: list[Any], trial: Any, **_: Any
-        ) -> None:
-            self.ended += 1
-            console.say(f"   trial {self.ended}/{total}: {_plain(trial.last_result)}")
-
-    return Progress()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        return OptunaSearch(metric=metric, mode="max", seed=cfg.seed)
+    return schedulers.Drawn(random_state=cfg.seed)
 
 
-def _plain(result: dict[str, Any]) -> str:
-    chosen = ", ".join(f"{k}={v:.4g}" for k, v in sorted(result.get("config", {}).items()))
-    return f"step {result.get('step', 0)}, {chosen}"
+def _scheduler(cfg: SweepConfig, store: Store, workers: int) -> Any:
+    space, metric = spaces.load(cfg.finetune.task)
+    steps, every = cfg.finetune.train.steps, cfg.finetune.train.evaluate_every
+    if cfg.scheduler == "asha":
+        return schedulers.Halving(
+            functools.partial(_known, store=store, sweep=cfg.name, metric=metric),
+            workers=workers,
+            metric=metric,
+            max_t=steps,
+            grace_period=min(cfg.grace_evaluations * every, steps),
+            reduction_factor=cfg.reduction,
+        )
+    if cfg.scheduler == "pbt":
+        return schedulers.Population(
+            workers=workers,
+            sweep=cfg.name,
+            space=space,
+            metric=metric,
+            every=cfg.exploit_evaluations * every,
+            steps=steps,
+            share=cfg.exploit_share,
+            seed=cfg.seed,
+        )
+    return schedulers.Limited(workers=workers)
+
+
+def _known(
+    chosen: Mapping[str, Any], *, store: Store, sweep: str, metric: str
+) -> list[tuple[int, float]]:
+    return trials.scores(store, trials.run_name(sweep, chosen), metric)
+
+
+def common(cfg: SweepConfig) -> FinetuneConfig:
+    """What all trials have in common, as they are run."""
+    train = cfg.finetune.train
+    if not train.workers and not train.threads:  # they share the machine
+        train = dataclasses.replace(train, threads=max(1, int(cfg.cpus_per_trial)))
+    if cfg.scheduler == "pbt" and (
+        not train.checkpoint_every or train.evaluate_every % train.checkpoint_every
+    ):
+        train = dataclasses.replace(train, checkpoint_every=train.evaluate_every)
+    return dataclasses.replace(cfg.finetune, store=Store(cfg.finetune.store).uri, train=train)
 
 
 def trial_config(cfg: SweepConfig, chosen: dict[str, Any]) -> FinetuneConfig:
     """The finetuning configuration of a trial: the common one with the drawn values laid on."""
-    nested = config.unflatten(chosen)
-    # The name follows from the values, so that a trial that starts again finds its checkpoints.
-    mark = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
-    nested["name"] = f"{cfg.name}/{mark}"
-    return config.from_dict(FinetuneConfig, config.merge(config.to_dict(cfg.finetune), nested))
-
-
-def _trial(chosen: dict[str, Any], *, cfg: SweepConfig, parent: str) -> None:
-    finetune.run(trial_config(cfg, chosen), parent=parent, tuned=True)
-
-
-def _close(cfg: SweepConfig, store: Store, result: Any) -> None:
-    """End the MLflow run of a trial that Tune stopped: the trial itself could not."""
-    trial = trial_config(cfg, result.config)
-    note = f"runs/{trial.name}/mlflow.json"
-    if store.exists(note) and not result.error:
-        status = "FINISHED" if bundles.exists(store, trial.output) else "KILLED"
-        tracking.finish_run(tracking.RunHandle(**store.read_json(note)), status)
-
-
-def _row(result: Any, metric: str) -> dict[str, Any]:
-    metrics = result.metrics or {}
-    return {
-        "parameters": result.config,
-        "score": metrics.get(metric),
-        "steps": metrics.get("step", 0),
-        "status": "failed" if result.error else "finished",
-        "error": str(result.error)[:500] if result.error else None,
-    }
-
-
-def show(outcome: dict[str, Any]) -> None:
-    """Print the trials, best first."""
-    for row in outcome["trials"]:
-        chosen = "  ".join(f"{k} {v:.4g}" for k, v in row["parameters"].items())
-        score = "failed" if row["score"] is None else f"{row['score']:.4f}"
-        console.say(f"  {outcome['metric']} {score}  after {row['steps']:>4} steps  {chosen}")
+    return trials.configured(cfg.name, common(cfg), chosen)
 
 
 def main() -> None:
-    run(config.cli(PRESETS, description=__doc__ or ""))
+    chosen = config.cli(PRESETS, description=__doc__ or "")
+    try:
+        with bill.printed():
+            run(chosen)
+    except (FileNotFoundError, StoreError, ValueError) as error:
+        config.stop(str(error))
 
 
 if __name__ == "__main__":

@@ -206,7 +206,11 @@ def genome_files(places: Sequence[Place]) -> tuple[dict[str, str], dict[str, int
 def vqa_files(photos: Sequence[Photo], subtype: str) -> dict[str, str]:
     """Return VQAv2's questions and annotations about the photos, of "train2014" or "val2014"."""
     head = {
-        "info": {**_INFO, "description": "Questions on a small drawn world, in VQA v2's format"},
+        "info": {
+            **_INFO,
+            "description": "Questions on a small drawn world, in VQA v2's format",
+            "version": "2.0",
+        },
         "data_type": "mscoco",
         "data_subtype": subtype,
         "license": _LICENSES[0],

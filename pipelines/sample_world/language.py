@@ -104,7 +104,17 @@ def describe(kind: Kind, count: int, rng: random.Random, *, grey: bool) -> str:
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """Return a true caption in lower case, of the whole scene or a part; no colours if grey."""
-    place = rng.choice(_PLACES[scene.background]) if rng.random() < 0.6 else ""
+    place = caption_place(scene, rng)
+    return caption_around(caption_body(scene, rng), place, rng)
+
+
+def caption_place(scene: Scene, rng: random.Random) -> str:
+    """Return how a caption says where things are, for example "on sand"; "" if it doesn't."""
+    return rng.choice(_PLACES[scene.background]) if rng.random() < 0.6 else ""
+
+
+def caption_body(scene: Scene, rng: random.Random) -> str:
+    """Return what a caption says of the things alone."""
     groups = scene.groups()
     style = rng.random()
     pair = _related_pair(scene, rng) if len(groups) > 1 else None
@@ -113,15 +123,17 @@ def caption(scene: Scene, rng: random.Random) -> str:
         first = describe(a.kind, 1, rng, grey=scene.grey)
         second = describe(b.kind, 1, rng, grey=scene.grey)
         if rng.random() < 0.75:
-            body = f"{first} {rng.choice(_RELATION_WORDS[how])} {second}"
-        else:
-            body = f"{second} with {first} {_RELATION_TAILS[how]}"
-    elif 0.55 <= style < 0.62:
+            return f"{first} {rng.choice(_RELATION_WORDS[how])} {second}"
+        return f"{second} with {first} {_RELATION_TAILS[how]}"
+    if 0.55 <= style < 0.62:
         n = len(scene.things)
-        body = f"{NUMBERS[n]} object{'s' if n > 1 else ''}"
-    else:
-        told = groups if style < 0.9 else rng.sample(groups, rng.randint(1, len(groups)))
-        body = join([describe(kind, n, rng, grey=scene.grey) for kind, n in told])
+        return f"{NUMBERS[n]} object{'s' if n > 1 else ''}"
+    told = groups if style < 0.9 else rng.sample(groups, rng.randint(1, len(groups)))
+    return join([describe(kind, n, rng, grey=scene.grey) for kind, n in told])
+
+
+def caption_around(body: str, place: str, rng: random.Random) -> str:
+    """Return the caption of a body and a place."""
     deixis = "this is " if body.startswith(("a ", "an ")) else "here are "
     deixis = "here is " if body.startswith("one ") else deixis
     opening = rng.choice(("", "", "", "", "a picture of ", "a drawing of ", deixis))

@@ -30,6 +30,8 @@ _BAD_WEIGHTS = {
     "zero": 8,
     REDIRECT: 16,
 }
+_COCO_IDS = {"train": 100_000, "val": 400_000, "test": 600_000}  # the first of each part
+_COCO_GAP = 37
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,19 @@ def load(root: Path | str) -> World:
 
 
 _FOUND = ("counts", "expected_failures", "redirects", "expected_malformed", "expected_leaks")
+
+
+def coco_picture(seed: int, image_id: int) -> Picture:
+    """Return the picture that has this id of COCO's in the world `seed`.
+
+    Raises:
+        ValueError: the id is below all that a world gives.
+    """
+    begun = [part for part, first in _COCO_IDS.items() if first <= image_id]
+    if not begun:
+        raise ValueError(f"image_id: {image_id} is none of a sample world's")
+    part = begun[-1]
+    return picture(seed, f"coco/{part}/{(image_id - _COCO_IDS[part]) // _COCO_GAP}")
 
 
 def _check_same(root: Path, there: dict, wanted: dict) -> None:
@@ -398,8 +413,8 @@ class _Writer:
         item = picture(self.seed, f"coco/{part}/{index}")
         rng = derive(self.seed, f"{item.name}/captions")
         captions = tuple(formats.sentence_case(caption(item.scene, rng), rng) for _ in range(5))
-        first = {"train": 100_000, "val": 400_000, "test": 600_000}[part]
-        number = first + 37 * index + rng.randrange(37)  # ids with gaps, as the published ones
+        # Ids with gaps, as the published ones.
+        number = _COCO_IDS[part] + _COCO_GAP * index + rng.randrange(_COCO_GAP)
         split = "restval" if part == "train" and index % 8 == 7 else part
         # As in COCO: of Karpathy's val and test, some are in val2017 and some in train2017.
         release = "train2017" if part == "train" or index % 2 else "val2017"

@@ -17,7 +17,7 @@ import small_corpus
 import torch
 from PIL import Image
 
-from pipelines import demo_report, pictures, report, report_charts, tracking
+from pipelines import baselines, pictures, report, report_charts, tracking
 from pipelines import report_content as content
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.report_content import (
@@ -353,7 +353,7 @@ def test_page_and_pictures_go_to_mlflow(store: Store, tmp_path: Path) -> None:
 
 def test_chance_is_what_guessing_scores() -> None:
     """Four pictures with three texts each: worked out by hand."""
-    found = demo_report._retrieval_chance([str(i // 3) for i in range(12)])
+    found = baselines.retrieval_chance([str(i // 3) for i in range(12)])
     assert found["text_recall_1"] == pytest.approx(3 / 12)
     missed = (9 * 8 * 7 * 6 * 5) / (12 * 11 * 10 * 9 * 8)
     assert found["text_recall_5"] == pytest.approx(1 - missed)

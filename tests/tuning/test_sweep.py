@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from beit3 import weights
 from beit3.config import PRESETS as MODELS
@@ -17,13 +23,17 @@ from beit3.objectives import MaskedDataModelling
 from beit3.text import TextTokenizer
 from pipelines import (
     bundles,
+    checkpoints,
     evaluate,
+    export,
     finetune,
     models,
     prepare_task,
     tracking,
     train_text_tokenizer,
 )
+from pipelines import config as job_config
+from pipelines.export import ExportConfig
 from pipelines.sample_world import WorldSize, generate
 from pipelines.storage import Store, StoreError
 from pipelines.train_text_tokenizer import TextTokenizerConfig
@@ -89,6 +99,11 @@ def trials(store: Store, parent: str) -> list[Any]:
     )
 
 
+def bundle(store: Store, name: str, to: Path) -> Path:
+    bundles.load(store, name, to)
+    return to
+
+
 def name_of(store: Store, row: dict[str, Any]) -> str:
     return trial_config(config(store), row["parameters"]).name
 
@@ -100,14 +115,18 @@ def test_the_table_names_the_best(store: Store, swept: dict[str, Any]) -> None:
     assert store.read_json("sweeps/small.json") == swept
     rows = swept["trials"]
     assert len(rows) == 2 and swept["metric"] == "mean_recall"
-    assert swept["best"] == rows[0] and rows[0]["score"] >= rows[1]["score"]
+    to_the_end = [row for row in rows if row["status"] == "finished"]
+    assert swept["best"] == rows[0] == max(to_the_end, key=lambda row: row["score"])
     space, _ = spaces.load("retrieval")
     for row in rows:
         assert row["parameters"].keys() == space.keys()
-        assert row["status"] == "finished" and row["error"] is None
+        assert row["error"] is None and row["name"] == name_of(store, row)
+        assert row["status"] == ("finished" if row["steps"] == STEPS else "stopped early")
         assert 0 <= row["score"] <= 1 and row["steps"] in (EVERY, STEPS)
+        assert [step for step, _ in row["curve"]] == list(range(EVERY, row["steps"] + 1, EVERY))
+        assert row["curve"][-1][1] == row["score"]
     assert rows[0]["parameters"] != rows[1]["parameters"]
-    assert STEPS in {row["steps"] for row in rows}
+    assert rows[0]["steps"] == STEPS  # a trial that was stopped early has no model
 
 
 def test_trials_that_went_to_the_end_leave_their_models(
@@ -119,7 +138,40 @@ def test_trials_that_went_to_the_end_leave_their_models(
         assert (model.task_name, model.info["steps"]) == ("retrieval", STEPS)
         assert model.info["metrics"]["mean_recall"] == row["score"]
     left = {f"small/{name}" for name in store.list("models/small")}
-    assert left == {name_of(store, row) for row in ended}
+    assert left == {"small/best", *(name_of(store, row) for row in ended)}
+
+
+def test_the_best_is_a_model_with_its_card(
+    store: Store, swept: dict[str, Any], tmp_path: Path
+) -> None:
+    assert swept["model"] == "models/small/best"
+    model = evaluate.load(store, "models/small/best")
+    assert model.info["metrics"]["mean_recall"] == swept["best"]["score"]
+    own, trial = (weights.load_tensors(bundle(store, f"models/{n}", tmp_path / n))
+                  for n in ("small/best", swept["best"]["name"]))  # fmt: skip
+    assert own.keys() == trial.keys() and all(torch.equal(own[k], trial[k]) for k in own)
+    card = (tmp_path / "small/best/README.md").read_text()
+    assert card.startswith("# small/best") and "## Sweep" in card
+    for row in swept["trials"]:
+        assert f"| {row['name']} |" in card and f"| {row['score']:.4f} |" in card
+    # Exported, it still has it.
+    again = export.run(
+        ExportConfig(model="models/small/best", to=str(tmp_path / "out"), store=store.uri)
+    )
+    assert "## Sweep" in (again / "README.md").read_text()
+
+
+def test_the_page_shows_every_trial(store: Store, swept: dict[str, Any]) -> None:
+    page = store.read("sweeps/small.html").decode()
+    assert all(row["name"] in page for row in swept["trials"])
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    tracker = tracking.client(tracking.tracking_uri(store))
+    assert "sweep.html" in [f.path for f in tracker.list_artifacts(swept["mlflow_run"])]
+
+
+def test_the_workers_were_busy_most_of_the_time(swept: dict[str, Any]) -> None:
+    assert swept["workers"] == 2
+    assert swept["seconds"]["busy"] > 0 and 0 < swept["busy"] <= 1
 
 
 def test_trials_are_mlflow_runs_nested_under_the_sweep(store: Store, swept: dict[str, Any]) -> None:
@@ -148,7 +200,7 @@ def test_a_finished_sweep_is_skipped_and_another_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sweep, "_tuner", None)  # not called
+    monkeypatch.setattr(sweep, "_tune", None)  # not called
     assert run(config(store)) == run(config(store, concurrent=1)) == swept
     assert capsys.readouterr().out.count("sweeps/small.json: already there (2 trials)") == 2
     for other in (config(store, samples=3), config(store, seed=1)):
@@ -161,13 +213,18 @@ def test_a_sweep_that_was_killed_goes_on(
 ) -> None:
     """After its last trial, before its table: no trial is made again."""
     models_before = {
-        path: path.stat().st_mtime_ns for path in Path(store.path("models")).rglob("*")
+        path: path.stat().st_mtime_ns
+        for path in Path(store.path("models")).rglob("*")
+        if "best" not in path.parts
     }
     table = store.path("sweeps/small.json")
     shutil.move(table, tmp_path / "table")
     again = run(config(store))
-    assert "sweep small: goes on where it was" in capsys.readouterr().out
-    assert again == swept  # in the same MLflow run
+    assert "sweep small: goes on where it was, 2 trials at once" in capsys.readouterr().out
+    # In the same MLflow run; of the time it says what it took in all.
+    assert {k: v for k, v in again.items() if k not in ("busy", "seconds")} == {
+        k: v for k, v in swept.items() if k not in ("busy", "seconds")
+    }
     assert models_before == {p: p.stat().st_mtime_ns for p in models_before}
     assert len(trials(store, swept["mlflow_run"])) == 2
 
@@ -208,6 +265,12 @@ def test_spaces_name_fields_that_there_are(task: str, tmp_path: Path) -> None:
         ({"samples": 0}, "samples: expected at least 1"),
         ({"reduction": 1}, "reduction: expected at least 2"),
         ({"finetune": finetune.preset("tiny", "vqa")}, "evaluate_every is 0"),
+        ({"exploit_evaluations": 0}, "exploit_evaluations: expected at least 1"),
+        ({"exploit_share": 0.6}, "exploit_share: expected more than 0 and at most 0.5"),
+        ({"concurrent": -1}, "concurrent and cpus_per_trial can't be negative"),
+        ({"autoscaling": True}, "autoscaling needs concurrent"),
+        ({"scheduler": "pbt", "search": "optuna"}, "take search random"),
+        ({"scheduler": "pbt", "samples": 1}, "population based training needs at least 2"),
     ],
 )
 def test_impossible_options_are_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -222,17 +285,113 @@ def test_an_unknown_task_has_no_space() -> None:
 
 def test_a_sweep_without_a_score_is_an_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is tried again the next time: it leaves no table."""
+    values = {"train.learning_rate": 1e-3, "train.layer_decay": 1.0, "drop_path": 0.1}
 
-    class Failed:
-        config: dict[str, float] = {"drop_path": 0.1}  # noqa: RUF012
-        metrics = None
-        error = RuntimeError("no room")
+    def tune(cfg: SweepConfig, store: Store, folder: str, *_: Any) -> None:
+        failed = {"values": values, "result": {}, "error": "MemoryError: no room"}
+        seen = {"trials": [failed], "workers": 1, "seconds": {"busy": 1.0}}
+        store.write_json(f"{folder}/ended.json", seen)
 
-    class Tuner:
-        def fit(self) -> list[Failed]:
-            return [Failed()]
-
-    monkeypatch.setattr(sweep, "_tuner", lambda *_: Tuner())
-    with pytest.raises(RuntimeError, match=r"no trial of sweep hopeless gave a score.*no room"):
+    monkeypatch.setattr(sweep, "_tune", tune)
+    with pytest.raises(RuntimeError, match=r"no trial of sweep hopeless .*MemoryError: no room"):
         run(config(store, name="hopeless"))
     assert not store.exists("sweeps/hopeless.json")
+
+
+# -- population based training, Optuna, Ray Train workers -----------------------------------------
+
+
+def test_a_poor_trial_goes_on_from_a_good_ones_checkpoint(store: Store) -> None:
+    """Two trials take turns on one worker; the worse one takes the other's weights."""
+    outcome = run(
+        config(store, name="bred", scheduler="pbt", exploit_share=0.5, concurrent=1, seed=1)
+    )
+    moved = [row for row in outcome["trials"] if len(row["runs"]) > 1]
+    assert len(moved) == 1, outcome["trials"]
+    donor, own = moved[0]["runs"]
+    assert (donor["step"], own["step"]) == (0, EVERY) and own["run"] == moved[0]["name"]
+    assert donor["values"] != own["values"] == moved[0]["parameters"]
+    other = next(row for row in outcome["trials"] if row is not moved[0])
+    assert [run["run"] for run in other["runs"]] == [donor["run"]]
+    # What it began with are the donor's files: weights and moments.
+    begun, given = (checkpoints.folder(f"runs/{r['run']}", EVERY) for r in (own, donor))
+    assert bundles.identity(store, begun) == bundles.identity(store, given)
+    # And it trained on from there, with values of its own.
+    tracker = tracking.client(tracking.tracking_uri(store))
+    nested = {r.info.run_name: r for r in trials(store, outcome["mlflow_run"])}
+    assert len(nested) == 3  # the two first ones, and the one that took over
+    mlflow_run = nested[own["run"]].info.run_id
+    losses = tracker.get_metric_history(mlflow_run, "train/loss")
+    assert sorted(m.step for m in losses) == list(range(EVERY + 1, STEPS + 1))
+    rate = float(nested[own["run"]].data.params["train.learning_rate"])
+    assert rate == pytest.approx(own["values"]["train.learning_rate"])
+    assert moved[0]["curve"][0] == other["curve"][0]  # the weights' way up to the copy
+    gave_up = [r for name, r in nested.items() if name not in (own["run"], donor["run"])]
+    assert [r.info.status for r in gave_up] == ["KILLED"]
+    assert all(row["status"] == "finished" for row in outcome["trials"])
+    assert "How the best came about" in store.read("sweeps/bred.html").decode() or (
+        outcome["best"]["name"] == other["name"]
+    )
+
+
+def test_optuna_draws_from_the_same_space(store: Store) -> None:
+    outcome = run(config(store, name="suggested", search="optuna", scheduler="none"))
+    fields = spaces.read(spaces.load("retrieval")[0])
+    assert len(outcome["trials"]) == 2
+    for row in outcome["trials"]:
+        assert row["status"] == "finished" and row["parameters"].keys() == fields.keys()
+        rate = fields["train.learning_rate"]
+        assert isinstance(rate, spaces.Range)
+        assert rate.low <= row["parameters"]["train.learning_rate"] <= rate.high
+
+
+@pytest.mark.slow
+def test_trials_may_have_ray_train_workers_of_their_own(store: Store) -> None:
+    """Two CPUs: room for one trial with one worker, so that the two don't wait for each other."""
+    base = config(store, name="workers", samples=2)
+    outcome = run(
+        replace(
+            base,
+            finetune=replace(base.finetune, train=replace(base.finetune.train, workers=1)),
+        )
+    )
+    assert outcome["workers"] == 1 and outcome["best"]["steps"] == STEPS
+    assert len(outcome["trials"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["asha", "pbt"])
+def test_a_killed_sweep_ends_with_the_same_best(
+    store: Store, tmp_path: Path, scheduler: str
+) -> None:
+    """SIGKILL while the second trial trains; the same command goes on."""
+    options = {"scheduler": scheduler, "samples": 3, "concurrent": 1, "exploit_share": 0.5}
+    whole = run(config(store, name=f"whole-{scheduler}", **options))
+    name = f"killed-{scheduler}"
+    cfg = config(store, name=name, **options)
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(job_config.to_dict(cfg)))
+    command = [sys.executable, str(Path(sweep.__file__)), "--config", str(file)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, start_new_session=True, stdout=log, stderr=log
+        )
+        try:
+            until = time.monotonic() + 200
+            while len(begun := store.list(f"runs/{name}")) < 2 and time.monotonic() < until:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            assert len(begun) >= 2
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert not store.exists(f"sweeps/{name}.json")
+    resumed = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=True
+    )
+    assert "best: models/" in resumed.stdout
+    found = store.read_json(f"sweeps/{name}.json")
+    shown = ("parameters", "score", "steps", "status", "curve")
+    assert [{k: r[k] for k in shown} for r in found["trials"]] == [
+        {k: r[k] for k in shown} for r in whole["trials"]
+    ]

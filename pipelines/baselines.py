@@ -1,0 +1,72 @@
+"""What a task's scores are compared with: guessing without a look at the picture."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+
+from beit3 import tasks
+from beit3.tasks import Example
+from pipelines.prepare_task import read_examples
+from pipelines.storage import Store
+
+# The split that has answers and is not finetuned on; where there are two such, not the one that a
+# sweep would choose by.
+TEST_SPLITS = {
+    "vqa": "val",
+    "nlvr2": "test",
+    "retrieval": "test",
+    "captioning": "test",
+    "imagenet": "val",
+}
+
+
+def chance(store: Store, task: str, data: str = "", split: str = "") -> dict[str, float]:
+    """The task's metrics of the commonest training answer, a random ranking, or a random training
+    caption.
+
+    Args:
+        data: The task's data are `tasks/<data>/<split>`; by default the task's name.
+        split: By default that of `TEST_SPLITS`.
+
+    Raises:
+        StoreError: the data are missing.
+    """
+    examples = _examples(store, f"{data or task}/{split or TEST_SPLITS[task]}")
+    if task == "retrieval":
+        return retrieval_chance([str(e.target) for e in examples])
+    known = _examples(store, f"{data or task}/train")
+    guesses: list[object]
+    if task == "captioning":
+        rng = np.random.default_rng(0)
+        guesses = [known[int(rng.integers(len(known)))].text for _ in examples]
+    elif task == "imagenet":
+        common = [wnid for wnid, _ in Counter(e.target for e in known).most_common(5)]
+        guesses = [common] * len(examples)
+    else:
+        given = [a for e in known for a in (e.target["answers"] if task == "vqa" else [e.target])]
+        guesses = [Counter(given).most_common(1)[0][0]] * len(examples)
+    return tasks.create(task, labels=(), options=None).score(guesses, examples)
+
+
+def retrieval_chance(owners: list[str]) -> dict[str, float]:
+    """Recalls of a random ranking.
+
+    Args:
+        owners: Of each text, its image; each image has as many.
+    """
+    images, texts = len(set(owners)), len(owners)
+    each = texts // images
+    values = {}
+    for k in (1, 5, 10):
+        drawn = min(k, texts)
+        miss = math.comb(texts - each, drawn) / math.comb(texts, drawn)
+        values |= {f"text_recall_{k}": 1 - miss, f"image_recall_{k}": min(1.0, k / images)}
+    return values
+
+
+def _examples(store: Store, data: str) -> list[Example]:
+    rows = store.dataset(f"tasks/{data}").read_table(["examples"]).to_pylist()
+    return [example for row in rows for example in read_examples(row)]

@@ -1,0 +1,415 @@
+"""The paper's ablations: each row pretrained, finetuned and scored, and tables of their shape.
+
+    python tuning/ablate.py --store demo/store --world demo/world --dry-run
+    python tuning/ablate.py --store demo/store --world demo/world --seeds 3
+    python tuning/ablate.py --preset gpu --store s3://bucket/beit3 --pretrain.train.steps 50000
+
+Rows that are the same configuration, the paper's default, are trained once. All rows have the same
+data, steps and seeds. Every job skips what is done, so a run that was killed goes on where it was,
+and more `--seeds`, rows or tasks are added to what is there; the tables are renewed after each row.
+They are `ablations/<name>.md` and `.json` in the store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit3.config import PRESETS as MODELS
+from beit3.device import to_device
+from beit3.masking import Masking
+from beit3.vqkd import PRESETS as TOKENIZERS
+from pipelines import bundles, config, console, finetune, pretrain, token_checks
+from pipelines.finetune import FinetuneRecipe
+from pipelines.prepare_task import labels
+from pipelines.pretrain import PretrainRecipe
+from pipelines.pretrain_config import PRESETS as PRETRAINING
+from pipelines.pretrain_config import PretrainConfig
+from pipelines.recipe import Recipe, TrainConfig
+from pipelines.storage import Store, StoreError
+from tuning.ablations import ABLATIONS, DEFAULT, PAPER_TASKS, VARIANTS, check_default, variant
+from tuning.downstream import (
+    MEASURES,
+    TasksConfig,
+    finetuning,
+    log_spread,
+    markdown,
+    prepare_sample,
+    publish,
+    score,
+    shown,
+    tracked,
+)
+
+MEASURED = 4  # steps that a dry run times
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Optimizer steps per second; 0: where training is on CPUs, a few are measured here."""
+
+    pretrain: float = 0.0
+    finetune: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("pretrain", "finetune"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"speeds.{name}: expected 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """Train the rows of the paper's ablations."""
+
+    store: str = "store"
+    """Where tokens, tasks and models live: a folder or an s3:// URI."""
+    name: str = "ablation"
+    """The tables become `ablations/<name>.md` and `.json`, models `models/<name>/<variant>/...`."""
+    seeds: int = 3
+    """Runs of each row."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which to train; rows of the others stay empty."""
+    world: str = ""
+    """Folder of the sample world that the data come from, which makes the data of NLVR2 and
+    ImageNet where they are missing; empty: they are there."""
+    dry_run: bool = False
+    """Train nothing, but say how many steps and hours it would take."""
+    speeds: Speeds = field(default_factory=Speeds)
+    """What a dry run reckons with."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """What pretraining has in common in all rows, `store` and `name` apart."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
+        unknown = sorted(set(self.variants) - set(VARIANTS))
+        if unknown or not self.variants:
+            raise ValueError(
+                f"variants: {', '.join(unknown) or 'none'}; expected some of {', '.join(VARIANTS)}"
+            )
+        check_default(self.pretrain)
+
+
+PRESETS = {
+    # On one CPU core, with the data and tokenizers of `make demo`.
+    "tiny": AblateConfig(
+        world="demo/world",
+        pretrain=dataclasses.replace(
+            PRETRAINING["tiny"],
+            held_out="captioning/val",
+            model=dataclasses.replace(  # of the demo's tokenizers
+                MODELS["tiny"], vocab_size=320, codebook_size=TOKENIZERS["tiny"].codebook_size
+            ),
+            # As many of each kind, as in the paper.
+            image_batch=24,
+            text_batch=24,
+            pair_batch=24,
+            masking=Masking(min_block=4),
+            train=dataclasses.replace(
+                PRETRAINING["tiny"].train,
+                steps=1000,
+                warmup=50,
+                learning_rate=3e-3,
+                workers=0,
+                threads=1,
+                zero_stage=0,
+                checkpoint_every=250,
+            ),
+        ),
+        tasks=TasksConfig(steps=(250, 250, 250), learning_rates=(2e-3, 1e-3, 2e-3)),
+    ),
+    # The paper does not state its ablations' budget; this one has not been run.
+    "gpu": AblateConfig(
+        pretrain=dataclasses.replace(
+            PRETRAINING["base"],
+            held_out="captioning/val",
+            image_batch=512,
+            text_batch=512,
+            pair_batch=512,
+            train=dataclasses.replace(
+                PRETRAINING["base"].train, steps=100_000, warmup=5_000, workers=8
+            ),
+        ),
+        tasks=TasksConfig(
+            data=("vqa", "nlvr2", "flickr30k"), recipe="base", workers=8, gpus_per_worker=1.0
+        ),
+    ),
+}
+
+
+def run(cfg: AblateConfig) -> dict[str, Any]:
+    """Train every row, or go on; returns what `ablations/<name>.json` holds.
+
+    `scores` has, by variant and task, a list of metrics, by seed.
+
+    Raises:
+        FileNotFoundError: there is no sample world in `world`.
+        StoreError: data are missing, or a name is taken by another ablation.
+        ValueError: data and model don't fit; or `dry_run` is set.
+    """
+    if cfg.dry_run:
+        raise ValueError("dry_run is set: call plan() instead")
+    store = Store(cfg.store)
+    store.check_writable()
+    if cfg.world:
+        prepare_sample(cfg.tasks, cfg.store, Path(cfg.world))
+    place = f"ablations/{cfg.name}"
+    scores: dict[str, dict[str, list[dict[str, float]]]] = {
+        name: {task: [] for task in cfg.tasks.names} for name in cfg.variants
+    }
+    with tracked(store, place, cfg) as handle:
+        outcome = {"config": config.to_dict(cfg), "scores": scores, "mlflow_run": handle.run_id}
+        for seed in range(cfg.seeds):
+            for name in cfg.variants:
+                console.say(f"== {name}, seed {seed}")
+                for task, metrics in _row(cfg, name, seed, handle.run_id).items():
+                    scores[name][task].append(metrics)
+                publish(store, place, handle, outcome, tables(scores, cfg.tasks.names))
+        log_spread(
+            handle,
+            {
+                f"{name}/{task}": [MEASURES[task].of(metrics) for metrics in of_task]
+                for name, by_task in scores.items()
+                for task, of_task in by_task.items()
+            },
+        )
+    console.say(tables(scores, cfg.tasks.names))
+    return outcome
+
+
+def pretraining(cfg: AblateConfig, name: str, seed: int) -> PretrainConfig:
+    """The configuration that pretrains a variant."""
+    found = variant(cfg.pretrain, name)
+    return dataclasses.replace(
+        found,
+        store=cfg.store,
+        name=f"{cfg.name}/{name}/{seed}",
+        train=dataclasses.replace(found.train, seed=cfg.pretrain.train.seed + seed),
+    )
+
+
+def _row(cfg: AblateConfig, name: str, seed: int, parent: str) -> dict[str, dict[str, float]]:
+    """A variant's metrics, by task."""
+    chosen = pretraining(cfg, name, seed)
+    pretrain.run(chosen, parent=parent)
+    return {
+        task: score(
+            cfg.tasks,
+            cfg.store,
+            task,
+            init=f"models/{chosen.name}",
+            name=f"{chosen.name}-{task}",
+            seed=seed,
+            parent=parent,
+        )
+        for task in cfg.tasks.names
+    }
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def tables(scores: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    """The paper's tables with this run's numbers, mean ± standard deviation over the seeds, and how
+    the differences compare with the paper's."""
+    values = {
+        name: {task: [MEASURES[task].of(m) for m in found[task]] for task in tasks}
+        for name, found in scores.items()
+    }
+    papers = [task for task in PAPER_TASKS if task in tasks]
+    head = ["", *(MEASURES[t].title for t in tasks), *(f"paper: {_short(t)}" for t in papers)]
+    parts = []
+    for ablation in ABLATIONS:
+        rows = [
+            [
+                row.label,
+                *(shown(values.get(row.variant, {}).get(task, [])) for task in tasks),
+                *(f"{row.paper[PAPER_TASKS.index(task)]:.1f}" for task in papers),
+            ]
+            for row in ablation.rows
+        ]
+        parts.append(f"**{ablation.title}**\n\n{markdown(head, rows)}")
+    if papers:
+        parts.append(_agreement(values, papers))
+    return "\n".join(parts)
+
+
+def _agreement(values: Mapping[str, Mapping[str, list[float]]], tasks: Sequence[str]) -> str:
+    """Each row's distance from the default, here and in the paper."""
+    default = values.get(DEFAULT, {})
+    here = {
+        (name, task): [a - b for a, b in zip(default.get(task, []), found[task], strict=False)]
+        for name, found in values.items()
+        for task in tasks
+        if name != DEFAULT
+    }
+    limits = {
+        task: limit([found for (_, of), found in here.items() if of == task]) for task in tasks
+    }
+    head = ["default minus", *(f"{_short(t)}: {w}" for t in tasks for w in ("here", "paper", ""))]
+    rows = []
+    for ablation in ABLATIONS:
+        for row in ablation.rows:
+            if row.variant in values and row.variant != DEFAULT:
+                line = [f"{ablation.title.lower()}: {row.label}"]
+                for task in tasks:
+                    place = PAPER_TASKS.index(task)
+                    paper = ablation.rows[-1].paper[place] - row.paper[place]
+                    found = here[row.variant, task]
+                    said = verdict(found, paper, limits[task])
+                    line += [shown(found), f"{paper:.1f}", said]
+                rows.append(line)
+    bounds = ", ".join(
+        f"{_short(task)} {bound:.1f}" for task, bound in limits.items() if bound is not None
+    )
+    return (
+        "**Differences** of runs with the same seed. One agrees with the paper if it has the "
+        "paper's sign, contradicts it if not, and is open where it could be chance: where its mean "
+        "is within the 95 % limits of Student's t with the rows' pooled deviation"
+        f"{f' ({bounds})' if bounds else ''}.\n\n{markdown(head, rows)}"
+    )
+
+
+def limit(differences: Sequence[Sequence[float]]) -> float | None:
+    """How far from 0 the mean of a row's differences must be not to be taken for chance (two-sided
+    5 %): Student's t with the deviation pooled over the rows. None without a row of two."""
+    from scipy.stats import t
+
+    rows = [row for row in differences if len(row) > 1]
+    if not rows:
+        return None
+    freedom = sum(len(row) - 1 for row in rows)
+    pooled = sum(statistics.variance(row) * (len(row) - 1) for row in rows) / freedom
+    fewest = min(len(row) for row in rows)
+    return float(t.ppf(0.975, freedom)) * (pooled / fewest) ** 0.5
+
+
+def verdict(here: Sequence[float], paper: float, limit: float | None) -> str:
+    """Whether differences say what the paper's says: agrees, contradicts, or open."""
+    if limit is None or len(here) < 2 or abs(statistics.fmean(here)) <= limit:
+        return "open"
+    return "agrees" if statistics.fmean(here) * paper > 0 else "contradicts"
+
+
+def _short(task: str) -> str:
+    return {"vqa": "VQA", "nlvr2": "NLVR2", "retrieval": "F30K"}[task]
+
+
+# -- what it would take ---------------------------------------------------------------------------
+
+
+def plan(cfg: AblateConfig) -> list[dict[str, Any]]:
+    """What each variant would take: `name`, `pretrain_steps` and `finetune_steps` that are still to
+    be done over all seeds, and `hours`, None where no speed is known.
+
+    Raises:
+        StoreError, ValueError: data are missing that speeds are measured on.
+    """
+    store = Store(cfg.store)
+    rows = []
+    for name in cfg.variants:
+        chosen = [pretraining(cfg, name, seed) for seed in range(cfg.seeds)]
+        missing = [one for one in chosen if not bundles.exists(store, f"models/{one.name}")]
+        steps = len(missing) * cfg.pretrain.train.steps
+        seconds = steps * _pretrain_seconds(cfg, chosen[0]) if steps else 0.0
+        tuned = 0
+        for task in cfg.tasks.names:
+            left = [one for one in chosen if not store.exists(f"scores/{one.name}-{task}.json")]
+            own = finetuning(cfg.tasks, cfg.store, task, init="", name="", seed=0).train.steps
+            tuned += len(left) * own
+            if left:
+                seconds += len(left) * own * _finetune_seconds(cfg, chosen[0], task)
+        hours = None if seconds != seconds else seconds / 3600
+        rows.append(
+            {"name": name, "pretrain_steps": steps, "finetune_steps": tuned, "hours": hours}
+        )
+    return rows
+
+
+def _pretrain_seconds(cfg: AblateConfig, chosen: PretrainConfig) -> float:
+    """Of a step; on GPUs as `pretrain.py --dry-run` reckons."""
+    if cfg.speeds.pretrain:
+        return 1 / cfg.speeds.pretrain
+    if chosen.train.gpus_per_worker:
+        return pretrain.plan(chosen)["hours"] * 3600 / chosen.train.steps
+    _, tokenizer = token_checks.check_data(Store(cfg.store), chosen)
+    return measured(PretrainRecipe(chosen, tokenizer), chosen.train)
+
+
+def _finetune_seconds(cfg: AblateConfig, chosen: PretrainConfig, task: str) -> float:
+    """Of a step; not a number where nobody said it of GPUs."""
+    if cfg.speeds.finetune:
+        return 1 / cfg.speeds.finetune
+    if cfg.tasks.gpus_per_worker:
+        return float("nan")
+    store = Store(cfg.store)
+    _, tokenizer = token_checks.check_data(store, chosen)
+    tuned = finetuning(
+        cfg.tasks, cfg.store, task, init=finetune.RANDOM, like="models/any", name="", seed=0
+    )
+    model = dataclasses.replace(
+        chosen.model, image_size=tuned.image_size or chosen.model.image_size
+    )
+    names = labels(store, cfg.tasks.dataset(task))
+    return measured(FinetuneRecipe(tuned, model, tokenizer, names), tuned.train)
+
+
+def measured(recipe: Recipe, train: TrainConfig) -> float:
+    """Seconds of an optimizer step of a recipe's first worker, on this machine's CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(train.threads or before)
+    try:
+        module = recipe.build()
+        batches = recipe.batches(0, max(1, train.workers))
+        optimizer = torch.optim.AdamW(module.parameters())
+        begun = 0.0
+        for number in range(1 + MEASURED):  # the first one reads and warms up
+            if number == 1:
+                begun = time.monotonic()
+            for passes in range(train.accumulate):
+                batch = to_device(batches(number * train.accumulate + passes), torch.device("cpu"))
+                module(batch)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return (time.monotonic() - begun) / MEASURED
+    finally:
+        torch.set_num_threads(before)
+
+
+def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a plan, and its sum."""
+    known = all(row["hours"] is not None for row in rows)
+    total = {key: sum(row[key] for row in rows) for key in ("pretrain_steps", "finetune_steps")}
+    hours = sum(row["hours"] for row in rows) if known else None
+    lines = [*rows, {"name": "in all", **total, "hours": hours}]
+    console.say(f"{'':12} {'pretraining':>12} {'finetuning':>12} {'hours':>8}")
+    for row in lines:
+        said = "unknown" if row["hours"] is None else f"{row['hours']:.2f}"
+        console.say(
+            f"{row['name']:12} {row['pretrain_steps']:>12,} {row['finetune_steps']:>12,} {said:>8}"
+        )
+    if not known:
+        console.say("steps per second of finetuning on GPUs are unknown: give --speeds.finetune")
+
+
+def main() -> None:
+    chosen = config.cli(PRESETS, description=__doc__ or "")
+    try:
+        if chosen.dry_run:
+            show_plan(plan(chosen))
+        else:
+            run(chosen)
+    except (FileNotFoundError, StoreError, ValueError) as error:
+        config.stop(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Compare starts: each task finetuned from pretrained weights and from random ones, several times.
+
+    python tuning/compare.py --store demo/store --world demo/world
+    python tuning/compare.py --preset gpu --store s3://bucket/beit3 --seeds 5
+
+Both starts get the same data, steps and seeds, and are scored on held-out data. Beside them stand
+chance, which never looks at the picture, and on the sample world the ceiling: its scenes are known,
+so that what a perfect reader would score can be worked out. Run again, it goes on where it was;
+more `--seeds` are added. The table is `comparisons/<name>.md` and `.json` in the store.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines import config, console, finetune
+from pipelines.baselines import TEST_SPLITS, chance
+from pipelines.prepare_task import labels
+from pipelines.sample_world.ceiling import ceiling
+from pipelines.storage import Store, StoreError
+from tuning.downstream import (
+    MEASURES,
+    TasksConfig,
+    log_spread,
+    markdown,
+    prepare_sample,
+    publish,
+    score,
+    shown,
+    tracked,
+)
+
+STARTS = ("scratch", "pretrained")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare pretrained weights with random ones."""
+
+    store: str = "store"
+    """Where models and data live: a folder or an s3:// URI."""
+    name: str = "comparison"
+    """The table becomes `comparisons/<name>.md` and `.json`, models `models/<name>/...`."""
+    init: str = "models/pretrained"
+    """The pretrained start; the random one has its architecture."""
+    retrieval_init: str = ""
+    """Pretrained start of retrieval, such as models/aligned, which the contrastive stage left
+    (`contrast.py --init`); empty: `init`."""
+    seeds: int = 3
+    """Runs of each task from each start."""
+    world: str = ""
+    """Folder of the sample world that the data come from: gives the ceiling, and the data of NLVR2
+    and ImageNet where they are missing. Empty: there is no ceiling."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
+
+
+PRESETS = {
+    "tiny": CompareConfig(
+        world="demo/world",
+        retrieval_init="models/aligned",
+        tasks=TasksConfig(
+            names=("vqa", "nlvr2", "retrieval", "captioning", "imagenet"),
+            steps=(400, 400, 400, 400, 200),
+            learning_rates=(2e-3, 1e-3, 2e-3, 2e-3, 2e-3),
+        ),
+    ),
+    "gpu": CompareConfig(
+        tasks=TasksConfig(
+            names=("vqa", "nlvr2", "retrieval", "captioning", "imagenet"),
+            recipe="base",
+            workers=8,
+            gpus_per_worker=1.0,
+        )
+    ),
+}
+
+
+def run(cfg: CompareConfig) -> dict[str, Any]:
+    """Compare, or go on; returns what `comparisons/<name>.json` holds.
+
+    `tasks` has, by task, the metrics of `chance` and `ceiling` (None where it isn't known), and of
+    each start a list of metrics, by seed.
+
+    Raises:
+        FileNotFoundError: there is no sample world in `world`.
+        StoreError: models or data are missing, or a name is taken by another comparison.
+    """
+    store = Store(cfg.store)
+    store.check_writable()
+    world = prepare_sample(cfg.tasks, cfg.store, Path(cfg.world)) if cfg.world else None
+    place = f"comparisons/{cfg.name}"
+    known = _ceilings(store, place)
+    found: dict[str, Any] = {}
+    for task in cfg.tasks.names:
+        data = cfg.tasks.dataset(task)
+        top = known.get(task)
+        if world is not None:
+            top = _ceiling(store, task, data, world.seed, top)
+        found[task] = {
+            "chance": chance(store, task, data),
+            "ceiling": top,
+            **{start: [] for start in STARTS},
+        }
+    with tracked(store, place, cfg) as handle:
+        outcome = {"config": config.to_dict(cfg), "tasks": found, "mlflow_run": handle.run_id}
+        for seed in range(cfg.seeds):
+            for task in cfg.tasks.names:
+                for start in STARTS:
+                    found[task][start].append(_score(cfg, task, start, seed, handle.run_id))
+                publish(store, place, handle, outcome, table(found))
+        log_spread(
+            handle,
+            {
+                f"{task}/{start}": [MEASURES[task].of(metrics) for metrics in scores[start]]
+                for task, scores in found.items()
+                for start in STARTS
+            },
+        )
+    console.say(table(found))
+    return outcome
+
+
+def _score(cfg: CompareConfig, task: str, start: str, seed: int, parent: str) -> dict[str, float]:
+    pretrained = cfg.retrieval_init if task == "retrieval" and cfg.retrieval_init else cfg.init
+    random = start == "scratch"
+    return score(
+        cfg.tasks,
+        cfg.store,
+        task,
+        init=finetune.RANDOM if random else pretrained,
+        like=cfg.init if random else "",
+        name=f"{cfg.name}/{task}-{start}/{seed}",
+        seed=seed,
+        parent=parent,
+    )
+
+
+def _ceilings(store: Store, place: str) -> dict[str, Any]:
+    """Those that an earlier run has worked out: retrieval's takes minutes."""
+    if not store.exists(f"{place}.json"):
+        return {}
+    tasks = store.read_json(f"{place}.json")["tasks"]
+    return {task: found["ceiling"] for task, found in tasks.items()}
+
+
+def _ceiling(
+    store: Store, task: str, data: str, seed: int, known: dict[str, Any] | None
+) -> dict[str, Any]:
+    dataset = store.dataset(f"tasks/{data}/{TEST_SPLITS[task]}")
+    commit = dataset.commit().identity
+    if known and known["data"] == commit:
+        return known
+    console.say(f"{task}: working out the ceiling")
+    metrics = ceiling(task, dataset.read_table().to_pylist(), seed=seed, labels=labels(store, data))
+    return {"data": commit, "metrics": metrics}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The comparison as a table, in hundredths: means and standard deviations over the seeds.
+
+    "learnt" is the share of the way from chance to the ceiling that the pretrained start went.
+    """
+    head = ("", "chance", "from scratch", "pretrained", "ceiling", "better in", "learnt")
+    return markdown(head, [_line(task, scores) for task, scores in found.items()])
+
+
+def _line(task: str, scores: Mapping[str, Any]) -> Sequence[str]:
+    measure = MEASURES[task]
+    low = measure.of(scores["chance"])
+    top = measure.of(scores["ceiling"]["metrics"]) if scores["ceiling"] else None
+    scratch, pretrained = ([measure.of(m) for m in scores[start]] for start in STARTS)
+    better = sum(a < b for a, b in zip(scratch, pretrained, strict=False))
+    learnt = "–"
+    if top is not None and pretrained:
+        learnt = f"{100 * (statistics.fmean(pretrained) - low) / (top - low):.0f} %"
+    return (
+        measure.title,
+        f"{low:.1f}",
+        shown(scratch),
+        shown(pretrained),
+        "–" if top is None else f"{top:.1f}",
+        f"{better} of {len(pretrained)} seeds",
+        learnt,
+    )
+
+
+def main() -> None:
+    chosen = config.cli(PRESETS, description=__doc__ or "")
+    try:
+        run(chosen)
+    except (FileNotFoundError, StoreError, ValueError) as error:
+        config.stop(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Finetuning from a start and scoring it, task by task: what ablations and comparisons share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines import config, evaluate, finetune, prepare_task, tracking
+from pipelines.baselines import TEST_SPLITS
+from pipelines.evaluate import EvaluateConfig
+from pipelines.finetune import FinetuneConfig
+from pipelines.sample_world import World, WorldSize, generate, load
+from pipelines.storage import Store
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The number of a task's metrics that tables show, in hundredths as papers do."""
+
+    title: str
+    keys: tuple[str, ...]
+
+    def of(self, metrics: Mapping[str, float]) -> float:
+        return 100 * statistics.fmean(metrics[key] for key in self.keys)
+
+
+MEASURES = {
+    "vqa": Measure("VQA accuracy", ("accuracy",)),
+    "nlvr2": Measure("NLVR2 accuracy", ("accuracy",)),
+    # As the paper has it, the mean of both directions.
+    "retrieval": Measure("retrieval R@1", ("text_recall_1", "image_recall_1")),
+    "captioning": Measure("CIDEr", ("cider",)),
+    "imagenet": Measure("ImageNet top-1", ("top_1",)),
+}
+# What the sample world holds too little of for a score to tell much, drawn beside it.
+_MORE = {"nlvr2": 4000, "imagenet1k": 1750, "synsets": 35}
+_FOLDERS = {"nlvr2": "nlvr2", "imagenet": "imagenet1k"}
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """Which tasks a start is finetuned for and scored on, and how."""
+
+    names: tuple[str, ...] = ("vqa", "nlvr2", "retrieval")
+    """Modules of beit3/tasks."""
+    recipe: str = "tiny"
+    """Each task is finetuned as by `finetune.py --preset <recipe>-<task>`: tiny, base or large."""
+    data: tuple[str, ...] = ()
+    """The data of each task, `tasks/<data>/<split>`, such as flickr30k of retrieval; empty: of the
+    tasks' names."""
+    steps: tuple[int, ...] = ()
+    """Steps of each task; empty: the recipe's. The warm-up keeps its share."""
+    learning_rates: tuple[float, ...] = ()
+    """Peak learning rate of each task; empty: the recipe's."""
+    workers: int = 0
+    """Ray Train workers; 0 trains in the job's own process."""
+    gpus_per_worker: float = 0.0
+    threads: int = 1
+    """Torch threads of a worker on CPU."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.names) - set(MEASURES))
+        if unknown or not self.names:
+            raise ValueError(
+                f"tasks.names: {', '.join(unknown) or 'none'}; expected some of "
+                f"{', '.join(MEASURES)}"
+            )
+        for name in ("data", "steps", "learning_rates"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.names):
+                raise ValueError(
+                    f"tasks.{name}: {len(given)} for the {len(self.names)} of tasks.names: give "
+                    "one for each, or none"
+                )
+        for task in self.names:
+            finetune.preset(self.recipe, task)
+
+    def of(self, values: Sequence[Any], task: str, default: Any) -> Any:
+        """A task's own value of a field that has one for each."""
+        return values[self.names.index(task)] if values else default
+
+    def dataset(self, task: str) -> str:
+        return self.of(self.data, task, task)
+
+
+def finetuning(
+    cfg: TasksConfig, store: str, task: str, *, init: str, like: str = "", name: str, seed: int
+) -> FinetuneConfig:
+    """The configuration that finetunes for a task from a start; `like`: see `FinetuneConfig`."""
+    base = finetune.preset(cfg.recipe, task)
+    steps = cfg.of(cfg.steps, task, base.train.steps)
+    return dataclasses.replace(
+        base,
+        store=store,
+        data=cfg.dataset(task),
+        init=init,
+        like=like,
+        name=name,
+        eval_split="",
+        train=dataclasses.replace(
+            base.train,
+            steps=steps,
+            warmup=base.train.warmup * steps // base.train.steps,
+            learning_rate=cfg.of(cfg.learning_rates, task, base.train.learning_rate),
+            seed=seed,
+            workers=cfg.workers,
+            gpus_per_worker=cfg.gpus_per_worker,
+            threads=cfg.threads,
+        ),
+    )
+
+
+def evaluation(cfg: TasksConfig, store: str, task: str, name: str) -> EvaluateConfig:
+    """The configuration that scores `models/<name>` on what it was not finetuned on."""
+    base = evaluate.PRESETS["gpu" if cfg.gpus_per_worker else "tiny"]
+    return dataclasses.replace(
+        base,
+        store=store,
+        model=f"models/{name}",
+        data=f"tasks/{cfg.dataset(task)}/{TEST_SPLITS[task]}",
+        name=name,
+        track=False,  # the scores go to the whole's run
+    )
+
+
+def score(
+    cfg: TasksConfig,
+    store: str,
+    task: str,
+    *,
+    init: str,
+    like: str = "",
+    name: str,
+    seed: int,
+    parent: str | None = None,
+) -> dict[str, float]:
+    """Finetune from a start, or find it done; the task's metrics on held-out data.
+
+    Raises:
+        StoreError: data or start are missing, or the name is taken by another run.
+    """
+    chosen = finetuning(cfg, store, task, init=init, like=like, name=name, seed=seed)
+    finetune.run(chosen, parent=parent)
+    return evaluate.run(evaluation(cfg, store, task, name))["metrics"]
+
+
+def prepare_sample(cfg: TasksConfig, store: str, folder: Path) -> World:
+    """Make the sample world's NLVR2 and ImageNet datasets where they are wanted and missing.
+
+    They come from a world of the same seed with more of them, drawn beside the one in `folder`.
+    Returns that one.
+
+    Raises:
+        FileNotFoundError: there is no sample world in the folder.
+    """
+    try:
+        world = load(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} holds no sample world: `make demo` draws one in demo/world"
+        ) from error
+    for task in cfg.names:
+        if task not in _FOLDERS or Store(store).dataset(f"tasks/{task}/train").find_commit():
+            continue
+        least = {f.name: 1 for f in dataclasses.fields(WorldSize) if f.name != "bad_share"}
+        more = generate(
+            folder.with_name(f"{folder.name}-tasks"),
+            seed=world.seed,
+            size=WorldSize(**(least | _MORE)),
+            base_url=world.base_url,
+        )
+        annotations = more.annotations(_FOLDERS[task])
+        prepare_task.run(
+            dataclasses.replace(
+                prepare_task.PRESETS[task],
+                annotations=str(annotations),
+                images=str(annotations if task == "imagenet" else more.images("nlvr2")),
+                store=store,
+                short_side=160,
+                in_process=True,
+            )
+        )
+    return world
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation of a sample (n - 1); None of fewer than two."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, one decimal."""
+    if not values:
+        return "–"
+    deviation = spread(values)
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if deviation is None else f"{mean} ± {deviation:.1f}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, its first column of words and the others of numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+@contextlib.contextmanager
+def tracked(store: Store, key: str, cfg: Any) -> Iterator[tracking.RunHandle]:
+    """The MLflow run of a whole, named by its place `key`, for as long as the context lasts."""
+    handle = tracking.start_run(store, key, config.flatten(cfg), key=key)
+    try:
+        yield handle
+    except BaseException as error:
+        tracking.finish_run(handle, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    tracking.finish_run(handle)
+
+
+def log_spread(handle: tracking.RunHandle, values: Mapping[str, Sequence[float]]) -> None:
+    """Log means and standard deviations by name; the step says of how many values."""
+    with tracking.Logger(handle) as logger:
+        for name, found in values.items():
+            logger.metrics(len(found), {name: statistics.fmean(found)})
+            deviation = spread(found)
+            if deviation is not None:
+                logger.metrics(len(found), {f"{name}_deviation": deviation})
+
+
+def publish(
+    store: Store, name: str, handle: tracking.RunHandle, outcome: Mapping[str, Any], text: str
+) -> None:
+    """Leave an outcome as `<name>.json` and `<name>.md` in the store, and with its MLflow run."""
+    store.write_json(f"{name}.json", outcome)
+    store.write(f"{name}.md", text.encode())
+    tracker = tracking.client(handle.uri)
+    tracker.log_dict(handle.run_id, dict(outcome), "outcome.json")
+    tracker.log_text(handle.run_id, text, "tables.md")

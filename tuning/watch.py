@@ -1,0 +1,106 @@
+"""Watches a sweep from within Tune: trials that end, and how busy the workers are.
+
+A *worker* is room for one trial. It is busy while the process of a trial is there and works on it.
+It waits while a process starts, also between two trials; at the tail, when fewer trials are left
+than there are workers, it has nothing to do.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from pipelines import console
+from pipelines.storage import Store
+from tuning.trials import values as drawn
+
+_ENDED = (Trial.TERMINATED, Trial.ERROR)
+
+
+class Watch(tune.Callback):
+    """Leaves `<folder>/ended.json`, what became of the trials: see `ended`.
+
+    Args:
+        workers: Trials that there is room for at once.
+        total: Trials that there will be.
+        metric: The score's name in a result.
+    """
+
+    def __init__(self, store: Store, folder: str, workers: int, total: int, metric: str) -> None:
+        self.store, self.folder, self.metric = store, folder, metric
+        self.workers, self.total = workers, total
+        self.seconds = {"busy": 0.0, "waiting": 0.0, "tail": 0.0}
+        """Of all workers together."""
+        self._last: float | None = None
+
+    def get_state(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """What Tune has kept of a sweep that was killed."""
+        self.seconds = dict(state["seconds"])
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        self._last = time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
+        now = time.monotonic()
+        passed, self._last = now - (self._last or now), now
+        running = min(self.workers, sum(trial.status == Trial.RUNNING for trial in trials))
+        left = self.total - sum(trial.status in _ENDED for trial in trials)
+        wanted = min(self.workers, left)
+        self.seconds["busy"] += running * passed
+        self.seconds["waiting"] += max(0, wanted - running) * passed
+        self.seconds["tail"] += (self.workers - max(wanted, running)) * passed
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
+    ) -> None:
+        self._say(trials, trial, f"{trial.last_result.get(self.metric, float('nan')):.4f}")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        self._say(trials, trial, f"failed: {_last_line(trial)}")
+
+    def on_experiment_end(self, trials: list[Trial], **_: Any) -> None:
+        found = [
+            {
+                "values": trial.config,
+                "result": {
+                    k: v for k, v in trial.last_result.items() if isinstance(v, int | float)
+                },
+                "error": _last_line(trial) if trial.status == Trial.ERROR else None,
+            }
+            for trial in trials
+        ]
+        body = {"trials": found, "workers": self.workers, "seconds": self.seconds}
+        self.store.write_json(f"{self.folder}/ended.json", body)
+
+    def _say(self, trials: list[Trial], trial: Trial, how: str) -> None:
+        ended = sum(other.status in _ENDED for other in trials if other is not trial) + 1
+        values = ", ".join(
+            f"{name} {value:.4g}"
+            for name, value in sorted(drawn(trial.config).items())
+            if isinstance(value, int | float)
+        )
+        step = trial.last_result.get("step", 0)
+        console.say(f"   trial {ended}/{self.total}: {how} after {step} steps, {values}")
+
+
+def ended(store: Store, folder: str) -> dict[str, Any]:
+    """What became of a sweep's trials: `trials` with their values, last result and error,
+    `workers`, and the workers' `seconds` by what they did."""
+    return store.read_json(f"{folder}/ended.json")
+
+
+def busy_share(seconds: dict[str, float]) -> float:
+    """Share of the workers' time in which they ran a trial."""
+    return seconds["busy"] / (sum(seconds.values()) or 1.0)
+
+
+def _last_line(trial: Trial) -> str:
+    """What a failed trial raised."""
+    lines = str(trial.get_error() or "").strip().splitlines()
+    return lines[-1][:500] if lines else "unknown error"
