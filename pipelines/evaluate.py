@@ -6,7 +6,10 @@ The split is cut into parts; each is predicted by an actor that keeps the model 
 to `predictions/<name>`, so an evaluation killed anywhere goes on where it was. Then the whole is
 scored: `scores/<name>.json`, and `scores/<name>.submission.json` (or `.csv`) in the format of the
 benchmark's server or script where there is one. An example that can't be predicted is recorded with
-its reason and counts as wrong; it never ends the evaluation.
+its reason and counts as wrong; it never ends the evaluation. So does one whose image was missing or
+broken when the split was prepared.
+
+A dual encoder that was not finetuned retrieves as it is: zero-shot.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,18 +32,20 @@ import torch
 from torch import nn
 
 from beit3 import tasks, weights
+from beit3.config import ModelConfig
 from beit3.device import to_device
 from beit3.tasks import Example, Sample, Task
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, centre_view, decode
-from pipelines import bundles, cluster, console, models, tracking
+from pipelines import bill, bundles, cluster, console, models, tracking
 from pipelines.config import cli, flatten, stop, to_dict
 from pipelines.loader import ParquetRows
 from pipelines.parts import PartOutput, Resources, make_dataset
-from pipelines.prepare_task import make_here, read_examples
+from pipelines.prepare_task import lost_examples, read_examples
 from pipelines.storage import Commit, Store, StoreError, fingerprint
 
 TASK_FILE = "task.json"
+AHEAD = 2  # batches whose pictures are decoded while one is predicted
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),  # of the record
@@ -65,12 +72,16 @@ class EvaluateConfig:
     """Records predicted at once."""
     limit: int | None = None
     """Only the first so many records."""
+    missing: Literal["wrong", "left out"] = "wrong"
+    """How records count whose images were missing or broken when the split was prepared. With
+    `limit` they are left out."""
     options: dict[str, float] = field(default_factory=dict, hash=False)
     """The task's options to change, e.g. `--options beams 5 length_penalty 0.8`."""
     part_records: int = 256
     """Records of one part, at most 256: what is done again after a kill."""
     resources: Resources = field(default_factory=lambda: Resources(actors=1))
-    """Actors, and the CPUs and GPUs of each; one GPU each makes it run there."""
+    """Actors, and the CPUs and GPUs of each; one GPU each makes it run there. As many threads of an
+    actor decode pictures as it has CPUs."""
     threads: int = 0
     """Torch threads of an actor on CPU; 0: as torch chooses. Small models want 1."""
     in_process: bool = False
@@ -95,7 +106,7 @@ class EvaluateConfig:
 
 PRESETS: dict[str, EvaluateConfig] = {
     "cpu": EvaluateConfig(),
-    "gpu": EvaluateConfig(batch_size=64, resources=Resources(actors=1, gpus=1)),
+    "gpu": EvaluateConfig(batch_size=64, resources=Resources(actors=1, cpus=4, gpus=1)),
     "tiny": EvaluateConfig(in_process=True, batch_size=64, threads=1),
 }
 
@@ -121,19 +132,41 @@ class Finetuned:
         return predict(self.task, self.module, self.tokenizer, samples)
 
 
+def task_notes(task: str, labels: Sequence[str], model: ModelConfig) -> dict[str, Any]:
+    """What `task.json` says of a model that was not finetuned here: its task's default options."""
+    options = tasks.options_of(tasks.create(task, labels=labels))
+    if "max_text_length" in options:
+        options["max_text_length"] = min(options["max_text_length"], model.max_text_length)
+    size = model.image_size
+    return {"task": task, "labels": list(labels), "image_size": size, "options": options}
+
+
+def read_notes(store: Store, name: str) -> dict[str, Any]:
+    """What a model was finetuned for: `task`, `labels`, `image_size`, `options`.
+
+    Raises:
+        StoreError: there is no such bundle, or it can't be evaluated.
+    """
+    info = bundles.info(store, name)
+    if store.exists(f"{name}/{TASK_FILE}"):
+        return store.read_json(f"{name}/{TASK_FILE}")
+    if info.get("kind") == "dual_encoder":
+        shape = ModelConfig(**store.read_json(f"{name}/{weights.CONFIG}")["model"])
+        return task_notes("retrieval", (), shape)
+    raise StoreError(f"{store.uri}/{name}: not finetuned for a task; run finetune.py on it")
+
+
 def load(
     store: Store, name: str, options: dict[str, float] | None = None, device: str = "cpu"
 ) -> Finetuned:
-    """Load a finetuned model.
+    """Load a finetuned model, or a dual encoder as a model for retrieval.
 
     Raises:
-        StoreError: there is no such bundle, or it is damaged, or no finetuned model.
+        StoreError: there is no such bundle, or it is damaged, or can't be evaluated.
         ValueError: the task has no such option.
     """
+    notes = read_notes(store, name)
     with models.opened(store, name) as folder:
-        if not (folder / TASK_FILE).exists():
-            raise StoreError(f"{store.uri}/{name}: not finetuned for a task; run finetune.py on it")
-        notes = json.loads((folder / TASK_FILE).read_text())
         config, _ = weights.load_config(folder)
         task = tasks.create(
             notes["task"], labels=notes["labels"], options={**notes["options"], **(options or {})}
@@ -180,48 +213,50 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     store = Store(config.store)
     data = store.dataset(config.data).commit()
-    manifest = bundles.info(store, config.model)
+    notes = read_notes(store, config.model)
     files = store.read_json(f"{config.model}/{bundles.MANIFEST}")["files"]
     decides = [config.options, config.limit, config.part_records]
     mark = fingerprint("evaluate", decides, [json.dumps(files, sort_keys=True), data.identity])
+    aside = [] if config.limit else store.dataset(config.data).read_set_aside()
+    whole = fingerprint("scores", [mark, config.missing], [json.dumps(row) for row in aside])
     scores = f"scores/{config.output}.json"
     if store.exists(scores):
         found = store.read_json(scores)
-        if found["fingerprint"] == mark:
+        if found["fingerprint"] == whole:
             console.say(f"{scores}: already there, skipped")
             _show(found)
             return found
     start = time.monotonic()
-    commit = _predictions(config, store, mark, data)
+    with bill.Meter() as meter:
+        commit = _predictions(config, store, mark, data)
     seconds = time.monotonic() - start
-    result, submission = _score(config, store, commit, manifest)
-    result |= {"fingerprint": mark, "seconds": round(seconds, 3)}
+    result, submission = _score(config, store, commit, notes, aside)
+    result |= {"fingerprint": whole, "seconds": round(seconds, 3)}
     result["records_per_second"] = round(result["records"] / max(1e-9, seconds), 2)
     if submission is not None:
         name, text = _submission_file(submission)
         result["submission"] = f"scores/{config.output}.{name}"
         store.write(result["submission"], text.encode())
     if config.track:
-        result["mlflow_run"] = _track(config, store, result, submission)
+        result["mlflow_run"] = _track(config, store, result, submission, meter.hours())
     store.write_json(scores, result)
     _show(result)
     return result
 
 
 def _predictions(config: EvaluateConfig, store: Store, mark: str, data: Commit) -> Commit:
-    dataset = store.dataset(f"predictions/{config.output}")
-    arguments: dict[str, Any] = {
-        "job": "evaluate",
-        "fingerprint": mark,
-        "config": to_dict(config),
-        "inputs": [{"dataset": config.data, "commit": data.identity}, {"model": config.model}],
-        "units": partial(_units, config, store),
-        "make_worker": partial(_worker, config, mark),
-        "schema": SCHEMA,
-    }
-    if config.in_process:
-        return make_here(dataset, **arguments)
-    return make_dataset(dataset, resources=config.resources, **arguments)
+    return make_dataset(
+        store.dataset(f"predictions/{config.output}"),
+        job="evaluate",
+        fingerprint=mark,
+        config=to_dict(config),
+        inputs=[{"dataset": config.data, "commit": data.identity}, {"model": config.model}],
+        units=partial(_units, config, store),
+        make_worker=partial(_worker, config, mark),
+        schema=SCHEMA,
+        resources=config.resources,
+        here=config.in_process,
+    )
 
 
 def _units(config: EvaluateConfig, store: Store) -> list[dict[str, Any]]:
@@ -241,20 +276,19 @@ def _units(config: EvaluateConfig, store: Store) -> list[dict[str, Any]]:
 
 
 @lru_cache(maxsize=1)
-def _worker(config: EvaluateConfig, mark: str) -> _Predictor:
+def _worker(config: EvaluateConfig, mark: str) -> Predictor:
     """Plain Ray tasks ask for a worker per part; the model is loaded once per process."""
-    return _Predictor(config)
+    device = cluster.device(config.resources.gpus)
+    return Predictor(config, load(Store(config.store), config.model, config.options, device))
 
 
-class _Predictor:
+class Predictor:
     """A slice of a split -> a prediction per example."""
 
-    def __init__(self, config: EvaluateConfig) -> None:
-        self.config = config
-        store = Store(config.store)
-        device = "cuda" if config.resources.gpus else "cpu"
-        self.model = load(store, config.model, config.options, device)
-        self.rows = ParquetRows([store.dataset(config.data)])
+    def __init__(self, config: EvaluateConfig, model: Finetuned) -> None:
+        self.config, self.model = config, model
+        self.rows = ParquetRows([Store(config.store).dataset(config.data)])
+        self.pool = ThreadPoolExecutor(max(1, int(config.resources.cpus)))
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         before = torch.get_num_threads()
@@ -264,35 +298,63 @@ class _Predictor:
         finally:
             torch.set_num_threads(before)  # the process may be the job's own
 
-    def _predict(self, unit: dict[str, Any]) -> PartOutput:
+    def rows_of(self, unit: dict[str, Any]) -> list[dict[str, Any]]:
         table = self.rows.table(0, unit["path"], unit["group"])
-        rows = table.slice(unit["start"], unit["stop"] - unit["start"]).to_pylist()
+        return table.slice(unit["start"], unit["stop"] - unit["start"]).to_pylist()
+
+    def _predict(self, unit: dict[str, Any]) -> PartOutput:
+        rows = self.rows_of(unit)
         out: list[dict[str, Any]] = []
         aside: list[dict[str, Any]] = []
-        for start in range(0, len(rows), self.config.batch_size):
-            good, bad = predict_rows(self.model, rows[start : start + self.config.batch_size])
+        for batch, samples in self.batches(rows):
+            good, bad = predict_rows(self.model, batch, samples)
             out += good
             aside += bad
         stats = {"records": len(rows), "examples": len(out), "failed": len(aside)}
         return PartOutput(pa.Table.from_pylist(out, SCHEMA), aside, stats)
 
+    def batches(
+        self, rows: Sequence[dict[str, Any]]
+    ) -> Iterator[tuple[Sequence[dict[str, Any]], list[Sample | Exception]]]:
+        """Batches of rows with their samples, which are decoded while others are predicted."""
+        size = self.config.batch_size
+        batches = (rows[start : start + size] for start in range(0, len(rows), size))
+        begun = ((batch, self.pool.map(partial(_sample, self.model), batch)) for batch in batches)
+        waiting = list(islice(begun, AHEAD))
+        while waiting:
+            batch, samples = waiting.pop(0)
+            waiting += islice(begun, 1)
+            yield batch, list(samples)
+
+
+def _sample(model: Finetuned, row: dict[str, Any]) -> Sample | Exception:
+    try:
+        return row_sample(model.task, row, model.image_size)
+    except Exception as error:  # decoders raise nearly anything
+        return error
+
 
 def predict_rows(
-    model: Finetuned, rows: Sequence[dict[str, Any]]
+    model: Finetuned,
+    rows: Sequence[dict[str, Any]],
+    samples: Sequence[Sample | Exception] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Predict a batch of rows; rows that fail are tried alone, and set aside if they fail again.
 
+    Args:
+        samples: What was made of the rows, or why it couldn't be, where that is done already.
+
     Returns rows of `SCHEMA` for every example, and the rows set aside with their reason.
     """
-    samples: list[Sample | None] = []
+    if samples is None:
+        samples = [_sample(model, row) for row in rows]
     aside: list[dict[str, Any]] = []
-    for row in rows:
-        try:
-            samples.append(row_sample(model.task, row, model.image_size))
-        except Exception as error:  # decoders raise nearly anything
-            samples.append(None)
-            aside.append(_failure(row, "broken record", error))
-    sound = [(row, s) for row, s in zip(rows, samples, strict=True) if s is not None and s.examples]
+    sound: list[tuple[dict[str, Any], Sample]] = []
+    for row, sample in zip(rows, samples, strict=True):
+        if isinstance(sample, Exception):
+            aside.append(_failure(row, "broken record", sample))
+        elif sample.examples:
+            sound.append((row, sample))
     predictions: dict[str, list[Any]] = {}
     try:
         if sound:
@@ -303,22 +365,27 @@ def predict_rows(
         if len(rows) == 1:
             aside.append(_failure(rows[0], "prediction failed", error))
         else:
-            pairs = [predict_rows(model, [row]) for row in rows]
+            alone = zip(rows, samples, strict=True)
+            pairs = [predict_rows(model, [row], [sample]) for row, sample in alone]
             return [p for good, _ in pairs for p in good], [p for _, bad in pairs for p in bad]
     out = []
     for row in rows:
         found = predictions.get(row["id"], [None] * len(row["examples"]))
         for example, prediction in zip(row["examples"], found, strict=True):
-            text = None if prediction is None else json.dumps(prediction)
             out.append(
                 {
                     "id": row["id"],
                     "example": example["id"],
-                    "prediction": text,
+                    "prediction": as_text(prediction),
                     "target": example["target"],
                 }
             )
     return out, aside
+
+
+def as_text(prediction: Any) -> str | None:
+    """A prediction as a dataset holds it."""
+    return None if prediction is None else json.dumps(prediction)
 
 
 def _failure(row: dict[str, Any], reason: str, error: Exception) -> dict[str, Any]:
@@ -330,25 +397,46 @@ def _failure(row: dict[str, Any], reason: str, error: Exception) -> dict[str, An
 
 
 def _score(
-    config: EvaluateConfig, store: Store, commit: Commit, info: dict[str, Any]
+    config: EvaluateConfig,
+    store: Store,
+    commit: Commit,
+    notes: dict[str, Any],
+    aside: Sequence[dict[str, Any]],
 ) -> tuple[dict[str, Any], list[dict[str, Any]] | str | None]:
     table = store.dataset(commit.dataset).read_table()
-    task = tasks.create(info["task"], labels=(), options=None)
+    task = tasks.create(notes["task"], labels=notes["labels"])
     examples, predictions = [], []
     for row in table.to_pylist():
         examples.append(Example(row["example"], None, json.loads(row["target"])))
         predictions.append(None if row["prediction"] is None else json.loads(row["prediction"]))
+    lost = lost_examples(aside)
+    # Servers want an answer for every example.
+    submission = task.submission(predictions + [None] * len(lost), examples + lost)
+    if config.missing == "left out":
+        lost = []
+    examples += lost
+    predictions += [None] * len(lost)
     result = {
-        "task": info["task"],
+        "task": notes["task"],
         "model": config.model,
         "data": config.data,
-        "metrics": task.score(predictions, examples),
+        "metrics": task.score(predictions, examples, thorough=True),
         "records": commit.stats.get("records", 0),
         "examples": len(examples),
         "failed": commit.stats.get("failed", 0),
+        "set_aside": len(aside),
+        "lost_examples": len(lost),
+        "outside_labels": _outside(task, examples),
         "predictions": commit.dataset,
     }
-    return result, task.submission(predictions, examples)
+    return result, submission
+
+
+def _outside(task: Task, examples: Sequence[Example]) -> int:
+    """Examples that can't be right, since the model has a class for none of their answers."""
+    if not task.labels:
+        return 0
+    return sum(e.target is not None and not task.trainable(e) for e in examples)
 
 
 def _submission_file(submission: list[dict[str, Any]] | str) -> tuple[str, str]:
@@ -363,6 +451,7 @@ def _track(
     store: Store,
     result: dict[str, Any],
     submission: list[dict[str, Any]] | str | None,
+    hours: Mapping[str, float],
 ) -> str:
     handle = tracking.start_run(store, f"evaluate/{config.output}", flatten(config))
     with tempfile.TemporaryDirectory() as folder, tracking.Logger(handle) as logger:
@@ -374,6 +463,7 @@ def _track(
             file.write_text(text)
             logger.file(file)
         logger.close()
+    bill.track(handle, hours)
     tracking.finish_run(handle)
     return handle.run_id
 
@@ -384,6 +474,13 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['model']} on {result['data']}: {result['records']:,} records, "
         f"{result['examples']:,} examples{failed}"
     )
+    if result["set_aside"]:
+        console.say(
+            f"  set aside when the split was prepared: {result['set_aside']:,} records; "
+            f"{result['lost_examples']:,} examples of theirs count as wrong"
+        )
+    if result["outside_labels"]:
+        console.say(f"  of no class that the model has: {result['outside_labels']:,} examples")
     for name, value in result["metrics"].items():
         console.say(f"  {name:<24} {value:8.4f}")
 
@@ -391,7 +488,8 @@ def _show(result: dict[str, Any]) -> None:
 def main() -> None:
     chosen = cli(PRESETS, description=__doc__ or "")
     try:
-        run(chosen)
+        with bill.printed():
+            run(chosen)
     except (FileNotFoundError, StoreError, ValueError) as error:
         stop(str(error))
 

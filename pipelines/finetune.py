@@ -26,7 +26,7 @@ from beit3.config import Checkpointing, ModelConfig
 from beit3.model import interpolate_positions
 from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
-from pipelines import cluster, config, models
+from pipelines import bill, cluster, config, models
 from pipelines.evaluate import TASK_FILE, predict, row_sample
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import labels, read_examples
@@ -373,7 +373,8 @@ def _commits(store: Store, cfg: FinetuneConfig) -> Sequence[str]:
 def main() -> None:
     chosen = config.cli(PRESETS, description=__doc__ or "")
     try:
-        run(chosen)
+        with bill.printed():
+            run(chosen)
     except (FileNotFoundError, StoreError, ValueError) as error:
         config.stop(str(error))
 

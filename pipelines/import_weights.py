@@ -1,30 +1,37 @@
-"""Bring what others trained into the store: tokenizers, and CLIP as VQ-KD's teacher.
+"""Bring what others trained into the store: the authors' models, tokenizers, CLIP as a teacher.
 
+    python pipelines/import_weights.py --kind model --name released-vqa \
+        --path beit3_base_patch16_480_vqa.pth --text-tokenizer released --labels answer2label.txt
     python pipelines/import_weights.py --kind image-tokenizer --name vqkd \
         --path vqkd_encoder_base_decoder_3x768x12_clip.pth
     python pipelines/import_weights.py --kind text-tokenizer --name released --path beit3.spm
     python pipelines/import_weights.py --kind teacher --name clip --path clip-vit-base-patch16
 
-From local files only. Leaves `tokenizers/image/<name>`, `tokenizers/text/<name>` or
-`teachers/<name>`, which the other jobs take as if they were made here. Pickles are read as tensors
-and in no other way; what does not fit is named.
+From local files only. Leaves `models/<name>`, `tokenizers/image/<name>`, `tokenizers/text/<name>`
+or `teachers/<name>`, which the other jobs take as if they were made here: a pretrained model can be
+finetuned, a finetuned one evaluated and tried. Pickles are read as tensors and in no other way;
+what does not fit is named.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from beit3 import teachers, vqkd, vqkd_released
+from beit3 import released, tasks, teachers, vqkd, vqkd_released
+from beit3.tasks.imagenet import WNID
 from beit3.text import TextTokenizer
-from pipelines import bundles, config, console
-from pipelines.storage import Store, fingerprint
+from pipelines import bundles, config, console, models, train_text_tokenizer
+from pipelines.evaluate import TASK_FILE, task_notes
+from pipelines.storage import Store, StoreError, fingerprint
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
 FOLDERS = {
+    "model": "models",
     "image-tokenizer": "tokenizers/image",
     "text-tokenizer": "tokenizers/text",
     "teacher": "teachers",
@@ -37,18 +44,25 @@ RELEASED_PIECES = 64_000
 class ImportConfig:
     """Bring weights into the store."""
 
-    kind: Literal["image-tokenizer", "text-tokenizer", "teacher"]
-    """A VQ-KD checkpoint of the authors' (or a folder that `beit3.vqkd_released` made); a
-    SentencePiece model, such as the authors' beit3.spm; or a CLIP vision tower: a folder that
-    transformers or OpenCLIP wrote, or an OpenCLIP weights file."""
+    kind: Literal["model", "image-tokenizer", "text-tokenizer", "teacher"]
+    """A BEiT-3 checkpoint of the authors', pretrained or finetuned; a VQ-KD checkpoint of theirs
+    (or a folder that `beit3.vqkd_released` made); a SentencePiece model, such as their beit3.spm;
+    or a CLIP vision tower: a folder that transformers or OpenCLIP wrote, or an OpenCLIP weights
+    file."""
     path: str
     """The file or folder."""
     name: str
     """What it is called in the store."""
     store: str = "store"
     """Where datasets and models live: a folder or an s3:// URI."""
+    text_tokenizer: str = "released"
+    """Model: the tokenizer it was trained with (`tokenizers/text/<name>`); import it first."""
+    labels: str = ""
+    """Model: the file that names the classes of its head. Of VQA the authors' answer2label.txt; of
+    ImageNet one with a WordNet id first in each line, such as Kaggle's LOC_synset_mapping.txt."""
     image_size: int = 0
-    """Image tokenizer: interpolate its positions for pictures of so many pixels; 0: as it is."""
+    """Model or image tokenizer: interpolate its positions for pictures of so many pixels; 0: as it
+    is."""
     heads: int = 0
     """Attention heads, where the file doesn't tell and they are not 64 wide."""
     activation: Literal["", "gelu", "quick_gelu"] = ""
@@ -76,8 +90,12 @@ def run(cfg: ImportConfig) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist")
     store = Store(cfg.store)
     output = f"{FOLDERS[cfg.kind]}/{cfg.name}"
-    options = config.to_dict(cfg) | {"store": "", "path": "", "name": ""}
+    options = config.to_dict(cfg) | {"store": "", "path": "", "name": "", "labels": ""}
+    if cfg.kind != "model":
+        del options["labels"], options["text_tokenizer"]
     sources = _checksums(path)
+    if cfg.labels:
+        sources |= _checksums(Path(cfg.labels))
     print_of = fingerprint("import_weights", options, [str(sources)])
     taken = "exists and comes from elsewhere: choose another --name, or delete that folder first"
     found = bundles.finished(store, output, print_of, taken)
@@ -86,6 +104,7 @@ def run(cfg: ImportConfig) -> dict[str, Any]:
         return found
     store.check_writable()
     read = {
+        "model": _model,
         "image-tokenizer": _image_tokenizer,
         "text-tokenizer": _text_tokenizer,
         "teacher": _teacher,
@@ -98,6 +117,79 @@ def run(cfg: ImportConfig) -> dict[str, Any]:
         bundles.save(store, output, folder, info | notes)
     console.say(f"{output}: {said}")
     return bundles.info(store, output)
+
+
+def _model(cfg: ImportConfig, folder: Path) -> tuple[str, dict[str, Any]]:
+    model = released.load_released(
+        Path(cfg.path), image_size=cfg.image_size or None, heads=cfg.heads or None
+    )
+    # Their retrieval models are dual encoders like those of the contrastive stage.
+    task = "retrieval" if model.kind == "dual_encoder" else model.kind
+    labels = read_labels(task, cfg.labels, model.classes)
+    tokenizer = train_text_tokenizer.load(Store(cfg.store), cfg.text_tokenizer)
+    models.check_vocabulary(tokenizer, model.config)
+    released.save_folder(folder, model)
+    models.add_tokenizer(folder, tokenizer)
+    shape = model.config
+    said = f"{model.kind}, {shape.layers} layers of {shape.hidden}, {shape.image_size} px"
+    info: dict[str, Any] = {"kind": model.kind, "text_tokenizer": tokenizer.identity, "steps": 0}
+    if task in tasks.names():
+        notes = json.dumps(task_notes(task, labels, shape), indent=1)
+        (folder / TASK_FILE).write_text(notes + "\n")
+        said += f", {len(labels):,} classes" if labels else ""
+        info["task"] = task
+        if model.kind != "dual_encoder":
+            info["kind"] = "finetuned"
+    return said, info | {"metrics": {}}
+
+
+def read_labels(task: str, file: str, classes: int) -> list[str]:
+    """The classes of a released head, in its order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is missing or superfluous, or names other classes than the head has.
+    """
+    if not classes:
+        if file:
+            raise ValueError(f"labels: a checkpoint of {task} has no classes to name")
+        return []
+    wanted = {
+        "vqa": "the authors' answer2label.txt (microsoft/unilm, beit3, writes it as it prepares "
+        "VQAv2)",
+        "imagenet": "a file with a WordNet id first in each line (Kaggle's LOC_synset_mapping.txt)",
+    }[task]
+    if not file:
+        raise ValueError(f"labels: the head has {classes:,} classes without names; give {wanted}")
+    lines = [line for line in Path(file).read_text().splitlines() if line.strip()]
+    try:
+        found = _answers(lines) if task == "vqa" else sorted(_wordnet_id(line) for line in lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"labels: {file} is not {wanted} ({error})") from error
+    if len(set(found)) != len(found) or len(found) != classes:
+        raise ValueError(
+            f"labels: {file} names {len(set(found)):,} classes in {len(found):,} lines, the head "
+            f"has {classes:,}"
+        )
+    return found
+
+
+def _answers(lines: list[str]) -> list[str]:
+    """Of answer2label.txt: a JSON object a line, `answer` and its place among the classes."""
+    places = {}
+    for line in lines:
+        raw = json.loads(line)
+        places[int(raw["label"])] = str(raw["answer"])
+    if sorted(places) != list(range(len(lines))):
+        raise ValueError(f"its labels are not 0 to {len(lines) - 1:,}")
+    return [places[place] for place in range(len(lines))]
+
+
+def _wordnet_id(line: str) -> str:
+    word = line.split()[0]
+    if not WNID.fullmatch(word):
+        raise ValueError(f"{word!r} is no WordNet id such as n01440764")
+    return word
 
 
 def _image_tokenizer(cfg: ImportConfig, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -158,7 +250,11 @@ def _checksums(path: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    run(config.cli(PRESETS, description=__doc__ or ""))
+    chosen = config.cli(PRESETS, description=__doc__ or "")
+    try:
+        run(chosen)
+    except (FileNotFoundError, StoreError, ValueError) as error:
+        config.stop(str(error))
 
 
 if __name__ == "__main__":

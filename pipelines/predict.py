@@ -7,7 +7,8 @@
     python pipelines/predict.py --model models/nlvr2 --path a.jpg --right b.jpg --statement "..."
 
 Answers a question, writes a caption, ranks the images by a text, names an image's likeliest
-classes, or says whether a statement is true of two images, as the model was finetuned to.
+classes, or says whether a statement is true of two images, as the model was finetuned to. A line
+for each image to read, or with `--json` the same as JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
 from beit3.tasks import Example, Sample
 from beit3.tasks.retrieval import unpack
@@ -50,6 +52,9 @@ class PredictConfig:
     """The right image of a statement."""
     top: int = 5
     """How many of the ranked images to show."""
+    class_names: str = ""
+    """For ImageNet: a file that says what its classes are called, a WordNet id and a name a line,
+    such as Kaggle's LOC_synset_mapping.txt."""
     options: dict[str, float] = field(default_factory=dict)
     """The task's options to change, e.g. `--options beams 5`."""
     batch_size: int = 32
@@ -76,7 +81,7 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
     Retrieval's results are the nearest images, best first, and after them those with an error.
 
     Raises:
-        FileNotFoundError: there is no such image, or none in the folder.
+        FileNotFoundError: there is no such image, or none in the folder, or no such file of names.
         StoreError: there is no such model.
         ValueError: the model's task needs a text or a second image.
     """
@@ -85,9 +90,13 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
     text = _text(model, config)
     if model.task_name == "nlvr2":
         files = [_pair(config)]
+    names = _class_names(config.class_names)
     results: list[dict[str, Any]] = []
     for start in range(0, len(files), config.batch_size):
         results += _predict(model, files[start : start + config.batch_size], text)
+    for result in results if names else ():
+        if isinstance(result.get("prediction"), list):
+            result["names"] = [names.get(label, label) for label in result["prediction"]]
     return _rank(results, config.top) if model.task_name == "retrieval" else results
 
 
@@ -103,6 +112,12 @@ def _text(model: Finetuned, config: PredictConfig) -> str | None:
     if not given:
         raise ValueError(f"{name}: {config.model} is a model for {model.task_name}: give a {name}")
     return given
+
+
+def _class_names(file: str) -> dict[str, str]:
+    lines = Path(file).read_text().splitlines() if file else []
+    pairs = (line.strip().partition(" ") for line in lines)
+    return {label: name for label, _, name in pairs if name}
 
 
 def _pair(config: PredictConfig) -> tuple[Path, ...]:
@@ -136,6 +151,9 @@ def _predict(
             pixels = tuple(
                 evaluation_image(model.task, file.read_bytes(), model.image_size) for file in images
             )
+        except UnidentifiedImageError:
+            result["error"] = "not an image"
+            continue
         except OSError as error:
             result["error"] = f"not a readable image: {error}"
             continue
@@ -163,14 +181,14 @@ def _rank(results: list[dict[str, Any]], top: int) -> list[dict[str, Any]]:
 def lines(results: list[dict[str, Any]]) -> Iterator[str]:
     """The results, to read."""
     for result in results:
+        images = ", ".join(result[key] for key in ("image", "right") if key in result)
         if "error" in result:
-            yield f"{result['image']}: {result['error']}"
+            yield f"{images}: {result['error']}"
         elif "similarity" in result:
-            yield f"{result['similarity']:7.4f}  {result['image']}"
+            yield f"{result['similarity']:7.4f}  {images}"
         else:
-            found = result["prediction"]
-            shown = ", ".join(found) if isinstance(found, list) else found
-            yield f"{result['image']}: {shown}"
+            found = result.get("names", result["prediction"])
+            yield f"{images}: {'; '.join(found) if isinstance(found, list) else found}"
 
 
 def main() -> None:

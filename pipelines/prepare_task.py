@@ -1,40 +1,41 @@
 """Downstream data: a task's published files and images -> `tasks/<name>/<split>`.
 
     python pipelines/prepare_task.py --task vqa --annotations /data/vqa --images /data/coco
+    python pipelines/prepare_task.py --preset flickr30k --annotations /data --images /data/flickr30k
 
 A row is one record: its image or images, as they are stored (upright RGB JPEG, not larger than
 needed), and every example about them. Records keep the published order. A record whose image is
-missing or broken is set aside with its reason; nothing else fails for it. The commit's statistics
-count records, examples and what was set aside, and of the training split hold the answer
-vocabulary (`labels`) of tasks that have one.
+missing or broken is set aside with its reason and its examples, which an evaluation counts as
+wrong; nothing else fails for it. The commit's statistics count records, examples and what was set
+aside, and of the training split hold the answer vocabulary (`labels`) of tasks that have one.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from beit3 import tasks
-from beit3.tasks import Example
-from pipelines import cluster, console
+from beit3.tasks import Example, Problem, Record
+from pipelines import bill, cluster, console
 from pipelines.config import cli, stop, to_dict
 from pipelines.images import ImagePolicy, Rejected, clean_image
-from pipelines.parts import PartOutput, Worker, make_dataset, sum_stats
+from pipelines.parts import PartOutput, make_dataset
 from pipelines.storage import (
     Commit,
-    Dataset,
-    PartRecord,
     Store,
     StoreError,
     fingerprint,
@@ -56,6 +57,7 @@ SCHEMA = pa.schema(
     ]
 )
 _READS_AT_ONCE = 8
+_LOOKED_FOR = 20  # images, before any is read
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class PrepareConfig:
     task: str = "vqa"
     """A module of beit3/tasks: captioning, imagenet, nlvr2, retrieval, vqa."""
     annotations: str = "annotations"
-    """Folder of the task's published files (for retrieval also one dataset_*.json): path or URI."""
+    """Folder of the task's published files (of captioning and retrieval also one dataset_*.json):
+    path or URI."""
     images: str = "images"
     """Folder of the images, with train2014, val2014, ... below it for COCO: path or URI."""
     store: str = "store"
@@ -73,6 +76,8 @@ class PrepareConfig:
     name: str = ""
     """The datasets become tasks/<name>/<split>; by default the task's name."""
     splits: tuple[str, ...] = ("train", "val")
+    dataset: Literal["", "coco", "flickr30k"] = ""
+    """Captioning and retrieval: which of Karpathy's files to read; empty: the only one there is."""
     limit: int | None = None
     """Take only the first so many records of each split."""
     min_answer_count: int = 9
@@ -91,13 +96,19 @@ class PrepareConfig:
         for field in ("min_answer_count", "short_side", "part_records"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: must be at least 1, not {getattr(self, field)}")
+        if self.dataset and self.task not in ("captioning", "retrieval"):
+            raise ValueError(f"dataset: {self.task} has only one; of Karpathy's there are two")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: must be at least 1, not {self.limit}")
         if not re.fullmatch(r"[\w.-]*", self.name):
             raise ValueError(f"name: {self.name!r} is not a name of letters, digits, '_', '-', '.'")
 
-    def dataset(self, split: str) -> str:
+    def output(self, split: str) -> str:
         return f"tasks/{self.name or self.task}/{split}"
+
+    def source(self, root: Path) -> Path:
+        """What the task reads in the folder of annotations."""
+        return root / f"dataset_{self.dataset}.json" if self.dataset else root
 
 
 _two, _three = ("train", "val"), ("train", "val", "test")
@@ -105,6 +116,9 @@ PRESETS: dict[str, PrepareConfig] = {
     "vqa": PrepareConfig(task="vqa", splits=_two),
     "captioning": PrepareConfig(task="captioning", splits=_three),
     "retrieval": PrepareConfig(task="retrieval", splits=_three),
+    "flickr30k": PrepareConfig(
+        task="retrieval", dataset="flickr30k", name="flickr30k", splits=_three
+    ),
     "nlvr2": PrepareConfig(task="nlvr2", splits=_three),
     "imagenet": PrepareConfig(task="imagenet", splits=_two),
 }
@@ -114,7 +128,7 @@ def run(config: PrepareConfig) -> dict[str, Commit]:
     """Make the datasets, or find them made already; the commits by split.
 
     Raises:
-        FileNotFoundError: a published file is missing.
+        FileNotFoundError: a published file or every image is missing.
         StoreError: the store can't be written, or a name is taken by another dataset.
         ValueError: a split is unknown, or a file is not what it should be.
     """
@@ -129,6 +143,12 @@ def read_examples(row: dict[str, Any]) -> tuple[Example, ...]:
     return tuple(Example(e["id"], e["text"], json.loads(e["target"])) for e in row["examples"])
 
 
+def lost_examples(aside: Iterable[dict[str, Any]]) -> list[Example]:
+    """The examples of records that were set aside; of malformed ones there are none."""
+    found = [json.loads(row["examples"]) for row in aside if row.get("examples")]
+    return [Example(**example) for examples in found for example in examples]
+
+
 def labels(store: Store, name: str) -> tuple[str, ...]:
     """The answer vocabulary of `tasks/<name>/train`; empty where the task has none.
 
@@ -138,83 +158,79 @@ def labels(store: Store, name: str) -> tuple[str, ...]:
     return tuple(store.dataset(f"tasks/{name}/train").commit().stats.get("labels", ()))
 
 
-def make_here(
-    dataset: Dataset,
-    *,
-    job: str,
-    fingerprint: str,
-    config: Any,
-    inputs: Sequence[dict[str, Any]],
-    units: Callable[[], Sequence[dict[str, Any]]],
-    make_worker: Callable[[], Worker],
-    schema: pa.Schema,
-    extra_stats: dict[str, Any] | None = None,
-) -> Commit:
-    """`parts.make_dataset` in this process, without Ray; what one left half done the other ends."""
-    found = dataset.finished(fingerprint)
-    if found is not None:
-        console.say(f"{dataset.name}: already there ({found.rows:,} rows), skipped")
-        return found
-    done = dataset.finished_parts(fingerprint)
-    records: list[PartRecord] = []
-    worker: Worker | None = None
-    for unit in units():
-        record = done.get(unit["name"])
-        if record is None:
-            worker = worker or make_worker()
-            output = worker(unit)
-            record = dataset.write_part(
-                fingerprint,
-                unit["name"],
-                output.table,
-                set_aside=output.set_aside,
-                stats=output.stats,
-            )
-        records.append(record)
-    return dataset.publish(
-        fingerprint,
-        records,
-        job=job,
-        schema=schema,
-        stats={**sum_stats(r.stats for r in records), **(extra_stats or {})},
-        config=config,
-        inputs=inputs,
-    )
-
-
 def _prepare(config: PrepareConfig, store: Store, root: Path, split: str) -> Commit:
-    task = tasks.load(config.task)
-    items = [asdict(item) for item in islice(task.read(root, split), config.limit)]
-    digest = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
+    task, source = tasks.load(config.task), config.source(root)
+    try:
+        packed, digest = pack(islice(task.read(source, split), config.limit), config.part_records)
+    except ValueError as error:
+        raise ValueError(f"{config.task}, {split}: {error}") from error
     extra: dict[str, Any] = {}
     if split == "train":
-        found = task.read_labels(root, config.min_answer_count)
+        found = task.read_labels(source, config.min_answer_count)
         extra = {"labels": found} if found else {}
     decides = [config.task, split, config.short_side, config.part_records, extra]
-    arguments: dict[str, Any] = {
-        "job": "prepare_task",
-        "fingerprint": fingerprint("prepare_task", decides, [digest]),
-        "config": to_dict(config),
-        "inputs": [{"file": config.annotations, "split": split, "sha256_of_records": digest}],
-        "units": partial(_units, items, config),
-        "make_worker": partial(_ImageWorker, config.images, config.short_side),
-        "schema": SCHEMA,
-        "extra_stats": extra,
-    }
-    dataset = store.dataset(config.dataset(split))
-    commit = (make_here if config.in_process else make_dataset)(dataset, **arguments)
+    commit = make_dataset(
+        store.dataset(config.output(split)),
+        job="prepare_task",
+        fingerprint=fingerprint("prepare_task", decides, [digest]),
+        config=to_dict(config),
+        inputs=[{"file": config.annotations, "split": split, "sha256_of_records": digest}],
+        units=partial(_units, packed, config),
+        make_worker=partial(_ImageWorker, config.images, config.short_side),
+        schema=SCHEMA,
+        here=config.in_process,
+        extra_stats=extra,
+    )
     _report(commit)
     return commit
 
 
-def _units(items: list[dict[str, Any]], config: PrepareConfig) -> list[dict[str, Any]]:
+def pack(items: Iterable[Record | Problem], size: int) -> tuple[list[str], str]:
+    """Records and problems, compressed `size` at a time, and a SHA-256 of them all.
+
+    So a million of them take megabytes, in this process and on their way to the workers.
+
+    Raises:
+        ValueError: there is no record among them.
+    """
+    remaining = iter(items)
+    parts: list[str] = []
+    digest = hashlib.sha256(b"[")
+    records, first = 0, None
+    while chunk := list(islice(remaining, size)):
+        text = ", ".join(json.dumps(asdict(item), sort_keys=True) for item in chunk)
+        digest.update((", " if parts else "").encode() + text.encode())
+        parts.append(base64.b64encode(zlib.compress(f"[{text}]".encode())).decode())
+        problems = [item for item in chunk if isinstance(item, Problem)]
+        records += len(chunk) - len(problems)
+        first = first or next(iter(problems), None)
+    digest.update(b"]")
+    if not records:
+        why = f"; the first: {first.reason}, {first.detail} ({first.where})" if first else ""
+        raise ValueError(f"not a single good record in the published files{why}")
+    return parts, digest.hexdigest()
+
+
+def unpack(part: str) -> list[dict[str, Any]]:
+    """What `pack` made a part of, as dicts."""
+    return json.loads(zlib.decompress(base64.b64decode(part)))
+
+
+def _units(packed: list[str], config: PrepareConfig) -> list[dict[str, Any]]:
+    _check_images(config, unpack(packed[0]))
     if not config.in_process:
         cluster.start()
-    size = config.part_records
-    return [
-        {"name": f"{i:05d}", "items": items[start : start + size]}
-        for i, start in enumerate(range(0, len(items), size))
-    ]
+    return [{"name": f"{i:05d}", "items": part} for i, part in enumerate(packed)]
+
+
+def _check_images(config: PrepareConfig, items: list[dict[str, Any]]) -> None:
+    """Find one of the first images: of a wrong folder's all would be set aside as missing."""
+    folder = Store(config.images)
+    paths = [item["images"][0] for item in items if "images" in item][:_LOOKED_FOR]
+    if paths and not any(folder.exists(path) for path in paths):
+        raise FileNotFoundError(
+            f"images: none of the first {len(paths)} is in {config.images}, such as {paths[0]}"
+        )
 
 
 def _report(commit: Commit) -> None:
@@ -239,7 +255,7 @@ class _ImageWorker:
         rows: list[dict[str, Any]] = []
         aside: list[dict[str, Any]] = []
         with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
-            for row, problem in pool.map(self._row, unit["items"]):
+            for row, problem in pool.map(self._row, unpack(unit["items"])):
                 if row is not None:
                     rows.append(row)
                 if problem is not None:
@@ -253,13 +269,15 @@ class _ImageWorker:
 
     def _row(self, item: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         if "reason" in item:
-            return None, {"id": item["where"], "reason": item["reason"], "detail": item["detail"]}
+            problem = {"id": item["where"], "reason": item["reason"], "detail": item["detail"]}
+            return None, {**problem, "examples": None}
         images = []
         for path in item["images"]:
             image = self._image(path)
             if isinstance(image, Rejected):
-                detail = f"{path}: {image.detail}"
-                return None, {"id": item["id"], "reason": image.reason, "detail": detail}
+                detail, lost = f"{path}: {image.detail}", json.dumps(item["examples"])
+                problem = {"id": item["id"], "reason": image.reason, "detail": detail}
+                return None, {**problem, "examples": lost}
             images.append({"bytes": image, "path": path})
         examples = [{**e, "target": json.dumps(e["target"])} for e in item["examples"]]
         return {"id": item["id"], "images": images, "examples": examples}, None
@@ -278,7 +296,8 @@ class _ImageWorker:
 def main() -> None:
     chosen = cli(PRESETS, description=__doc__ or "")
     try:
-        run(chosen)
+        with bill.printed():
+            run(chosen)
     except (FileNotFoundError, StoreError, ValueError) as error:
         stop(str(error))
 

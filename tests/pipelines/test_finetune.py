@@ -240,7 +240,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(
     config = evaluate_config(store, "vqa", name="killed", part_records=4)
     whole = evaluate.run(replace(config, name="whole"))
     predicted: list[int] = []
-    original = evaluate._Predictor.__call__
+    original = evaluate.Predictor.__call__
 
     def dies_at_the_second(self: Any, unit: dict[str, Any]) -> Any:
         predicted.append(unit["start"])
@@ -248,7 +248,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(
             raise KeyboardInterrupt
         return original(self, unit)
 
-    monkeypatch.setattr(evaluate._Predictor, "__call__", dies_at_the_second)
+    monkeypatch.setattr(evaluate.Predictor, "__call__", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(config)
     result = evaluate.run(config)

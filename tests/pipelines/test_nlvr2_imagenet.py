@@ -161,7 +161,13 @@ def test_predict(store: Store, world: World, tmp_path: Path) -> None:
         predict.run(replace(both, statement=""))
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (lost,) = predict.run(replace(both, right=str(tmp_path / "broken.png")))
-    assert "not a readable image" in lost["error"]
+    assert lost["error"] == "not an image"
     (named,) = predict.run(replace(base, model="models/imagenet"))
     assert sorted(named["prediction"]) == list(prepare_task.labels(store, "imagenet"))
-    assert next(predict.lines([named])).endswith(", ".join(named["prediction"]))
+    assert next(predict.lines([named])).endswith("; ".join(named["prediction"]))
+    names = tmp_path / "LOC_synset_mapping.txt"
+    names.write_text("n00000001 tench, Tinca tinca\nn00000002 goldfish\n")
+    (called,) = predict.run(replace(base, model="models/imagenet", class_names=str(names)))
+    known = {"n00000001": "tench, Tinca tinca", "n00000002": "goldfish"}
+    assert called["names"] == [known.get(label, label) for label in named["prediction"]]
+    assert next(predict.lines([called])) == f"{left}: {'; '.join(called['names'])}"
