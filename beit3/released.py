@@ -51,6 +51,7 @@ _HEADS = {
     "pooler.norm.": "pooler_norm.",
     "pooler.dense.": "pooler.",
 }
+_CLASSES = {"vqa": "head.3.weight", "imagenet": "head.weight"}
 _PASSES = "passes"  # the captioning model's count of its own training steps, which they lack
 
 
@@ -75,6 +76,11 @@ class Released:
     def tensors(self) -> dict[str, Tensor]:
         """Backbone and heads, as the model of this kind loads them."""
         return {f"backbone.{key}": value for key, value in self.backbone.items()} | self.heads
+
+    @property
+    def classes(self) -> int:
+        """Classes of a head whose number the kind leaves open; else 0."""
+        return len(self.heads[_CLASSES[self.kind]]) if self.kind in _CLASSES else 0
 
 
 def load_released(
@@ -288,7 +294,7 @@ def _check(tensors: Mapping[str, Tensor], kind: str, config: ModelConfig) -> Non
     with torch.device("meta"):
         empty = Released(kind, config, BEiT3(config).state_dict(), {})
         expected = {key: list(value.shape) for key, value in to_released(empty).items()}
-    last = tensors.get({"vqa": "head.3.weight", "imagenet": "head.weight"}.get(kind, ""))
+    last = tensors.get(_CLASSES.get(kind, ""))
     classes = 0 if last is None or not last.ndim else len(last)
     expected |= _head_shapes(kind, config, classes)
     problems = [f"{key}: missing" for key in expected if key not in tensors]

@@ -251,9 +251,7 @@ def _agreement(values: Mapping[str, Mapping[str, list[float]]], tasks: Sequence[
         for task in tasks
         if name != DEFAULT
     }
-    limits = {
-        task: limit([found for (_, of), found in here.items() if of == task]) for task in tasks
-    }
+    limits = {task: limit([found[task] for found in values.values()]) for task in tasks}
     head = ["default minus", *(f"{_short(t)}: {w}" for t in tasks for w in ("here", "paper", ""))]
     rows = []
     for ablation in ABLATIONS:
@@ -273,23 +271,23 @@ def _agreement(values: Mapping[str, Mapping[str, list[float]]], tasks: Sequence[
     return (
         "**Differences** of runs with the same seed. One agrees with the paper if it has the "
         "paper's sign, contradicts it if not, and is open where it could be chance: where its mean "
-        "is within the 95 % limits of Student's t with the rows' pooled deviation"
+        "is within the 95 % limits of Student's t with the deviation pooled over all rows"
         f"{f' ({bounds})' if bounds else ''}.\n\n{markdown(head, rows)}"
     )
 
 
-def limit(differences: Sequence[Sequence[float]]) -> float | None:
-    """How far from 0 the mean of a row's differences must be not to be taken for chance (two-sided
-    5 %): Student's t with the deviation pooled over the rows. None without a row of two."""
+def limit(rows: Sequence[Sequence[float]]) -> float | None:
+    """How far apart two rows' means must be not to be taken for chance (two-sided 5 %): Student's t
+    with the deviation pooled over all rows. None without a row of two."""
     from scipy.stats import t
 
-    rows = [row for row in differences if len(row) > 1]
+    rows = [row for row in rows if len(row) > 1]
     if not rows:
         return None
     freedom = sum(len(row) - 1 for row in rows)
     pooled = sum(statistics.variance(row) * (len(row) - 1) for row in rows) / freedom
     fewest = min(len(row) for row in rows)
-    return float(t.ppf(0.975, freedom)) * (pooled / fewest) ** 0.5
+    return float(t.ppf(0.975, freedom)) * (2 * pooled / fewest) ** 0.5
 
 
 def verdict(here: Sequence[float], paper: float, limit: float | None) -> str:

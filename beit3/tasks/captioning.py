@@ -216,21 +216,32 @@ class Task:
         return [texts[owner] for owner in batch.owner.tolist()]
 
     def score(
-        self, predictions: Sequence[str | None], examples: Sequence[Example]
+        self,
+        predictions: Sequence[str | None],
+        examples: Sequence[Example],
+        *,
+        thorough: bool = False,
     ) -> dict[str, float]:
-        """CIDEr (0..10; papers multiply by 100), BLEU-4 and ROUGE-L (0..1)."""
+        """CIDEr (0..10; papers multiply by 100), BLEU-4 and ROUGE-L (0..1); if thorough, METEOR and
+        SPICE (0..1)."""
         pairs = [
             (prediction or "", example.target)
             for prediction, example in zip(predictions, examples, strict=True)
             if example.target
         ]
-        return caption_scores([p for p, _ in pairs], [references for _, references in pairs])
+        references = [references for _, references in pairs]
+        return caption_scores([p for p, _ in pairs], references, thorough=thorough)
 
     def submission(
         self, predictions: Sequence[str | None], examples: Sequence[Example]
     ) -> list[dict[str, Any]]:
         """COCO's results format."""
         return [
-            {"image_id": int(example.id), "caption": prediction or ""}
+            {"image_id": _number(example.id), "caption": prediction or ""}
             for prediction, example in zip(predictions, examples, strict=True)
         ]
+
+
+def _number(identifier: str) -> int | str:
+    """COCO's ids are numbers; other pictures keep the names that they have."""
+    return int(identifier) if identifier.isdecimal() else identifier

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import posixpath
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,9 @@ SUFFIXES = {".jpeg", ".jpg", ".png"}
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 _TRAIN_IMAGES = 1_281_167
-_WNID = re.compile(r"n\d{8}")
+WNID = re.compile(r"n\d{8}")
+_SOLUTION = ["ImageId", "PredictionString"]
+_HASH_BYTES = hashlib.sha256().digest_size
 _UNSEEN = ("text_", "language", "fusion_expert", "mask_token")
 
 
@@ -123,11 +126,14 @@ class Task:
         """
         if split not in SPLITS:
             raise ValueError(f"split: {split!r} is none of {', '.join(SPLITS)}")
-        found = list(_train(root) if split == "train" else _val(root))
-        found.sort(key=lambda item: hashlib.sha256(item[0].encode()).digest())
-        for path, wnid in found:
-            if _WNID.fullmatch(wnid):
-                name = Path(path).stem
+        pairs = _train(root) if split == "train" else _val(root)
+        # As bytes, hash first: a million pairs and their hashes would take several times as much.
+        found = [_hash(path) + f"{path}\0{wnid}".encode() for path, wnid in pairs]
+        found.sort()
+        for item in found:
+            path, _, wnid = item[_HASH_BYTES:].decode().rpartition("\0")
+            if WNID.fullmatch(wnid):
+                name, _ = posixpath.splitext(posixpath.basename(path))
                 yield Record(name, (path,), (Example(name, None, wnid),))
             else:
                 detail = f"class {wnid[:100]!r} is no WordNet id such as n01440764"
@@ -136,7 +142,7 @@ class Task:
     @staticmethod
     def read_labels(root: Path, min_count: int) -> list[str]:
         """The training images' WordNet ids; their place in alphabetical order is the class."""
-        return sorted({wnid for _, wnid in _train(root) if _WNID.fullmatch(wnid)})
+        return sorted({wnid for _, wnid in _train(root) if WNID.fullmatch(wnid)})
 
     @staticmethod
     def recipes() -> dict[str, Recipe]:
@@ -207,7 +213,11 @@ class Task:
         return [[self.labels[i] for i in row] for row in best.tolist()]
 
     def score(
-        self, predictions: Sequence[list[str] | None], examples: Sequence[Example]
+        self,
+        predictions: Sequence[list[str] | None],
+        examples: Sequence[Example],
+        *,
+        thorough: bool = False,
     ) -> dict[str, float]:
         """How often the right class is the likeliest, and among the five likeliest, 0..1."""
         pairs = [
@@ -228,53 +238,61 @@ class Task:
 # -- published files: paths of images, each with its class ----------------------------------------
 
 
-def _train(root: Path) -> Iterable[tuple[str, str]]:
+def _train(root: Path) -> Iterator[tuple[str, str]]:
     listed = root / "train_cls.txt"
     if listed.exists():
-        names = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
-        return [(f"train/{name}.JPEG", name.partition("/")[0]) for name in names]
-    found = _folders(root, "train")
-    if not found:
-        raise FileNotFoundError(
-            f"{root}: no folders like train/n01440764, and no train_cls.txt. Get ILSVRC2012 from "
-            "https://image-net.org and unpack every class's archive to a folder of its own"
-        )
-    return found
+        with listed.open(errors="replace") as lines:
+            for line in lines:
+                if words := line.split():
+                    yield f"train/{words[0]}.JPEG", words[0].partition("/")[0]
+        return
+    yield from _folders(
+        root,
+        "train",
+        "no folders like train/n01440764, and no train_cls.txt. Get ILSVRC2012 from "
+        "https://image-net.org and unpack every class's archive to a folder of its own",
+    )
 
 
-def _val(root: Path) -> Iterable[tuple[str, str]]:
+def _val(root: Path) -> Iterator[tuple[str, str]]:
     solution = root / "LOC_val_solution.csv"
     truth = next((f for f in (root / TRUTH, _devkit(root) / TRUTH) if f.exists()), None)
     if solution.exists():
-        with solution.open(newline="") as file:
-            rows = [row for row in csv.reader(file) if row][1:]
-        # The prediction is a class and a box, for each thing that there is: all of one class.
-        return [(f"val/{row[0]}.JPEG", " ".join(row[1:]).partition(" ")[0]) for row in rows]
-    if truth is not None:
+        with solution.open(newline="", errors="replace") as file:
+            rows = (row for row in csv.reader(file) if row)
+            if next(rows, None) != _SOLUTION:
+                raise ValueError(f"{solution}: its first line is not {','.join(_SOLUTION)}")
+            for row in rows:
+                # A class and a box for each thing that there is: all of one class.
+                yield f"val/{row[0]}.JPEG", " ".join(row[1:]).partition(" ")[0]
+    elif truth is not None:
         classes = _devkit_classes(truth.parent / "meta.mat")
-        numbers = truth.read_text().split()
-        return [
-            (f"val/ILSVRC2012_val_{place:08d}.JPEG", classes.get(number, number))
-            for place, number in enumerate(numbers, 1)
-        ]
-    found = _folders(root, "val")
-    if not found:
-        raise FileNotFoundError(
-            f"{root}: no folders like val/n01440764, no LOC_val_solution.csv and no {TRUTH}: one "
-            "of them must tell the classes of the validation images"
+        for place, number in enumerate(truth.read_text(errors="replace").split(), 1):
+            yield f"val/ILSVRC2012_val_{place:08d}.JPEG", classes.get(number, number)
+    else:
+        yield from _folders(
+            root,
+            "val",
+            f"no folders like val/n01440764, no LOC_val_solution.csv and no {TRUTH}: one of them "
+            "must tell the classes of the validation images",
         )
-    return found
 
 
-def _folders(root: Path, split: str) -> list[tuple[str, str]]:
-    """The images in a folder for each class."""
-    return [
-        (f"{split}/{folder.name}/{file.name}", folder.name)
-        for folder in sorted((root / split).glob("n*"))
-        if folder.is_dir()
-        for file in folder.iterdir()
-        if file.suffix.lower() in SUFFIXES
-    ]
+def _folders(root: Path, split: str, without: str) -> Iterator[tuple[str, str]]:
+    """The images in a folder for each class; `without` is said where there are none."""
+    some = False
+    for folder in sorted((root / split).glob("n*")):
+        if folder.is_dir():
+            for file in folder.iterdir():
+                if file.suffix.lower() in SUFFIXES:
+                    some = True
+                    yield f"{split}/{folder.name}/{file.name}", folder.name
+    if not some:
+        raise FileNotFoundError(f"{root}: {without}")
+
+
+def _hash(path: str) -> bytes:
+    return hashlib.sha256(path.encode()).digest()
 
 
 def _devkit(root: Path) -> Path:

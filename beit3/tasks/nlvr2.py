@@ -179,7 +179,11 @@ class Task:
         return [bool(i) for i in module.logits(batch).argmax(1).tolist()]
 
     def score(
-        self, predictions: Sequence[bool | None], examples: Sequence[Example]
+        self,
+        predictions: Sequence[bool | None],
+        examples: Sequence[Example],
+        *,
+        thorough: bool = False,
     ) -> dict[str, float]:
         """Official measures, 0..1: `accuracy` of sentences with their pairs of images, and
         `consistency`, the share of sentences that are right with every pair they stand with."""
@@ -211,7 +215,8 @@ class Task:
 def _example(raw: dict[str, Any], folder: str) -> tuple[str, Example]:
     """A line's images, without `-img0.png`, and its example."""
     identifier = raw["identifier"]
-    _parts(identifier)
+    if _parts(identifier)[0] != folder:
+        raise ValueError(f"identifier {identifier!r} is not of {folder}")
     sentence = " ".join(raw["sentence"].split())
     label = str(raw["label"]).lower()
     if not sentence:

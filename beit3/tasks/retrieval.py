@@ -124,7 +124,11 @@ class Task:
         return predictions
 
     def score(
-        self, predictions: Sequence[dict[str, str | None] | None], examples: Sequence[Example]
+        self,
+        predictions: Sequence[dict[str, str | None] | None],
+        examples: Sequence[Example],
+        *,
+        thorough: bool = False,
     ) -> dict[str, float]:
         """Recall at 1, 5 and 10 (0..1): `text_recall_*` of the texts of an image, `image_recall_*`
         of the image of a text, and their mean. Every image counts once, whatever stands twice.

@@ -111,23 +111,26 @@ class Task:
         if split not in YEARS:
             raise ValueError(f"split: {split!r} is none of {', '.join(YEARS)}")
         year = YEARS[split]
-        asked = _load(root / f"v2_OpenEnded_mscoco_{year}_questions.json", "questions")
+        asked = _load(root / f"v2_OpenEnded_mscoco_{year}_questions.json", "questions", year)
         answered = {}
         if not split.startswith("test"):
-            for raw in _load(root / f"v2_mscoco_{year}_annotations.json", "annotations"):
-                if isinstance(raw, dict):
-                    answered[raw.get("question_id")] = raw
+            for raw in _load(root / f"v2_mscoco_{year}_annotations.json", "annotations", year):
+                if isinstance(raw, dict) and isinstance(raw.get("question_id"), int):
+                    answered[raw["question_id"]] = raw
         by_image: dict[int, list[Example]] = defaultdict(list)
         for place, raw in enumerate(asked):
             where = f"{year} questions, {place}"
             try:
-                number, image = raw["question_id"], int(raw["image_id"])
+                number, image = int(raw["question_id"]), int(raw["image_id"])
                 question = " ".join(raw["question"].split())
                 target = None
                 if not split.startswith("test"):
+                    if number not in answered:
+                        raise ValueError(f"question {number} has no annotation")
                     target = _target(answered[number])
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                yield Problem("malformed record", f"{type(error).__name__}: {error}", where)
+                detail = f"{type(error).__name__}: {error}"
+                yield Problem("malformed record", detail[:200], where)
                 continue
             by_image[image].append(Example(str(number), question, target))
         folder = "test2015" if split.startswith("test") else year
@@ -138,9 +141,9 @@ class Task:
     @staticmethod
     def read_labels(root: Path, min_count: int) -> list[str]:
         """Normalised most common answers given at least `min_count` times, in published order."""
-        file = root / f"v2_mscoco_{YEARS['train']}_annotations.json"
+        year = YEARS["train"]
         counts: Counter[str] = Counter()
-        for raw in _load(file, "annotations"):
+        for raw in _load(root / f"v2_mscoco_{year}_annotations.json", "annotations", year):
             if isinstance(raw, dict) and isinstance(raw.get("multiple_choice_answer"), str):
                 counts[normalise_answer(raw["multiple_choice_answer"])] += 1
         return [answer for answer, count in counts.items() if answer and count >= min_count]
@@ -210,7 +213,11 @@ class Task:
         return [self.labels[i] for i in module.logits(batch).argmax(1).tolist()]
 
     def score(
-        self, predictions: Sequence[str | None], examples: Sequence[Example]
+        self,
+        predictions: Sequence[str | None],
+        examples: Sequence[Example],
+        *,
+        thorough: bool = False,
     ) -> dict[str, float]:
         """Official VQA accuracy, 0..1, over all answered questions and by type of answer."""
         by_type: dict[str, list[float]] = defaultdict(list)
@@ -239,15 +246,23 @@ class Task:
 
 def _target(raw: dict[str, Any]) -> dict[str, Any]:
     answers = [answer["answer"] for answer in raw["answers"]]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError("answers are no texts")
     return {"answers": answers, "type": raw.get("answer_type")}
 
 
-def _load(file: Path, key: str) -> list[Any]:
+def _load(file: Path, key: str, year: str) -> list[Any]:
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is missing. Get it from https://visualqa.org/download.html"
         )
     try:
-        return json.loads(file.read_text())[key]
+        content = json.loads(file.read_bytes())
+        found, version, subset = content[key], content["info"]["version"], content["data_subtype"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a file of VQA v2 ({error})") from error
+    if not str(version).startswith("2") or subset != year:
+        raise ValueError(f"{file}: holds {subset} of VQA {version}, expected {year} of VQA 2.0")
+    if not isinstance(found, list):
+        raise ValueError(f"{file}: not a file of VQA v2 ({key} are no list)")
+    return found
