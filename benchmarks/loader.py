@@ -11,8 +11,9 @@ batches into this process, which only takes them. No picture comes twice.
 
 The baseline does what can't be left out, on bytes in memory: it decodes the same pictures and
 applies the same views, in as many processes. Both run `--repeats` times in turns; what the loader
-had made ahead is taken before its clock starts. Prints the medians of images per second, and their
-ratio.
+had made ahead is taken before its clock starts. Not measured is reading: the first batches need
+rows of every row group, and all of them fit into the loader's memory. Prints the medians of images
+per second, and their ratio.
 """
 
 from __future__ import annotations

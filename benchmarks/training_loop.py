@@ -14,8 +14,10 @@ by `torch.nn.utils`, on the same batches, which lie on the device before its clo
 loader, engine, guard or log. After the same steps both must have the same loss.
 
 Each runs in a fresh process, `--repeats` of each in turns. Of a run the steps up to the first log
-are warm-up: they take the batches that were made ahead, and measure the machine's peak. Prints the
-steps per second of the others, median over the turns, with the ratio; and that of each turn.
+are warm-up: they take the batches that were made ahead, and measure the machine's peak. Prints of
+the others, medians over the turns and as a ratio, the steps per second, and the seconds that CPU
+cores were busy with a step in the process that trains, which suffer less from what else runs on the
+machine; and the ratio of each turn.
 """
 
 from __future__ import annotations
@@ -62,14 +64,19 @@ DIFFERENT = 64  # pictures
 class Recipe(PretrainRecipe):
     """Pretraining that notes when each of its steps begins, and leaves no model."""
 
-    begun: list[float] = field(default_factory=list)
+    begun: list[tuple[float, float]] = field(default_factory=list)
+    """When, and how long the process had been busy by then."""
 
     def flops(self, batch: MaskedBatch) -> float:
-        self.begun.append(time.monotonic())  # its batch has come
+        self.begun.append(_now())  # its batch has come
         return super().flops(batch)
 
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
         return {"begun": self.begun}
+
+
+def _now() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
 
 
 def recipe(options: argparse.Namespace) -> Recipe:
@@ -151,14 +158,20 @@ def run_job(options: argparse.Namespace) -> dict[str, Any]:
         found = tracker.get_metric_history(handle.run_id, f"train/{name}")
         return {metric.step: metric.value for metric in found}
 
-    begun = info["begun"][options.log_every :]
-    last = options.log_every + options.steps
+    begun, last = info["begun"][options.log_every :], options.log_every + options.steps
     waited = logged("data_wait_share")
     return {
-        "seconds": (begun[-1] - begun[0]) / options.steps,
+        **_per_step(options, begun[0], begun[-1]),
         "loss": logged("loss")[last],
         "waited": waited[last],
     }
+
+
+def _per_step(
+    options: argparse.Namespace, start: Sequence[float], end: Sequence[float]
+) -> dict[str, float]:
+    seconds, busy = ((late - early) / options.steps for early, late in zip(start, end, strict=True))
+    return {"seconds": seconds, "busy": busy}
 
 
 def run_bare(options: argparse.Namespace) -> dict[str, Any]:
@@ -173,11 +186,11 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
     )
     make, dtype = wanted.batches(0, 1), _measure.DTYPES[options.precision]
     batches: list[MaskedBatch] = [to_device(make(step), device) for step in range(train.steps)]
-    begun, loss = 0.0, torch.zeros(())
+    begun, loss = _now(), torch.zeros(())
     for step, batch in enumerate(batches[:-1]):
         if step == options.log_every:
             synchronise(device)
-            begun = time.monotonic()
+            begun = _now()
         rate = cosine_schedule(
             step, peak=train.learning_rate, warmup=train.warmup, steps=train.steps
         )
@@ -190,8 +203,7 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
         nn.utils.clip_grad_norm_(module.parameters(), train.clip)
         optimizer.step()
     synchronise(device)
-    seconds = (time.monotonic() - begun) / options.steps
-    return {"seconds": seconds, "loss": loss.item()}
+    return {**_per_step(options, begun, _now()), "loss": loss.item()}
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, list[Any]]:
@@ -219,9 +231,11 @@ def report(options: argparse.Namespace, found: dict[str, list[Any]]) -> str:
     with torch.device("meta"):
         module = recipe(options).build()
     parameters = sum(p.numel() for p in module.parameters())
-    rates = {kind: [1 / one["seconds"] for one in found[kind]] for kind in KINDS}
-    bare, job = (median(rates[kind]) for kind in KINDS)
-    ratios = [j / b for b, j in zip(*(rates[kind] for kind in KINDS), strict=True)]
+    bare, job = (median(one["seconds"] for one in found[kind]) for kind in KINDS)
+    busy = [median(one["busy"] for one in found[kind]) for kind in KINDS]
+    turns = zip(found["bare"], found["job"], strict=True)
+    ratios = [b["seconds"] / j["seconds"] for b, j in turns]
+    waited = 100 * median(one["waited"] for one in found["job"])
     losses = [found[kind][0]["loss"] for kind in KINDS]
     lines = [
         f"{options.preset}, {model.image_size} px, {parameters / 1e6:.0f}M parameters, "
@@ -233,10 +247,11 @@ def report(options: argparse.Namespace, found: dict[str, list[Any]]) -> str:
         f"loss after {options.log_every + options.steps} steps: bare {losses[0]:.4f}, "
         f"job {losses[1]:.4f}",
         f"{'':26}{'bare loop':>12}{'job':>12}{'ratio':>8}",
-        f"{'steps/s, median':26}{bare:12.4f}{job:12.4f}{job / bare:8.3f}",
-        f"{'seconds per step':26}{1 / bare:12.3f}{1 / job:12.3f}{bare / job:8.3f}",
-        f"ratio of each turn: {', '.join(f'{one:.3f}' for one in ratios)}; the job waited for "
-        f"batches {100 * median(one['waited'] for one in found['job']):.2f} % of its time",
+        f"{'steps/s':26}{1 / bare:12.4f}{1 / job:12.4f}{bare / job:8.3f}",
+        f"{'seconds per step':26}{bare:12.3f}{job:12.3f}{job / bare:8.3f}",
+        f"{'CPU seconds per step':26}{busy[0]:12.3f}{busy[1]:12.3f}{busy[1] / busy[0]:8.3f}",
+        f"ratio of steps/s of each turn: {', '.join(f'{one:.3f}' for one in ratios)}",
+        f"the job waited for batches {waited:.2f} % of its time",
     ]
     return "\n".join(lines)
 
@@ -248,7 +263,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="base")
-    parser.add_argument("--samples", type=int, help="of each kind in a step; default: 2, GPU 32")
+    parser.add_argument("--samples", type=int, help="of each kind in a step; default: 4, GPU 32")
     parser.add_argument("--precision", choices=tuple(_measure.DTYPES), default="fp32")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -262,7 +277,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turn", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.samples = options.samples or (2 if options.device == "cpu" else 32)
+    options.samples = options.samples or (4 if options.device == "cpu" else 32)
     if min(options.samples, options.log_every, options.steps, options.repeats) < 1:
         parser.error("--samples, --log-every, --steps, --repeats: expected at least 1")
     if options.steps % options.log_every:

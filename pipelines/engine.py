@@ -8,11 +8,14 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from beit3.optimisation import cosine_schedule, parameter_groups
 from pipelines import budget
 from pipelines.recipe import Run, TrainConfig
+
+_LINEAR = F.linear
 
 
 def build(run: Run, module: nn.Module) -> Any:
@@ -55,6 +58,12 @@ def build(run: Run, module: nn.Module) -> Any:
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return engine
+
+
+def close(engine: Any) -> None:
+    """End an engine, and take back what ZeRO 3 puts in the place of PyTorch's own."""
+    engine.destroy()
+    F.linear = _LINEAR
 
 
 def _zero(config: TrainConfig, module: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
+import os
 import posixpath
 import queue
 import threading
@@ -34,7 +35,9 @@ STREAMS = 64
 WINDOW = 4 * ROW_GROUP_ROWS  # rows among which a stream is shuffled
 TURNS = 16  # of a lane of a mix, among which its sources are shuffled
 SPREAD = 37  # odd; of those tried it kept a mix's shares closest to its weights
-CACHED_BYTES = 1 << 30  # of row groups, by a `ParquetRows`
+# Of row groups, by a `ParquetRows`. A worker alone has 64 streams at hand, each of four row groups
+# and more: 3 GB of pictures of 35 kB. With less than it wants, most rows would read a group anew.
+CACHED_BYTES = max(1 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
 
 B = TypeVar("B")
 

@@ -16,7 +16,7 @@ from beit3.text import BOS, EOS, TextTokenizer
 from beit3.transforms import View, apply_view
 from pipelines.loader import ParquetRows
 from pipelines.pretrain_config import HELD_OUT_PAIRS, OBJECTIVES, PretrainConfig
-from pipelines.samples import Pictures, Sample, Samples
+from pipelines.samples import Pictures, Sample, Samples, picture_of
 from pipelines.storage import ROW_GROUP_ROWS, Store
 
 
@@ -63,7 +63,7 @@ class MaskedBatches:
         # A picture that has lost its captions still is a picture.
         lost = [one for one in drawn.get("pairs", ()) if not one.row["captions"]]
         if lost and not pairs and "texts" not in drawn:
-            # Of all workers none must be without text: they call the same modules (ZeRO 3).
+            # No worker may be without text where others have some: all call the same modules.
             pairs, lost = lost[:1], lost[1:]
         alone = [("images", one) for one in drawn.get("images", ())]
         alone += [("pairs", one) for one in lost]
@@ -158,9 +158,8 @@ class PictureSource:
         number = sample.group.dataset
         path = self.paths[number][posixpath.basename(sample.group.path)]
         group, index = divmod(sample.row["image_row"], ROW_GROUP_ROWS)
-        cell = self.rows.table(number, path, group).column(0)[index]
-        # `image`, or of a task's row the first of `images`
-        data = (cell[0] if isinstance(cell, pa.ListScalar) else cell)["bytes"].as_py()
+        table = self.rows.table(number, path, group)
+        data = picture_of({name: table.column(name)[index] for name in table.column_names}).as_py()
         picture = self.decoded(f"{number}/{sample.row['id']}", data)
         box = View(tuple(view["box"].as_py()), view["flip"].as_py())
         apply_view(picture, box, out.shape[-1], out)

@@ -129,14 +129,18 @@ def _sweep(sweep: dict[str, Any]) -> Iterator[str]:
     yield f"| trial | {' | '.join(names)} | {sweep['metric']} | steps | |"
     yield f"|---|{'---:|' * (len(names) + 2)}---|"
     for row in rows:
-        values = [f"{row['parameters'][name]:.4g}" for name in names]
+        values = [_short(row["parameters"][name]) for name in names]
         score = "–" if row["score"] is None else f"{row['score']:.4f}"
         yield f"| {' | '.join([row['name'], *values, score, str(row['steps']), row['status']])} |"
     if len(sweep["runs"]) > 1:
         yield "\nIts weights are of several runs, one after the other:\n"
         for run in sweep["runs"]:
-            values = ", ".join(f"{name} {value:.4g}" for name, value in run["values"].items())
+            values = ", ".join(f"{name} {_short(v)}" for name, v in run["values"].items())
             yield f"- `{run['run']}` from step {run['step']}: {values}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _data(info: dict[str, Any]) -> Iterator[str]:

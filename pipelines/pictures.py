@@ -46,7 +46,7 @@ def some_images(dataset: Dataset, count: int, size: int) -> Tensor:
             if len(pixels) >= enough:
                 break
             with contextlib.suppress(OSError):
-                picture = decode(picture_of({column: value.as_py()}))
+                picture = decode(picture_of({column: value}).as_py())
                 pixels.append(apply_view(picture, WHOLE, size))
     if not pixels:
         raise StoreError(f"{dataset.uri} has no pictures")

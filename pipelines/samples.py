@@ -67,8 +67,9 @@ class Samples:
         )
 
 
-def picture_of(row: Mapping[str, Any]) -> bytes:
-    """The picture of a row of `images/*`, or the first of a row of `tasks/*`, as it is stored."""
+def picture_of(row: Mapping[str, Any]) -> Any:
+    """The picture of a row of `images/*`, or the first of a row of `tasks/*`: bytes, or if the row
+    holds Arrow's scalars the scalar of them."""
     return (row["image"] if "image" in row else row["images"][0])["bytes"]
 
 

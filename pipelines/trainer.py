@@ -28,6 +28,7 @@ from pipelines import (
     checkpoints,
     cluster,
     console,
+    placement,
     progress,
     stops,
     tracking,
@@ -170,6 +171,8 @@ def _worker(arguments: dict[str, Any]) -> None:
     run: Run = arguments["run"]
     store = Store(run.store_uri)
     rank, world, device = _join(run.config)
+    if run.tuned and run.config.workers and rank == 0:
+        placement.note(store, run.name)
     torch.manual_seed(run.config.seed)
     module = run.recipe.build()
     budget.check_device(module, run.config, device)
@@ -203,7 +206,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         dist.barrier()
     if run.tuned and not ended:  # now that the model is there
         _report(run.config, {**metrics, "step": run.config.steps})
-    engine.destroy()
+    engines.close(engine)
     if not run.config.workers:  # this process may train again: leave no group behind
         import deepspeed.comm
 

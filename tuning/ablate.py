@@ -349,6 +349,8 @@ def _finetune_seconds(cfg: AblateConfig, chosen: PretrainConfig, task: str) -> f
     if cfg.tasks.gpus_per_worker:
         return float("nan")
     store = Store(cfg.store)
+    if cfg.world:
+        prepare_sample(cfg.tasks, cfg.store, Path(cfg.world))
     _, tokenizer = token_checks.check_data(store, chosen)
     tuned = finetuning(
         cfg.tasks, cfg.store, task, init=finetune.RANDOM, like="models/any", name="", seed=0

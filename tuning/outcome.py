@@ -99,10 +99,14 @@ def export(store: Store, outcome: dict[str, Any]) -> str:
 def show(outcome: dict[str, Any]) -> None:
     """Print the trials, best first, and how busy the workers were."""
     for row in outcome["trials"]:
-        chosen = "  ".join(f"{k} {v:.4g}" for k, v in row["parameters"].items())
+        chosen = "  ".join(f"{k} {_short(v)}" for k, v in row["parameters"].items())
         score = row["status"] if row["score"] is None else f"{row['score']:.4f}"
         console.say(f"  {outcome['metric']} {score}  after {row['steps']:>4} steps  {chosen}")
     seconds, workers = outcome["seconds"], outcome["workers"]
     idle = ", ".join(f"{seconds[k] / workers:.0f} s {k}" for k in ("waiting", "tail"))
     console.say(f"  {workers} workers were busy {100 * outcome['busy']:.1f} % of the time ({idle})")
     console.say(f"  best: {outcome['model']}; sweeps/{outcome['name']}.html shows all")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -215,7 +215,16 @@ def _tune(
                 name=folder.rpartition("/")[2],
                 storage_path=where.rpartition("/")[0],
                 verbose=0,
-                callbacks=[watch.Watch(store, folder, workers, cfg.samples, metric)],
+                callbacks=[
+                    watch.Watch(
+                        store,
+                        folder,
+                        cfg.name,
+                        workers=workers,
+                        total=cfg.samples,
+                        metric=metric,
+                    )
+                ],
             ),
         )
     tuner.fit()

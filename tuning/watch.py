@@ -13,8 +13,9 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from pipelines import console
+from pipelines import console, placement
 from pipelines.storage import Store
+from tuning.trials import run_name
 from tuning.trials import values as drawn
 
 _ENDED = (Trial.TERMINATED, Trial.ERROR)
@@ -29,12 +30,17 @@ class Watch(tune.Callback):
         metric: The score's name in a result.
     """
 
-    def __init__(self, store: Store, folder: str, workers: int, total: int, metric: str) -> None:
-        self.store, self.folder, self.metric = store, folder, metric
+    def __init__(
+        self, store: Store, folder: str, sweep: str, *, workers: int, total: int, metric: str
+    ) -> None:
+        self.store, self.folder, self.sweep, self.metric = store, folder, sweep, metric
         self.workers, self.total = workers, total
         self.seconds = {"busy": 0.0, "waiting": 0.0, "tail": 0.0}
         """Of all workers together."""
         self._last: float | None = None
+        self._running: set[str] = set()
+        self._left: list[dict[str, str]] = []
+        """Room of workers whose trials were ended or paused."""
 
     def get_state(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -55,6 +61,9 @@ class Watch(tune.Callback):
         self.seconds["busy"] += running * passed
         self.seconds["waiting"] += max(0, wanted - running) * passed
         self.seconds["tail"] += (self.workers - max(wanted, running)) * passed
+        self._give_back(
+            {run_name(self.sweep, t.config) for t in trials if t.status == Trial.RUNNING}
+        )
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
@@ -65,6 +74,11 @@ class Watch(tune.Callback):
         self._say(trials, trial, f"failed: {_last_line(trial)}")
 
     def on_experiment_end(self, trials: list[Trial], **_: Any) -> None:
+        for _second in range(30):
+            self._give_back(set())
+            if not self._left:
+                break
+            time.sleep(1.0)
         found = [
             {
                 "values": trial.config,
@@ -78,12 +92,21 @@ class Watch(tune.Callback):
         body = {"trials": found, "workers": self.workers, "seconds": self.seconds}
         self.store.write_json(f"{self.folder}/ended.json", body)
 
+    def _give_back(self, running: set[str]) -> None:
+        """Give back the room of trials that don't run any more."""
+        ended = (placement.held(self.store, f"runs/{name}") for name in self._running - running)
+        self._left = [
+            room
+            for room in (*self._left, *(room for room in ended if room))
+            if not placement.release(room)
+        ]
+        self._running = running
+
     def _say(self, trials: list[Trial], trial: Trial, how: str) -> None:
         ended = sum(other.status in _ENDED for other in trials if other is not trial) + 1
         values = ", ".join(
-            f"{name} {value:.4g}"
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in sorted(drawn(trial.config).items())
-            if isinstance(value, int | float)
         )
         step = trial.last_result.get("step", 0)
         console.say(f"   trial {ended}/{self.total}: {how} after {step} steps, {values}")

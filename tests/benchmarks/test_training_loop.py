@@ -19,11 +19,11 @@ def test_the_bare_loop_trains_on_what_was_committed(tmp_path: Path) -> None:
     batch = training_loop.recipe(options).batches(0, 1)(0)
     assert (len(batch.images), len(batch.lengths)) == (6, 6)
     found = training_loop.run_bare(options)
-    assert found["seconds"] > 0
+    assert min(found["seconds"], found["busy"]) > 0
     assert 1 < found["loss"] < 100
 
 
 @pytest.mark.slow
 def test_the_job_and_the_bare_loop_have_the_same_loss(capsys: pytest.CaptureFixture[str]) -> None:
     training_loop.main(SMALL)  # raises if they have not
-    assert "steps/s, median" in capsys.readouterr().out
+    assert "steps/s" in capsys.readouterr().out

@@ -228,9 +228,9 @@ class Cluster:
         """All that belongs to this cluster and still runs: by its mark, so orphans too."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.status() != psutil.STATUS_ZOMBIE:  # noqa: SIM102
-                    if process.environ().get(MARK) == self.mark:
-                        yield process
+                lives = process.status() != psutil.STATUS_ZOMBIE
+                if lives and process.environ().get(MARK) == self.mark:
+                    yield process
 
     def events(self) -> list[dict[str, Any]]:
         """What became of machines so far: `event` (came, went), `name`, `type`, `pid`, `time`."""
@@ -259,10 +259,6 @@ class Cluster:
             stderr=subprocess.STDOUT,
             text=True,
         )
-
-    def run(self, *entrypoint: str, env_vars: Mapping[str, str], seconds: float) -> str:
-        """Submit a job and wait for its end, which must be good; returns what it said."""
-        return finish(self.submit(*entrypoint, env_vars=env_vars), seconds)
 
     def kill(self, name: str) -> None:
         """Take a machine away without a word: all its processes at once."""

@@ -27,7 +27,7 @@ from pipelines import config, contrast, tracking, train_image_tokenizer, train_t
 from pipelines.storage import Store
 
 SECONDS = 240  # for one job on a busy machine
-STEPS, EVERY = 300, 20
+STEPS, EVERY = 160, 20
 IDLE_MINUTES = 0.1
 PRICES = {"head": 1.0, "cpu": 2.0, "gpu": 3.0}
 
@@ -148,18 +148,17 @@ def undisturbed(
     service: Service | None,
 ) -> dict[str, Any]:
     """A pretraining on two GPU machines that nothing happens to; scanned while it runs."""
-    begun = time.time()
     job = submit("pretrain", "--config", _pretraining(store, small_corpus, "undisturbed"))
     _step(store, "undisturbed", EVERY)
     open_sockets = _open(cluster, service)
     up = sorted(machine["type"] for machine in cluster.up().values())
     said = finish(job, SECONDS)
-    return {"said": said, "open": open_sockets, "up": up, "came": _came(cluster, begun)}
+    return {"said": said, "open": open_sockets, "up": up}
 
 
 def test_it_grows_for_a_pretraining_on_two_workers(undisturbed: dict[str, Any]) -> None:
     assert undisturbed["up"].count("gpu") == 2, undisturbed
-    assert undisturbed["said"].count("trained (300 steps)") == 1
+    assert undisturbed["said"].count(f"trained ({STEPS} steps)") == 1
     assert "gpu" in _bill(undisturbed["said"])
 
 
@@ -188,7 +187,7 @@ def test_a_node_is_lost_and_the_model_is_the_same(
     small_corpus: Any,
 ) -> None:
     job = submit("pretrain", "--config", _pretraining(store, small_corpus, "bereft"))
-    _step(store, "bereft", 3 * EVERY)
+    _step(store, "bereft", 2 * EVERY)
     victim = max(name for name, machine in cluster.up().items() if machine["type"] == "gpu")
     killed = time.time()
     cluster.kill(victim)

@@ -42,6 +42,6 @@ def test_options_named_in_passing_are_there() -> None:
 def test_files_named_are_there() -> None:
     for doc in ("operations.md", "security.md"):
         text = (ROOT / "docs" / doc).read_text().replace("$kind", "cpu")
-        for name in re.findall(r"infra/[\w./-]*\w", text):
+        for name in re.findall(r"(?:tests/)?infra/[\w./-]*\w", text):
             if not name.endswith(".env"):  # the user's own
                 assert (ROOT / name).exists(), f"{doc}: {name}"

@@ -583,7 +583,7 @@ def engine(tmp_path: Path) -> Iterator[Any]:
     made = engines.build(Run("", "runs/run", "", "", Recipe(), config), Net(0.0))
     step(made)
     yield made
-    made.destroy()
+    engines.close(made)
     deepspeed.comm.destroy_process_group()
 
 

@@ -1,0 +1,42 @@
+"""The room that a run's workers hold, so that what ends the run from outside can give it back.
+
+Tune ends a trial's process, and with it Ray Train's controller and workers; their placement group
+stays until the whole job ends. Ray Train has an actor that removes it, but one that asks Ray's
+dashboard, which a private local cluster doesn't have.
+"""
+
+from __future__ import annotations
+
+from pipelines.storage import Store
+
+
+def note(store: Store, run: str) -> None:
+    """Write down which room this worker is in; the first worker does."""
+    import ray
+
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        worker = ray.get_runtime_context().get_actor_id()
+        store.write_json(f"{run}/placement.json", {"group": group.id.hex(), "worker": worker})
+
+
+def held(store: Store, run: str) -> dict[str, str] | None:
+    """The room that a run's workers were in last, and the first of them."""
+    name = f"{run}/placement.json"
+    return store.read_json(name) if store.exists(name) else None
+
+
+def release(room: dict[str, str]) -> bool:
+    """Give back the room of a run that has been ended; False if its worker still lives.
+
+    Only once the worker is dead is the controller, too, which would start others.
+    """
+    from ray._private.state import actors  # the public way asks the dashboard
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    worker = actors(room["worker"])
+    if worker and worker["State"] != "DEAD":
+        return False
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(room["group"]))))
+    return True
