@@ -169,6 +169,17 @@ def _tune_callbacks(run: Run) -> list[Any]:
 
 def _worker(arguments: dict[str, Any]) -> None:
     run: Run = arguments["run"]
+    try:
+        _train(run)
+    finally:
+        if not run.config.workers and dist.is_initialized():
+            # This process may train again, also after an error: leave no group behind.
+            import deepspeed.comm
+
+            deepspeed.comm.destroy_process_group()
+
+
+def _train(run: Run) -> None:
     store = Store(run.store_uri)
     rank, world, device = _join(run.config)
     if run.tuned and run.config.workers and rank == 0:
@@ -207,10 +218,6 @@ def _worker(arguments: dict[str, Any]) -> None:
     if run.tuned and not ended:  # now that the model is there
         _report(run.config, {**metrics, "step": run.config.steps})
     engines.close(engine)
-    if not run.config.workers:  # this process may train again: leave no group behind
-        import deepspeed.comm
-
-        deepspeed.comm.destroy_process_group()
 
 
 def _steps(
