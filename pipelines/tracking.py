@@ -1,7 +1,8 @@
 """MLflow: parameters, curves, pictures; one run per job, resumed by the job that resumes.
 
 The tracking URI is MLFLOW_TRACKING_URI, or a SQLite file in the (local) store. Metrics go through a
-buffer and a background thread, so that a slow or absent server never holds up a step.
+buffer and a background thread, so that a slow or absent server never holds up a step; those that it
+has not taken by a checkpoint, or by the end, wait in the store.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import queue
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import console
 from pipelines.storage import Store, StoreError
 
 if TYPE_CHECKING:
@@ -30,6 +33,9 @@ EXPERIMENT = "beit3-ray"
 BATCH = 500  # metrics per request; the server refuses more than 1000
 PARAM_CHARS = 6000  # longest value of a parameter that MLflow keeps
 SAMPLING_SECONDS = 10.0  # between samples of the machine's use, as MLflow's default is
+UNDELIVERED = "undelivered.json"  # of a run's folder: metrics that wait for the server
+
+Value = tuple[str, float, int, int]  # a metric's name, value, time in ms and step
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,32 @@ def finish_run(handle: RunHandle, status: str = "FINISHED") -> None:
     client(handle.uri).set_terminated(handle.run_id, status=status)
 
 
+def settle(store: Store, key: str) -> None:
+    """Finish the run of `key`, of which all is logged, with what its `Logger` left in the store.
+
+    The work is done and stays so: a server that doesn't answer is said, and the metrics wait.
+    """
+    left = f"{key}/{UNDELIVERED}"
+    try:
+        handle = RunHandle(**store.read_json(f"{key}/mlflow.json"))
+        finish_run(handle)
+        if store.exists(left):
+            Logger(handle, store, key).close()
+    except Exception as error:
+        if not store.exists(left):
+            store.write_json(left, [])
+        logging.getLogger(__name__).warning("tracking: %s", error)
+    if store.exists(left):
+        console.say(
+            f"tracking: the server does not answer; {len(store.read_json(left))} values wait in "
+            f"{store.uri}/{left}: run the same command again when it does"
+        )
+
+
+class _LeftToStore(Exception):
+    """Another logger will deliver what is left."""
+
+
 class Logger:
     """Writes a run's metrics and pictures in the background. Use as a context manager.
 
@@ -126,13 +158,21 @@ class Logger:
     older checkpoint has no doubled step.
     """
 
-    def __init__(self, handle: RunHandle | None) -> None:
+    def __init__(self, handle: RunHandle | None, store: Store | None = None, key: str = "") -> None:
+        """With a store, `keep` and the end leave there, in the run's folder `key`, the metrics that
+        the server hasn't taken; a logger begins with those."""
         self.handle = handle
+        self._store, self._left = (store if handle else None), f"{key}/{UNDELIVERED}"
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
+        self._waiting: deque[Value] = deque()  # metrics in the queue or on their way
+        self._lock = threading.Lock()  # both are in one order
         self._logged: dict[str, int] = {}
-        self._failing = threading.Event()
+        self._failing, self._left_to_store = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._machine: Machine | None = None
+        if self._store is not None and self._store.exists(self._left):
+            for name, value, when, step in self._store.read_json(self._left):
+                self._put(name, value, when, step)
         if handle is not None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
@@ -147,7 +187,13 @@ class Logger:
         """Log scalars of a step."""
         now = int(time.time() * 1000)
         for name, value in values.items():
-            self._queue.put(("metric", (name, float(value), now, step)))
+            self._put(name, float(value), now, step)
+
+    def _put(self, *value: Any) -> None:
+        with self._lock:
+            if self.handle is not None:
+                self._waiting.append(value)
+                self._queue.put(("metric", value))
 
     def machine(self, step: int) -> None:
         """Log at a step what this machine was busy with since this was last called (`system/*`)."""
@@ -179,6 +225,17 @@ class Logger:
             self._queue.put(("flush", delivered))
             delivered.wait(timeout)
 
+    def keep(self) -> None:
+        """Leave in the store the metrics that the server hasn't taken, so that they outlive this
+        process: a run that goes on from a checkpoint written after this logs no step before it."""
+        if self._store is not None:
+            with self._lock:
+                waiting = list(self._waiting)
+            if waiting:
+                self._store.write_json(self._left, waiting)
+            else:
+                self._store.delete(self._left)
+
     def close(self, timeout: float = 60.0) -> None:
         """Wait until all is delivered, at most `timeout` seconds."""
         if self._machine is not None:
@@ -187,8 +244,15 @@ class Logger:
             self._queue.put(None)
             self._thread.join(timeout)
             self._thread = None
+            if self._store is not None:
+                self._left_to_store.set()
+                self.keep()
 
     def _run(self) -> None:
+        with contextlib.suppress(_LeftToStore):
+            self._deliver()
+
+    def _deliver(self) -> None:
         assert self.handle is not None
         tracker = client(self.handle.uri)
         closing = False
@@ -207,21 +271,25 @@ class Logger:
                 elif item and item[0] != "metric":
                     self._retry(partial(self._artifact, tracker, *item))
 
-    def _metrics(self, tracker: MlflowClient, metrics: list[tuple[str, float, int, int]]) -> None:
+    def _metrics(self, tracker: MlflowClient, metrics: list[Value]) -> None:
         assert self.handle is not None
         from mlflow.entities import Metric
 
-        fresh = []
+        fresh: list[Metric] = []
+        newest: dict[str, int] = {}
         for name, value, when, step in metrics:
             if name not in self._logged:
                 history = tracker.get_metric_history(self.handle.run_id, name)
                 self._logged[name] = max((m.step for m in history), default=-1)
-            if step > self._logged[name]:
+            if step > newest.get(name, self._logged[name]):
                 fresh.append(Metric(name, value, when, step))
+                newest[name] = step
         if fresh:
             tracker.log_batch(self.handle.run_id, metrics=fresh)
-            for metric in fresh:
-                self._logged[metric.key] = max(self._logged[metric.key], metric.step)
+            self._logged |= newest
+        with self._lock:
+            for _ in metrics:
+                self._waiting.popleft()
 
     def _artifact(self, tracker: MlflowClient, kind: str, content: tuple[Any, Any]) -> None:
         assert self.handle is not None
@@ -250,8 +318,10 @@ class Logger:
                 return
             except Exception as error:
                 self._failing.set()
+                self._logged.clear()  # it may have taken them, and failed to say so
                 logging.getLogger(__name__).warning("tracking: %s; trying again", error)
-                time.sleep(pause)
+                if self._left_to_store.wait(pause):
+                    raise _LeftToStore from error
                 pause = min(30.0, pause * 2)
 
 

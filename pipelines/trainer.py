@@ -85,6 +85,8 @@ def fit(
             import ray.tune
 
             ray.tune.report({**found["metrics"], "step": found["steps"]})
+        if track and store.exists(f"{run_folder}/{tracking.UNDELIVERED}"):
+            tracking.settle(store, run_folder)
         return found
     store.check_writable()
     _claim(store, run_folder, fingerprint, parameters)
@@ -108,7 +110,7 @@ def fit(
                 tracking.finish_run(handle, kind)
         raise
     if handle is not None:
-        tracking.finish_run(handle)
+        tracking.settle(store, run_folder)
     result = bundles.info(store, output)
     shown = ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items())
     console.say(f"{output}: trained ({config.steps:,} steps){'; ' if shown else ''}{shown}")
@@ -195,7 +197,7 @@ def _train(run: Run) -> None:
         said.append(f"{run.name}: resumed from step {start}")
     handle = run.tracking if rank == 0 else None
     metrics, ended = {}, None
-    with tracking.Logger(handle) as logger, Watch(run, store, rank) as watch:
+    with tracking.Logger(handle, store, run.name) as logger, Watch(run, store, rank) as watch:
         clock = Clock(run, store, logger, start, said, device) if rank == 0 else None
         guard = Guard(run, store, engine, watch, start=start, rank=rank, say=said.append)
         try:
@@ -273,6 +275,7 @@ def _steps(
             if save:
                 if not logger.failing:  # a run that goes on from here doesn't log these steps again
                     logger.flush(10.0)
+                logger.keep()
                 writer.save(done, engine)
                 guard.remember(done)
                 if agreed.stop:

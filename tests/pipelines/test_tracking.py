@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_run
 from PIL import Image
 
 from pipelines import recipe, tracking, trainer
@@ -223,6 +224,86 @@ def test_a_server_that_fails_for_a_while_loses_nothing(
         logger.metrics(1, {"loss": 0.5})
     assert failures == [False, True] and not logger.failing
     assert history(handle, "loss") == [(1, 0.5)]
+
+
+def test_what_the_server_has_not_taken_outlives_the_process(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends while the server is away leaves it in the store; the next delivers it."""
+    key = "runs/outlived"
+    handle = start_run(store, "outlived", {}, key=key)
+    with Logger(handle, store, key) as logger:
+        logger.metrics(1, {"loss": 1.0})
+    assert not store.exists(f"{key}/undelivered.json")
+    real = Logger._metrics
+    monkeypatch.setattr(Logger, "_metrics", away)
+    logger = Logger(handle, store, key)
+    logger.metrics(2, {"loss": 2.0})
+    logger.keep()  # beside the checkpoint of step 2
+    logger.metrics(3, {"loss": 3.0, "accuracy": 0.5})
+    kept = store.read_json(f"{key}/undelivered.json")
+    assert [(name, value, step) for name, value, _, step in kept] == [("loss", 2.0, 2)]
+    logger.close(timeout=0.5)
+    assert len(store.read_json(f"{key}/undelivered.json")) == 3
+    monkeypatch.setattr(Logger, "_metrics", real)
+    with Logger(handle, store, key) as logger:
+        logger.metrics(3, {"loss": 3.0, "accuracy": 0.5})  # from the checkpoint of step 2
+        logger.metrics(4, {"loss": 4.0, "accuracy": 0.6})
+    assert history(handle, "loss") == [(n, float(n)) for n in range(1, 5)]
+    assert history(handle, "accuracy") == [(3, 0.5), (4, 0.6)]
+    assert not store.exists(f"{key}/undelivered.json")
+
+
+def away(*_: Any) -> None:
+    raise ConnectionError("nobody answers")
+
+
+def test_an_answer_that_was_lost_doubles_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = start_run(store, "unheard", {})
+    real: Callable[..., None] = Logger._metrics
+    times: list[int] = []
+
+    def unheard(self: Logger, tracker: Any, metrics: list[Any]) -> None:
+        times.append(len(metrics))
+        if len(times) == 1:
+            from mlflow.entities import Metric
+
+            taken = [Metric(name, value, when, step) for name, value, when, step in metrics]
+            tracker.log_batch(handle.run_id, metrics=taken)
+            raise ConnectionError("the connection was cut before the answer came")
+        real(self, tracker, metrics)
+
+    monkeypatch.setattr(Logger, "_metrics", unheard)
+    with Logger(handle) as logger:
+        logger.metrics(1, {"loss": 1.0})
+        logger.flush()
+        logger.metrics(2, {"loss": 2.0})
+    assert times == [1, 1, 1]
+    assert history(handle, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_server_that_is_away_at_the_end_costs_nothing_but_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is there; the same command, when the server is back, only delivers."""
+    store, real = Store(tmp_path), (Logger._metrics, tracking.finish_run, Logger.close)
+    monkeypatch.setattr(Logger, "_metrics", away)
+    monkeypatch.setattr(tracking, "finish_run", away)
+    monkeypatch.setattr(Logger, "close", lambda self: real[2](self, timeout=0.5))
+    small_run.train(store, "run", small_run.Recipe(), steps=3, track=True)
+    assert store.exists("models/run")
+    assert "values wait in" in capsys.readouterr().out
+    handle = RunHandle(**store.read_json("runs/run/mlflow.json"))
+    assert history(handle, "train/loss") == [] and run_of(handle).info.status == "RUNNING"
+    monkeypatch.undo()
+    small_run.train(store, "run", small_run.Recipe(), steps=3, track=True)
+    said = capsys.readouterr().out
+    assert "skipped" in said and "values wait" not in said
+    assert [step for step, _ in history(handle, "train/loss")] == [1, 2, 3]
+    assert run_of(handle).info.status == "FINISHED"
+    assert not store.exists("runs/run/undelivered.json")
 
 
 def test_logging_never_waits_for_the_server(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
