@@ -265,7 +265,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="base")
     parser.add_argument("--samples", type=int, help="of each kind in a step; default: 4, GPU 32")
     parser.add_argument("--precision", choices=tuple(_measure.DTYPES), default="fp32")
-    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=1)
+    parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="default: one for each CPU")
     parser.add_argument("--loader-workers", type=int, default=0)

@@ -91,7 +91,7 @@ def states(count: int, config: TrainConfig, *, frozen: int = 0) -> States:
     Everything is kept in fp32, whatever a step computes in. ZeRO's stages split the optimizer's
     state, the gradients and the parameters over the workers, each those of the one before too.
     """
-    whole, stage = 4 * count, config.zero_stage
+    whole, stage = 4 * count, config.stage
     piece = whole // max(1, config.workers)
     average = (piece if stage else whole) if config.ema else 0
     if stage == 0:
@@ -172,10 +172,10 @@ def lighter(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
     if config.workers > 1:
         found = [
             (f"train.zero_stage {stage}", {"zero_stage": stage})
-            for stage in range(config.zero_stage + 1, 4)
+            for stage in range(config.stage + 1, 4)
         ]
     if not config.offload:
-        stage = max(1, config.zero_stage)
-        also = "" if config.zero_stage else f" and train.zero_stage {stage}"
+        stage = max(1, config.stage)
+        also = "" if config.stage else f" and train.zero_stage {stage}"
         found.append((f"train.offload{also}", {"offload": True, "zero_stage": stage}))
     return [(name, replace(config, **changes)) for name, changes in found]

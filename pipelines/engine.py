@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -47,7 +48,7 @@ def build(run: Run, module: nn.Module) -> Any:
             "train_micro_batch_size_per_gpu": 1,  # ours is a packed batch: one object a step
             "gradient_accumulation_steps": config.accumulate,
             # Without ZeRO `guards.Guard` clips, by the norm that it tells bad steps by.
-            "gradient_clipping": config.clip if config.zero_stage else 0.0,
+            "gradient_clipping": config.clip if config.stage else 0.0,
             "zero_optimization": _zero(config, module),
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
@@ -57,6 +58,8 @@ def build(run: Run, module: nn.Module) -> Any:
         if config.precision == "bf16":
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        if dist.get_world_size() < 2 and not config.stage:
+            engine.enable_backward_allreduce = False  # it would copy every gradient for no one
     return engine
 
 
@@ -71,14 +74,14 @@ def _zero(config: TrainConfig, module: nn.Module) -> dict[str, Any]:
     parameters = list(module.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     settings: dict[str, Any] = {
-        "stage": config.zero_stage,
+        "stage": config.stage,
         "reduce_bucket_size": budget.bucket(trained),
         "overlap_comm": budget.overlaps(config),
     }
     if config.offload:
         pin = config.gpus_per_worker > 0
         settings["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
-    if config.zero_stage == 3:
+    if config.stage == 3:
         live = budget.gathered(sum(p.numel() for p in parameters))
         settings |= {
             "stage3_max_live_parameters": live,

@@ -129,7 +129,10 @@ class Guard:
 
     def _clip(self) -> float:
         """The norm of a gradient that every worker has whole, which is then clipped by it."""
-        parameters = [p for _, p in zero.trainable(self.engine.module) if p.grad is not None]
+        parameters = [p for _, p in zero.trainable(self.engine.module)]
+        for parameter in parameters:
+            if parameter.grad is None:  # no batch read it: it decays all the same, as with ZeRO
+                parameter.grad = torch.zeros_like(parameter)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.clip and bool(norm.isfinite()):
             clip_grads_with_norm_(parameters, self.config.clip, norm)

@@ -33,9 +33,9 @@ class TrainConfig:
     head_scale: float = 1.0
     """Learning-rate multiplier of everything outside the backbone."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage: 1 shards the optimizer's state, 2 the gradients too, 3 the parameters
-    too."""
+    too. None: 1, but 0 where one worker has no one to share with and would copy all for nothing."""
     offload: bool = False
     """Keep the optimizer's state, and step, in CPU memory; needs ZeRO 1 or above."""
     ema: float = 0.0
@@ -101,7 +101,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name}: expected 0 or more, got {getattr(self, name)}")
         if self.max_cost and not self.price_per_hour:
             raise ValueError("train.max_cost needs train.price_per_hour, the price of a worker")
-        if self.offload and not self.zero_stage:
+        if self.offload and not self.stage:
             raise ValueError("train.offload needs train.zero_stage of at least 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema: expected a decay from 0 to below 1, got {self.ema}")
@@ -114,6 +114,13 @@ class TrainConfig:
             raise ValueError(f"train.keep_every: expected at least 0, got {self.keep_every}")
         if self.gpus_per_worker and not self.workers:
             raise ValueError("train.gpus_per_worker needs train.workers of at least 1")
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage in fact."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        return 1 if self.workers > 1 or self.offload else 0
 
 
 class Recipe(Protocol):
