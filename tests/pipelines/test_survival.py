@@ -244,13 +244,16 @@ class Tracker:
 
 @dataclass(frozen=True)
 class Asks(Recipe):
-    """Before batches of these numbers it leaves `asked-NUMBER` and waits for `answered-NUMBER`."""
+    """Before batches of these numbers rank 0 leaves its process id in `asked-NUMBER` and waits for
+    `answered-NUMBER`."""
 
     at: tuple[int, ...] = ()
 
     def before(self, number: int) -> None:
         if number in self.at and dist.get_rank() == 0:
-            (Path(self.folder) / f"asked-{number}").touch()
+            draft = Path(self.folder) / f"asking-{number}"
+            draft.write_text(str(os.getpid()))
+            draft.replace(Path(self.folder) / f"asked-{number}")  # whole or not at all
             while not (Path(self.folder) / f"answered-{number}").exists():
                 time.sleep(0.05)
 
@@ -266,11 +269,18 @@ class Asks(Recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["alive", "killed"])
 def test_a_tracker_that_is_gone_for_twenty_steps(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: bool,
+    ray_session: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Steps go on, with their checkpoints; all of their metrics arrive, and none twice."""
-    store, recipe = Store(tmp_path / "store"), Asks(folder=str(tmp_path), at=(20, 40))
+    """Steps go on, with their checkpoints; all of their metrics arrive, and none twice, even if the
+    process that has them in memory is killed meanwhile."""
+    at = (20, 33, 40) if killed else (20, 40)
+    store, recipe = Store(tmp_path / "store"), Asks(folder=str(tmp_path), at=at)
     gone: list[bool] = []
 
     def bring_back() -> None:
@@ -278,18 +288,29 @@ def test_a_tracker_that_is_gone_for_twenty_steps(
         gone.append(bundles.exists(store, checkpoints.folder("runs/run", 35)))
         tracker.start()
 
+    def kill() -> None:
+        deadline = time.monotonic() + SECONDS
+        while not bundles.exists(store, checkpoints.folder("runs/run", 30)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(int((tmp_path / "asked-33").read_text()), signal.SIGKILL)
+
     def answer() -> None:
         recipe.answer(20, tracker.kill)
+        if killed:
+            recipe.answer(33, kill)
         recipe.answer(40, bring_back)
 
     with Tracker(tmp_path) as tracker, ThreadPoolExecutor(1) as beside:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
         answering = beside.submit(answer)
         result = small_run.train(
-            store, "run", recipe, workers=2, steps=STEPS, checkpoint_every=5, track=True
-        )
+            store, "run", recipe, workers=2, steps=STEPS, checkpoint_every=5, track=True,
+            max_failures=int(killed),
+        )  # fmt: skip
         answering.result()
         assert gone == [True, True]  # 20 steps on it was still gone, and they are kept
+        assert ("resumed from step 30" in capsys.readouterr().out) == killed
         for key in ("loss", "learning_rate", "gradient_norm", "samples_per_second"):
             assert list(logged(store, "run", f"train/{key}")) == list(range(1, STEPS + 1)), key
         run = tracking.client(tracker.uri).get_run(result["mlflow_run"])
