@@ -63,12 +63,12 @@ class Limited(FIFOScheduler):
         waiting = [t for t in known if t.status == Trial.PAUSED]
         if begun >= self.workers or not waiting:
             return None
-        chosen = min(waiting, key=self.rank)
+        chosen = min(waiting, key=lambda trial: (self.rank(trial), drawn(trial)))
         chosen.set_config({**chosen.config, HEARD: reached(chosen)})
         return chosen
 
     def rank(self, trial: Trial) -> int:
-        """The lowest is the next; among equals, who came first."""
+        """The lowest is the next; among equals, who was drawn first."""
         return 0
 
 
@@ -185,6 +185,11 @@ class Drawn(BasicVariantGenerator):
         return super().is_finished() and not self._live_trials
 
 
+def drawn(trial: Trial) -> int:
+    """Which of the sweep's trials it is, in the order of drawing. Tune restores them in another."""
+    return int(trial.experiment_tag.partition("_")[0])
+
+
 def reached(trial: Trial) -> int:
     """Steps that are in a trial's weights, as far as Tune knows."""
     return int(trial.last_result.get("step", 0) if heard(trial) else trial.config[ORIGIN]["step"])
@@ -206,8 +211,8 @@ def perturbed(
     moved: dict[str, Any] = {}
     for name, field in spaces.read(space).items():
         if rng.random() < Population.RESAMPLED:
-            drawn = space[name].sample(random_state=rng)
-            moved[name] = drawn.item() if isinstance(drawn, np.generic) else drawn
+            value = space[name].sample(random_state=rng)
+            moved[name] = value.item() if isinstance(value, np.generic) else value
         elif isinstance(field, spaces.Choice):
             place = field.values.index(chosen[name]) + int(rng.choice((-1, 1)))
             moved[name] = field.values[min(max(place, 0), len(field.values) - 1)]

@@ -26,6 +26,7 @@ class One:
     config: dict[str, Any]
     status: str = Trial.RUNNING
     last_result: dict[str, Any] = field(default_factory=dict)
+    experiment_tag: str = "0"
 
     def set_config(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -157,11 +158,15 @@ def test_trials_take_turns_on_few_workers() -> None:
 
 
 def test_no_more_run_at_once_than_there_are_workers() -> None:
-    """Tune's restored trials are waiting ones again; each is told what Tune has heard of it."""
-    known = [One(str(i), {"rate": 1e-3 * (i + 1)}, Trial.PENDING) for i in range(4)]
+    """Tune's restored trials are waiting ones again, the last that it heard of first; they begin in
+    the order of drawing, and each is told what Tune has heard of it."""
+    known = [
+        One(str(i), {"rate": 1e-3 * (i + 1)}, Trial.PENDING, experiment_tag=f"{i + 8}_rate=1")
+        for i in range(4)
+    ]
     known[2].last_result = {"step": 2 * EVERY}
-    tuner, scheduler = Tuner(known), Limited(workers=2)
-    for one in known:
+    tuner, scheduler = Tuner([known[2], known[3], known[1], known[0]]), Limited(workers=2)
+    for one in tuner.trials:
         scheduler.on_trial_add(tuner, cast(Any, one))
     names = [trials.run_name("s", one.config) for one in known]
     begun = []

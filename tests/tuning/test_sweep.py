@@ -360,14 +360,19 @@ def test_trials_may_have_ray_train_workers_of_their_own(store: Store) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", ["asha", "pbt"])
+@pytest.mark.parametrize(
+    ("search", "scheduler"), [("random", "asha"), ("random", "pbt"), ("optuna", "asha")]
+)
 def test_a_killed_sweep_ends_with_the_same_best(
-    store: Store, tmp_path: Path, scheduler: str
+    store: Store, tmp_path: Path, search: str, scheduler: str
 ) -> None:
     """SIGKILL while the second trial trains; the same command goes on."""
-    options = {"scheduler": scheduler, "samples": 3, "concurrent": 1, "exploit_share": 0.5}
-    whole = run(config(store, name=f"whole-{scheduler}", **options))
-    name = f"killed-{scheduler}"
+    options = {
+        "search": search, "scheduler": scheduler, "samples": 3, "concurrent": 1,
+        "exploit_share": 0.5,
+    }  # fmt: skip
+    whole = run(config(store, name=f"whole-{search}-{scheduler}", **options))
+    name = f"killed-{search}-{scheduler}"
     cfg = config(store, name=name, **options)
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(job_config.to_dict(cfg)))
