@@ -20,7 +20,7 @@ import posixpath
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Generic, TypeVar
@@ -60,12 +60,13 @@ class ParquetRows:
         datasets: Sequence[Dataset],
         columns: Sequence[str] | None = None,
         *,
-        arrow: Sequence[str] = (),
+        readers: Mapping[str, Callable[[pa.Array], Any]] | None = None,
     ) -> None:
-        """`arrow`: columns whose values stay Arrow scalars in rows; the others become Python's."""
+        """`readers`: columns whose values don't become Python's, and of each what makes its part
+        of a row group an object that rows index."""
         self.datasets = list(datasets)
         self.columns = list(columns) if columns else None
-        self.arrow = list(arrow)
+        self.readers = dict(readers or {})
         self.groups: list[RowGroup] = []
         for number, dataset in enumerate(self.datasets):
             for file in dataset.commit().files:
@@ -76,16 +77,22 @@ class ParquetRows:
             names = ", ".join(d.uri for d in self.datasets) or "none given"
             raise StoreError(f"no rows to train on: the datasets are empty ({names})")
         self.rows = sum(group.rows for group in self.groups)
-        self._cache: OrderedDict[tuple[int, str, int], pa.Table] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, str, int], _Held] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
 
     def row(self, group: RowGroup, index: int) -> dict[str, Any]:
-        table = self.table(group.dataset, group.path, group.index)
-        cells = {name: table.column(name)[index] for name in table.column_names}
-        return {name: v if name in self.arrow else v.as_py() for name, v in cells.items()}
+        columns = self.values(group.dataset, group.path, group.index)
+        return {name: values[index] for name, values in columns.items()}
 
     def table(self, dataset: int, path: str, index: int) -> pa.Table:
+        return self._read(dataset, path, index).table
+
+    def values(self, dataset: int, path: str, index: int) -> Mapping[str, Any]:
+        """The columns of a row group, each indexed by rows."""
+        return self._read(dataset, path, index).values
+
+    def _read(self, dataset: int, path: str, index: int) -> _Held:
         key = (dataset, path, index)
         with self._lock:
             if key in self._cache:
@@ -96,12 +103,38 @@ class ParquetRows:
             file = pq.ParquetFile(full, filesystem=source.store.fs)
             columns = self.columns and [c for c in self.columns if c in file.schema_arrow.names]
             table = file.read_row_group(index, columns=columns)
-            self._cache[key] = table
+            values = {
+                name: self.readers.get(name, _Values)(_whole(column))
+                for name, column in zip(table.column_names, table.columns, strict=True)
+            }
+            held = self._cache[key] = _Held(table, values)
             self._cached_bytes += table.nbytes
             while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
                 _, oldest = self._cache.popitem(last=False)
-                self._cached_bytes -= oldest.nbytes
-            return table
+                self._cached_bytes -= oldest.table.nbytes
+            return held
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A row group in memory."""
+
+    table: pa.Table
+    values: dict[str, Any]
+
+
+class _Values:
+    """A column as Python's values, made when asked for: all at once they take more memory."""
+
+    def __init__(self, column: pa.Array) -> None:
+        self._column = column
+
+    def __getitem__(self, row: int) -> Any:
+        return self._column[row].as_py()
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 class Order:

@@ -16,7 +16,7 @@ from beit3.text import BOS, EOS, TextTokenizer
 from beit3.transforms import View, apply_view
 from pipelines.loader import ParquetRows
 from pipelines.pretrain_config import HELD_OUT_PAIRS, OBJECTIVES, PretrainConfig
-from pipelines.samples import Pictures, Sample, Samples, picture_of
+from pipelines.samples import Pictures, Sample, Samples
 from pipelines.storage import ROW_GROUP_ROWS, Store
 
 
@@ -50,7 +50,7 @@ class MaskedBatches:
                 rank=rank,
                 world=world,
                 weights=cfg.weights(kind),
-                arrow=() if kind == "texts" else ("views",),  # one of several is wanted
+                readers={} if kind == "texts" else {"views": _Views},
             )
             for number, kind in enumerate(OBJECTIVES)
             if cfg.drawn(kind)
@@ -83,7 +83,8 @@ class MaskedBatches:
         side = self.cfg.model.image_size
         pixels = np.empty((len(shown), 3, side, side), np.uint8)
         for (kind, sample), into in zip(shown, pixels, strict=True):
-            self.pictures[kind].draw(sample, _stored_view(sample), into)
+            box, flip, _ = _stored_view(sample)
+            self.pictures[kind].draw(sample, View(tuple(box.tolist()), flip), into)
         return pixels
 
     def _alone(self, kind: str, sample: Sample) -> _Corrupted:
@@ -104,7 +105,7 @@ class MaskedBatches:
         return _Corrupted(sample.row["id"], source, text=text, masked=masked)
 
     def _picture(self, kind: str, sample: Sample, hidden: np.ndarray) -> _Corrupted:
-        words = _stored_view(sample)["words"].values.to_numpy().astype(np.int64)
+        _, _, words = _stored_view(sample)
         source = self.cfg.used(kind)[sample.group.dataset]
         return _Corrupted(sample.row["id"], source, words=words, hidden=hidden)
 
@@ -132,10 +133,46 @@ class MaskedBatches:
         )
 
 
-def _stored_view(sample: Sample) -> pa.StructScalar:
+class _Views:
+    """The views of a row group: of a row boxes, flips and words.
+
+    Of several one is wanted, and Arrow's scalars of nested values take long to make.
+    """
+
+    def __init__(self, column: pa.ListArray) -> None:
+        offsets = column.offsets.to_numpy()
+        self.starts = (offsets - offsets[0]).tolist()
+        views = column.flatten()
+        parts = dict(zip((field.name for field in views.type), views.flatten(), strict=True))
+        self.flips = parts["flip"].to_pylist()
+        self.boxes, self.words = (
+            parts[name].flatten().to_numpy().reshape(len(views), parts[name].type.list_size)
+            for name in ("box", "words")
+        )
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, list[bool], np.ndarray]:
+        own = slice(self.starts[row], self.starts[row + 1])
+        return self.boxes[own], self.flips[own], self.words[own]
+
+
+def _stored_view(sample: Sample) -> tuple[np.ndarray, bool, np.ndarray]:
     """Box, flip and words of the view that is this epoch's."""
-    views = sample.row["views"]
-    return views[sample.epoch % len(views)]
+    boxes, flips, words = sample.row["views"]
+    number = sample.epoch % len(flips)
+    return boxes[number], flips[number], words[number]
+
+
+class _Encoded:
+    """The pictures of a row group, encoded; of a row of several the first."""
+
+    def __init__(self, column: pa.Array) -> None:
+        several = isinstance(column, pa.ListArray)
+        self.starts = column.offsets.to_pylist() if several else range(len(column))
+        pictures = column.values if several else column
+        self.bytes = pictures.flatten()[pictures.type.get_field_index("bytes")]
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.bytes[self.starts[row]].as_py()
 
 
 class PictureSource:
@@ -144,7 +181,8 @@ class PictureSource:
     def __init__(self, store: Store, names: Sequence[str]) -> None:
         commits = [store.dataset(f"tokens/{name}").commit() for name in names]
         self.datasets = [store.dataset(c.lineage["inputs"][0]["dataset"]) for c in commits]
-        self.rows = ParquetRows(self.datasets, ["image", "images"]) if names else None
+        readers = {"image": _Encoded, "images": _Encoded}
+        self.rows = ParquetRows(self.datasets, list(readers), readers=readers) if names else None
         # A part of tokens/x holds the tokens of the part of the same number of its source.
         self.paths = [
             {posixpath.basename(f.path): f.path for f in dataset.commit().files}
@@ -152,17 +190,16 @@ class PictureSource:
         ]
         self.decoded = Pictures()
 
-    def draw(self, sample: Sample, view: pa.StructScalar, out: np.ndarray) -> None:
+    def draw(self, sample: Sample, view: View, out: np.ndarray) -> None:
         """Write the view that was tokenized to `out`, uint8 `[3, size, size]`."""
         assert self.rows is not None
         number = sample.group.dataset
         path = self.paths[number][posixpath.basename(sample.group.path)]
         group, index = divmod(sample.row["image_row"], ROW_GROUP_ROWS)
-        table = self.rows.table(number, path, group)
-        data = picture_of({name: table.column(name)[index] for name in table.column_names}).as_py()
+        columns = self.rows.values(number, path, group)
+        data = columns["image" if "image" in columns else "images"][index]
         picture = self.decoded(f"{number}/{sample.row['id']}", data)
-        box = View(tuple(view["box"].as_py()), view["flip"].as_py())
-        apply_view(picture, box, out.shape[-1], out)
+        apply_view(picture, view, out.shape[-1], out)
 
 
 def held_out_batches(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBatches:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from beit3.transforms import View, apply_view, decode, sample_view
@@ -42,10 +43,14 @@ class Samples:
         rank: int,
         world: int,
         weights: Sequence[float] = (),
-        arrow: Sequence[str] = (),
+        readers: Mapping[str, Callable[[pa.Array], Any]] | None = None,
     ) -> None:
-        """`weights`: how often each dataset is drawn; without them, by its number of rows."""
-        self.rows = ParquetRows(datasets, columns, arrow=arrow)
+        """
+        Args:
+            weights: How often each dataset is drawn; without them, by its number of rows.
+            readers: Of columns, as `ParquetRows` takes them.
+        """
+        self.rows = ParquetRows(datasets, columns, readers=readers)
         self.order: Order | Mix = Order(self.rows.groups, seed)
         if weights:
             of = [[g for g in self.rows.groups if g.dataset == i] for i in range(len(datasets))]

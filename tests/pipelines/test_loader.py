@@ -158,6 +158,22 @@ def test_rows_are_read_as_committed(store: Store) -> None:
     assert source.row(source.groups[5], 113) == {"words": [369]}
 
 
+def test_columns_can_be_read_in_another_way(store: Store) -> None:
+    """A reader sees a row group's part of its column, once, as one array."""
+    seen: list[pa.Array] = []
+
+    def lengths(column: pa.Array) -> list[str]:
+        seen.append(column)
+        return [f"{len(words)} words" for words in column]
+
+    source = ParquetRows([store.dataset("one")], readers={"words": lengths})
+    for index in (3, 4):
+        row = source.row(source.groups[2], index)
+        assert row == {"id": f"a/{512 + index}", "words": "1 words"}
+    assert [type(column) for column in seen] == [pa.ListArray]
+    assert len(seen[0]) == 88
+
+
 def test_row_groups_are_kept_up_to_their_bytes(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,10 +146,10 @@ def test_an_error_of_a_batch_comes_at_its_place() -> None:
 
 
 def test_a_batch_that_kills_its_process_again_and_again_is_an_error() -> None:
-    batches = prefetch(Numbers("die", at=1), 0, 1, range(9), 1)
+    # The first: of one before it, made by the same process, the answer may die with it.
+    batches = prefetch(Numbers("die", at=0), 0, 1, range(9), 1)
     try:
-        assert next(batches)["step"] == 0
-        with pytest.raises(RuntimeError, match=r"batch 1: the process that makes it died 3 times"):
+        with pytest.raises(RuntimeError, match=r"batch 0: the process that makes it died 3 times"):
             next(batches)
     finally:
         batches.close()

@@ -130,6 +130,21 @@ def test_pictures_are_the_views_that_were_tokenized(recipe: PretrainRecipe, corp
     assert set(drawn.values()) == {2, 3}  # 80 draws of 34 pairs, 40 of 14 pictures
 
 
+def test_pictures_of_a_task_are_the_first_of_their_rows(corpus: Store) -> None:
+    cfg = small_corpus.pretraining(corpus)
+    sources = corpus.dataset("tasks/captioning/val").read_table().to_pylist()
+    tokens = {r["id"]: r for r in corpus.dataset("tokens/captioning/val").read_table().to_pylist()}
+    batch, drawn = held_out_batches(cfg, _tokenizer(corpus))(0), Counter[str]()
+    assert set(batch.ids) == set(tokens)
+    for name, pixels in zip(batch.ids, batch.images, strict=True):
+        views = tokens[name]["views"]
+        view = views[drawn[name] % len(views)]
+        drawn[name] += 1
+        picture = decode(sources[tokens[name]["image_row"]]["images"][0]["bytes"])
+        wanted = apply_view(picture, View(tuple(view["box"]), view["flip"]), small_corpus.SIZE)
+        assert np.array_equal(pixels.numpy(), wanted), name
+
+
 def test_some_tokens_of_a_batch_are_hidden(recipe: PretrainRecipe, corpus: Store) -> None:
     mask = recipe.tokenizer.mask_id
     batch = recipe.batches(0, 1)(0)
