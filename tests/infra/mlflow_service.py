@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ class Service:
     """A running server, with its first administrator."""
 
     url: str
+    certificate: Path
     admin: str
     password: str
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -43,9 +45,14 @@ class Service:
         """What a job needs to track here."""
         return {
             "MLFLOW_TRACKING_URI": self.url,
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": str(self.certificate),
             "MLFLOW_TRACKING_USERNAME": user or self.admin,
             "MLFLOW_TRACKING_PASSWORD": password or self.password,
         }
+
+    def trusted(self) -> ssl.SSLContext:
+        """Trusts this server alone."""
+        return ssl.create_default_context(cafile=self.certificate)
 
     def processes(self) -> list[psutil.Process]:
         roots = [psutil.Process(one.pid) for one in self.started]
@@ -61,8 +68,11 @@ def served(folder: Path, programs: Path, artifacts: str) -> Iterator[Service]:
         programs: `postgres()`.
         artifacts: URI of a folder in a bucket; the AWS_* environment says where it is.
     """
-    port = _free_port()
-    service = Service(f"http://127.0.0.1:{port}", "admin", secrets.token_hex(16))
+    port, tls = _free_port(), folder / "tls"
+    service = Service(f"https://127.0.0.1:{port}", tls / "tls.crt", "admin", secrets.token_hex(16))
+    subprocess.run(
+        [str(FOLDER / "certificate.sh")], env=os.environ | {"MLFLOW_TLS": str(tls)}, check=True
+    )
     with _database(folder, programs) as (database, password, process):
         service.started.append(process)
         environment = os.environ | {
@@ -75,6 +85,7 @@ def served(folder: Path, programs: Path, artifacts: str) -> Iterator[Service]:
             "MLFLOW_AUTH_ADMIN_USERNAME": service.admin,
             "MLFLOW_AUTH_ADMIN_PASSWORD": service.password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
+            "MLFLOW_TLS": str(tls),
             "MLFLOW_HOST": "127.0.0.1",
             "MLFLOW_PORT": str(port),
             "TMPDIR": str(folder),
@@ -82,7 +93,7 @@ def served(folder: Path, programs: Path, artifacts: str) -> Iterator[Service]:
         environment.pop("MLFLOW_TRACKING_URI", None)
         with _running([str(FOLDER / "start.sh")], folder / "mlflow.log", environment) as server:
             service.started.append(server)
-            _wait(lambda: _healthy(service.url), server, folder / "mlflow.log", 120)
+            _wait(lambda: _healthy(service), server, folder / "mlflow.log", 120)
             yield service
 
 
@@ -166,9 +177,10 @@ def _open(port: int) -> bool:
     return False
 
 
-def _healthy(url: str) -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-        return answer.status == 200
+def _healthy(service: Service) -> bool:
+    url, trusted = f"{service.url}/health", service.trusted()
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2, context=trusted) as r:
+        return r.status == 200
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -133,6 +134,25 @@ def test_the_server_does_not_start_without_its_secrets(tmp_path: Path) -> None:
         assert (got.returncode, got.stderr) == (2, f"error: {name} is not set\n")
     got = _start(script, settings | {"POSTGRES_PASSWORD": "a@b"})
     assert got.returncode == 2 and "letters, digits" in got.stderr
+    got = _start(script, settings | {"MLFLOW_TLS": str(tmp_path)})
+    assert got.returncode == 2 and f"{tmp_path}/tls.crt: not there" in got.stderr
+
+
+def test_the_servers_certificate_is_for_its_addresses(tmp_path: Path) -> None:
+    command = [str(INFRA / "mlflow" / "certificate.sh"), "10.0.0.7", "mlflow.internal"]
+    environment = os.environ | {"MLFLOW_TLS": str(tmp_path / "tls")}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "tls" / "tls.key").stat().st_mode & 0o77 == 0
+    shown = subprocess.run(
+        ["openssl", "x509", "-in", str(tmp_path / "tls" / "tls.crt"), "-noout", "-text"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for name in ("DNS:localhost", "IP Address:127.0.0.1", "IP Address:10.0.0.7"):
+        assert name in shown
+    assert "DNS:mlflow.internal" in shown
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 2 and "is there already" in again.stderr  # it keeps the key
+    assert "tls/tls.key" in (INFRA / "mlflow" / ".gitignore").read_text().split()
 
 
 def _example() -> list[str]:

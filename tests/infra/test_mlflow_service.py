@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow_service import Service
 from ports import listening
 
@@ -71,15 +73,31 @@ def test_a_pretraining_is_tracked(
 def test_a_stranger_sees_nothing(mlflow_service: Service) -> None:
     url = f"{mlflow_service.url}/api/2.0/mlflow/experiments/search?max_results=1"
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(url, timeout=10)
+        urllib.request.urlopen(url, timeout=10, context=mlflow_service.trusted())
     assert error.value.code == 401
 
 
 def test_a_host_that_is_not_named_is_refused(mlflow_service: Service) -> None:
     asked = urllib.request.Request(f"{mlflow_service.url}/", headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(asked, timeout=10)
+        urllib.request.urlopen(asked, timeout=10, context=mlflow_service.trusted())
     assert error.value.code == 403
+
+
+def test_it_speaks_tls_alone_and_is_trusted_by_its_certificate_alone(
+    mlflow_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in mlflow_service.environment().items():
+        monkeypatch.setenv(name, value)
+    plain = mlflow_service.url.replace("https:", "http:")
+    with pytest.raises((OSError, http.client.HTTPException)):
+        urllib.request.urlopen(f"{plain}/health", timeout=10)
+    client = tracking.client(mlflow_service.url)
+    assert client.get_experiment_by_name("none of this name") is None
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH")
+    with pytest.raises(MlflowException, match="CERTIFICATE_VERIFY_FAILED"):
+        client.get_experiment_by_name("none of this name")
 
 
 def test_it_listens_on_loopback_alone(mlflow_service: Service) -> None:
