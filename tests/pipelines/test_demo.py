@@ -23,7 +23,7 @@ import pytest
 from pipelines import demo, demo_stages, tracking
 from pipelines.storage import Store
 
-SECONDS = 240  # for one run, on a busy machine
+SECONDS = 600  # for one run, on a busy machine
 DATASETS = (
     *(f"images/{name}" for name in (*demo_stages.PAIRS, *demo_stages.IMAGES)),
     *(f"text/{name}" for name in demo_stages.TEXTS),
