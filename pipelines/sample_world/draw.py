@@ -17,6 +17,8 @@ FORMATS = ("jpeg", "grey", "cmyk", "exif", "png", "palette", "alpha")
 EXIF orientation; png: RGB PNG; palette: PNG of 64 colours; alpha: PNG with clear corners."""
 
 _SCALE = 2  # drawn this many times larger, then reduced: smooth edges
+_OUTLINE = 0.12  # width of a thing's outline as a share of its diameter
+_INK = (10, 10, 10)
 _TILE = 640  # side of the background tiles that pictures are cut from, in drawn pixels
 
 
@@ -105,11 +107,13 @@ def _paint_thing(image: Image.Image, thing: Thing) -> None:
                 x = size[0] / 2 + (i - 3 + 0.5 * (j % 2)) * step
                 y = size[1] / 2 + (j - 3) * step * 0.9
                 pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
-    width = max(2, round(thing.diameter * _SCALE * 0.03))
-    pen.line([*outline, *outline[:2]], ink, width, joint="curve")
     mask = Image.new("L", size, 0)
     ImageDraw.Draw(mask).polygon(outline, fill=255)
     image.paste(layer, (left, top), mask)
+    # The same ink for all: a shape is seen as such whatever its colour and background.
+    around = [(x + left, y + top) for x, y in (*outline, *outline[:2])]
+    width = round(thing.diameter * _SCALE * _OUTLINE)
+    ImageDraw.Draw(image).line(around, _INK, width, joint="curve")
 
 
 def _light(image: Image.Image, rng: random.Random) -> Image.Image:

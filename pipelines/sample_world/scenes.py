@@ -32,7 +32,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "water": (112, 160, 184),
 }
 
-DIAMETERS = {"small": (0.22, 0.27), "large": (0.38, 0.45)}
+DIAMETERS = {"small": (0.28, 0.33), "large": (0.42, 0.5)}
 """Diameter of a thing as a share of the picture's short side, by size word."""
 
 RELATIONS = ("left of", "right of", "above", "below")
@@ -40,7 +40,7 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 _REACH = 0.57  # no outline, turned by at most _TILT degrees, leaves this many diameters
 _TILT = 10.0
-_GAP = 0.03  # free space between things and at the border, in short sides
+_GAP = 0.03  # between things and at the border, in short sides; half an outline's ink fits in
 _CLEAR = 1.7  # a relation is stated when one axis dominates the other by this factor
 
 

@@ -20,7 +20,7 @@ from .pictures import Picture, picture
 from .scenes import derive, synset_kind
 from .server import FAILURES, REDIRECT
 
-_VERSION = 1  # raised when equal arguments no longer give equal files
+_VERSION = 2  # raised when equal arguments no longer give equal files
 _BAD_WEIGHTS = {
     "404": 33,
     "403": 12,

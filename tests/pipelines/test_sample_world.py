@@ -164,8 +164,8 @@ def test_scenes_are_well_formed() -> None:
             left, top, right, bottom = thing.box()
             assert left >= 0 and top >= 0 and right <= scene.width and bottom <= scene.height
             share = thing.diameter / short
-            assert 0.22 <= share <= (0.27 if thing.kind.size == "small" else 0.45) + 1e-9
-            assert share >= 0.38 - 1e-9 or thing.kind.size == "small"
+            least, most = (0.28, 0.33) if thing.kind.size == "small" else (0.42, 0.5)
+            assert least - 1e-9 <= share <= most + 1e-9
         boxes = [thing.box() for thing in scene.things]
         for i, a in enumerate(boxes):
             for b in boxes[:i]:
