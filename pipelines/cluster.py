@@ -27,6 +27,8 @@ def start(*, cpus: int | None = None) -> None:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         else:
+            # Ray Data would start 32 processes to read the footers of Parquet files.
+            os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
             with _on_loopback():
                 ray.init(
                     address="local",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,8 @@ class LoaderWorkers:
     def __init__(self, recipe: Recipe, rank: int, world: int, steps: range, workers: int) -> None:
         import ray
 
+        # Of pixels, see `_tensor`.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         if not ray.is_initialized():
             cluster.start()
         self._actor: Any = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_Maker)
@@ -173,4 +176,6 @@ class _Maker:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.copy())  # the object store's own memory is read-only
+    """Pixels stay in the object store's memory, which is read-only, as models only make floats of
+    them. All else is small and copied."""
+    return torch.from_numpy(array if array.dtype == np.uint8 else array.copy())
