@@ -180,7 +180,7 @@ def tokens(cfg: DemoConfig) -> tokenize_corpus.TokenizeConfig:
 
 def pretraining(cfg: DemoConfig) -> pretrain_config.PretrainConfig:
     base = pretrain_config.PRESETS["tiny"]
-    steps = 6 if cfg.small else 1200
+    steps = 6 if cfg.small else 2000
     return dataclasses.replace(
         base,
         store=cfg.store_uri,
@@ -212,7 +212,8 @@ def aligning(cfg: DemoConfig) -> contrast.ContrastConfig:
         base,
         name="aligned",
         init="models/pretrained",
-        train=dataclasses.replace(base.train, steps=steps, warmup=steps // 10),
+        batch_size=64,
+        train=dataclasses.replace(base.train, steps=steps, warmup=steps // 10, learning_rate=1e-3),
     )
 
 

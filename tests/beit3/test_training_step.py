@@ -132,7 +132,15 @@ def test_stored_activations_shrink() -> None:
     assert stored("blocks") < stored("none") / 2
 
 
-@VARIANTS
+@pytest.mark.parametrize(
+    "config",
+    [
+        RELEASED,
+        pytest.param(PAPER, marks=pytest.mark.slow),
+        pytest.param(STANDARD, marks=pytest.mark.slow),
+    ],
+    ids=["released", "paper", "standard"],
+)
 def test_the_whole_step_compiles_without_a_break(config: ModelConfig) -> None:
     """One graph, and a second one once sizes are known to vary; both give what eager gives."""
     torch._dynamo.reset()
