@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,16 +28,16 @@ def block_mask(
     taken, left = 0, count  # cells as bits, row by row: arrays this small take longer
     smallest = min(min_block, max(1, count))
     log_aspect = math.log(min_aspect)
+    draw = _uniform(rng).__next__
     while left > 0:
         for _ in range(10):
             least = min(smallest, left)
-            area = least + (left - least) * rng.random() if left > 1 else 1.0
-            aspect = math.exp(log_aspect - 2 * log_aspect * rng.random())
+            area = least + (left - least) * draw() if left > 1 else 1.0
+            aspect = math.exp(log_aspect - 2 * log_aspect * draw())
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < height < grid and 0 < width < grid):
                 continue
-            top = int(rng.integers(0, grid - height + 1))
-            start = int(rng.integers(0, grid - width + 1))
+            top, start = int((grid - height + 1) * draw()), int((grid - width + 1) * draw())
             block = _rectangle(grid, height, width) << top * grid + start
             fresh = (block & ~taken).bit_count()
             if 0 < fresh <= left:
@@ -51,6 +52,12 @@ def block_mask(
     if left > 0:
         flat[rng.choice(np.flatnonzero(~flat), left, replace=False)] = True
     return flat.reshape(grid, grid)
+
+
+def _uniform(rng: np.random.Generator) -> Iterator[float]:
+    """Numbers of 0..1, drawn many at once: a call takes longer than a number."""
+    while True:
+        yield from rng.random(32).tolist()
 
 
 @functools.cache

@@ -104,7 +104,7 @@ class ParquetRows:
             columns = self.columns and [c for c in self.columns if c in file.schema_arrow.names]
             table = file.read_row_group(index, columns=columns)
             values = {
-                name: self.readers.get(name, _Values)(_whole(column))
+                name: self.readers.get(name, _values)(_whole(column))
                 for name, column in zip(table.column_names, table.columns, strict=True)
             }
             held = self._cache[key] = _Held(table, values)
@@ -123,9 +123,12 @@ class _Held:
     values: dict[str, Any]
 
 
-class _Values:
-    """A column as Python's values, made when asked for: all at once they take more memory."""
+def _values(column: pa.Array) -> Any:
+    """A column as Python's values; but for numbers made when asked for, as all take more memory."""
+    return column.to_pylist() if pa.types.is_integer(column.type) else _Values(column)
 
+
+class _Values:
     def __init__(self, column: pa.Array) -> None:
         self._column = column
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+from numpy.random.bit_generator import ISeedSequence
 from PIL import Image
 
 from beit3.transforms import View, apply_view, decode, sample_view
@@ -67,9 +69,22 @@ class Samples:
             group=group,
             index=index,
             row=self.rows.row(group, index),
-            rng=np.random.default_rng((self.seed, number)),
+            rng=np.random.Generator(np.random.PCG64(cast(Any, _Seed(self.seed, number)))),
             epoch=self.order.epoch_of(number),
         )
+
+
+class _Seed(ISeedSequence):
+    """Numbers hashed to a generator's first state; NumPy's own way takes ten times as long."""
+
+    def __init__(self, *numbers: int) -> None:
+        self._numbers = numbers
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        wanted = np.dtype(dtype)
+        said = repr(self._numbers).encode()
+        digest = hashlib.blake2b(said, digest_size=n_words * wanted.itemsize).digest()
+        return np.frombuffer(digest, wanted.newbyteorder("<")).astype(wanted, copy=False)
 
 
 def picture_of(row: Mapping[str, Any]) -> Any:
