@@ -125,10 +125,10 @@ class _Held:
 
 def _values(column: pa.Array) -> Any:
     """A column as Python's values; but for numbers made when asked for, as all take more memory."""
-    return column.to_pylist() if pa.types.is_integer(column.type) else _Values(column)
+    return column.to_pylist() if pa.types.is_integer(column.type) else _OnDemand(column)
 
 
-class _Values:
+class _OnDemand:
     def __init__(self, column: pa.Array) -> None:
         self._column = column
 

@@ -75,7 +75,7 @@ class Samples:
 
 
 class _Seed(ISeedSequence):
-    """Numbers hashed to a generator's first state; NumPy's own way takes ten times as long."""
+    """Numbers hashed to a generator's first state; NumPy's own way takes several times as long."""
 
     def __init__(self, *numbers: int) -> None:
         self._numbers = numbers

@@ -89,7 +89,8 @@ def _paint_thing(image: Image.Image, thing: Thing) -> None:
     left, top, right, bottom = (int(edge * _SCALE) for edge in thing.box())
     left, top, right, bottom = left - 2, top - 2, right + 3, bottom + 3
     size = (right - left, bottom - top)
-    outline = [(x * _SCALE - left, y * _SCALE - top) for x, y in thing.outline()]
+    around = [(x * _SCALE, y * _SCALE) for x, y in thing.outline()]
+    outline = [(x - left, y - top) for x, y in around]
     colour = COLOURS[thing.kind.colour]
     ink = _shade(colour, 0.45)
     layer = Image.new("RGB", size, colour)
@@ -111,9 +112,8 @@ def _paint_thing(image: Image.Image, thing: Thing) -> None:
     ImageDraw.Draw(mask).polygon(outline, fill=255)
     image.paste(layer, (left, top), mask)
     # The same ink for all: a shape is seen as such whatever its colour and background.
-    around = [(x + left, y + top) for x, y in (*outline, *outline[:2])]
     width = round(thing.diameter * _SCALE * _OUTLINE)
-    ImageDraw.Draw(image).line(around, _INK, width, joint="curve")
+    ImageDraw.Draw(image).line([*around, *around[:2]], _INK, width, joint="curve")
 
 
 def _light(image: Image.Image, rng: random.Random) -> Image.Image:
