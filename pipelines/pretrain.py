@@ -87,7 +87,7 @@ class PretrainRecipe:
                 totals |= {f"zero_shot/{key}": [value] for key, value in found.items()}
             for key, value in module(batch).items():
                 totals.setdefault(key, []).append(float(value))
-            if number == 0 and len(batch.images):
+            if number == 0 and batch.hidden_patches.any():
                 sheet = masked_sheet(module, batch, cfg.model.patch_size)
                 logger.picture(f"masked/step-{step:07d}.png", sheet)
         return {key: sum(values) / len(values) for key, values in totals.items()}

@@ -17,6 +17,7 @@ import small_corpus
 import torch
 
 from beit3 import released, vqkd, weights
+from beit3.masking import Masking
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
 from beit3.text import BOS, EOS, UNK, TextTokenizer
 from beit3.transforms import View, apply_view, decode
@@ -352,13 +353,27 @@ def test_pixels_train_a_model_that_finetuning_takes(corpus: Store) -> None:
             released.load_folder(folder)
 
 
-def test_what_is_not_trained_is_measured_all_the_same(corpus: Store) -> None:
-    cfg = replace(ablation("mono", corpus), held_out="captioning/val", held_out_batches=1)
+@pytest.mark.parametrize(("name", "share"), [("mono", 0.5), ("separate", 0.0), ("separate", 1.0)])
+def test_what_is_not_trained_is_measured_all_the_same(
+    name: str, share: float, corpus: Store
+) -> None:
+    cfg = replace(ablation(name, corpus), held_out="captioning/val", held_out_batches=1)
+    cfg = replace(cfg, masking=replace(cfg.masking, pair_text_share=share))
     batch = held_out_batches(cfg, _tokenizer(corpus))(0)
     assert set(batch.masked) == {"pair_image", "pair_text"}
     results = PretrainRecipe(cfg, _tokenizer(corpus)).build()(batch)
     assert {"accuracy/pair_image", "accuracy/pair_text"} <= set(results)
-    assert float(results["loss"]) == 0.0
+    assert bool(results["loss"]) == (name != "mono")
+
+
+def test_held_out_pictures_of_which_nothing_is_hidden_make_no_sheet(corpus: Store) -> None:
+    cfg = small_corpus.pretraining(
+        corpus, name="whole", train={"steps": 1, "warmup": 0}, masking=Masking(image=0.0, min_block=1)
+    )
+    result = run(replace(cfg, held_out="captioning/val", held_out_batches=1))
+    tracker = tracking.client(tracking.tracking_uri(corpus))
+    assert not tracker.list_artifacts(result["mlflow_run"], "masked")
+    assert "accuracy/pair_text" in result["metrics"]
 
 
 # -- before it starts ------------------------------------------------------------------------------
