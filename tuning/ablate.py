@@ -7,16 +7,19 @@
 Rows that are the same configuration, the paper's default, are trained once. All rows have the same
 data, steps and seeds. Every job skips what is done, so a run that was killed goes on where it was,
 and more `--seeds`, rows or tasks are added to what is there; the tables are renewed after each row.
-They are `ablations/<name>.md` and `.json` in the store.
+On CPUs as many rows go side by side as there are CPUs for. The tables are `ablations/<name>.md` and
+`.json` in the store.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ from tuning.downstream import (
     publish,
     score,
     shown,
+    side_by_side,
     tracked,
 )
 
@@ -80,7 +84,7 @@ class AblateConfig:
     """Folder of the sample world that the data come from, which makes the data of NLVR2 and
     ImageNet where they are missing; empty: they are there."""
     dry_run: bool = False
-    """Train nothing, but say how many steps and hours it would take."""
+    """Train nothing, but say how many steps and hours it would take, one row after another."""
     speeds: Speeds = field(default_factory=Speeds)
     """What a dry run reckons with."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -96,6 +100,14 @@ class AblateConfig:
                 f"variants: {', '.join(unknown) or 'none'}; expected some of {', '.join(VARIANTS)}"
             )
         check_default(self.pretrain)
+
+    @property
+    def cpus(self) -> int:
+        """Of a row that trains in a process of its own, on CPUs; 0 of others."""
+        train = self.pretrain.train
+        if train.workers or train.gpus_per_worker or not self.tasks.cpus:
+            return 0
+        return train.threads and max(train.threads, self.tasks.cpus)
 
 
 PRESETS = {
@@ -167,12 +179,15 @@ def run(cfg: AblateConfig) -> dict[str, Any]:
     }
     with tracked(store, place, cfg) as handle:
         outcome = {"config": config.to_dict(cfg), "scores": scores, "mlflow_run": handle.run_id}
-        for seed in range(cfg.seeds):
-            for name in cfg.variants:
-                console.say(f"== {name}, seed {seed}")
-                for task, metrics in _row(cfg, name, seed, handle.run_id).items():
-                    scores[name][task].append(metrics)
-                publish(store, place, handle, outcome, tables(scores, cfg.tasks.names))
+        runs = list(itertools.product(range(cfg.seeds), cfg.variants))
+        work = partial(_row, cfg, handle.run_id)
+        results = side_by_side(work, runs, cpus=cfg.cpus)
+        for (seed, name), row in zip(runs, results, strict=True):
+            for task, metrics in row.items():
+                scores[name][task].append(metrics)
+            said = (f"{MEASURES[task].title} {MEASURES[task].of(row[task]):.1f}" for task in row)
+            console.say(f"seed {seed}, {name}: {', '.join(said)}")
+            publish(store, place, handle, outcome, tables(scores, cfg.tasks.names))
         log_spread(
             handle,
             {
@@ -196,8 +211,9 @@ def pretraining(cfg: AblateConfig, name: str, seed: int) -> PretrainConfig:
     )
 
 
-def _row(cfg: AblateConfig, name: str, seed: int, parent: str) -> dict[str, dict[str, float]]:
+def _row(cfg: AblateConfig, parent: str, run: tuple[int, str]) -> dict[str, dict[str, float]]:
     """A variant's metrics, by task."""
+    seed, name = run
     chosen = pretraining(cfg, name, seed)
     pretrain.run(chosen, parent=parent)
     return {

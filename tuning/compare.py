@@ -5,15 +5,18 @@
 
 Both starts get the same data, steps and seeds, and are scored on held-out data. Beside them stand
 chance, which never looks at the picture, and on the sample world the ceiling: its scenes are known,
-so that what a perfect reader would score can be worked out. Run again, it goes on where it was;
-more `--seeds` are added. The table is `comparisons/<name>.md` and `.json` in the store.
+so that what a perfect reader would score can be worked out. On CPUs runs go side by side. Started
+again, it goes on where it was; more `--seeds` are added. The table is `comparisons/<name>.md` and
+`.json` in the store.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from tuning.downstream import (
     publish,
     score,
     shown,
+    side_by_side,
     tracked,
 )
 
@@ -111,11 +115,14 @@ def run(cfg: CompareConfig) -> dict[str, Any]:
         }
     with tracked(store, place, cfg) as handle:
         outcome = {"config": config.to_dict(cfg), "tasks": found, "mlflow_run": handle.run_id}
-        for seed in range(cfg.seeds):
-            for task in cfg.tasks.names:
-                for start in STARTS:
-                    found[task][start].append(_score(cfg, task, start, seed, handle.run_id))
-                publish(store, place, handle, outcome, table(found))
+        runs = list(itertools.product(range(cfg.seeds), cfg.tasks.names, STARTS))
+        work = partial(_score, cfg, handle.run_id)
+        results = side_by_side(work, runs, cpus=cfg.tasks.cpus)
+        for (seed, task, start), metrics in zip(runs, results, strict=True):
+            found[task][start].append(metrics)
+            measure = MEASURES[task]
+            console.say(f"seed {seed}, {start}: {measure.title} {measure.of(metrics):.1f}")
+            publish(store, place, handle, outcome, table(found))
         log_spread(
             handle,
             {
@@ -128,7 +135,8 @@ def run(cfg: CompareConfig) -> dict[str, Any]:
     return outcome
 
 
-def _score(cfg: CompareConfig, task: str, start: str, seed: int, parent: str) -> dict[str, float]:
+def _score(cfg: CompareConfig, parent: str, run: tuple[int, str, str]) -> dict[str, float]:
+    seed, task, start = run
     pretrained = cfg.retrieval_init if task == "retrieval" and cfg.retrieval_init else cfg.init
     random = start == "scratch"
     return score(

@@ -1,21 +1,27 @@
-"""Finetuning from a start and scoring it, task by task: what ablations and comparisons share."""
+"""Finetuning from starts and scoring them, task by task: what ablations and comparisons share."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipelines import config, evaluate, finetune, prepare_task, tracking
+import ray
+from ray.exceptions import RayTaskError
+
+from pipelines import cluster, config, evaluate, finetune, prepare_task, tracking
 from pipelines.baselines import TEST_SPLITS
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
 from pipelines.sample_world import World, WorldSize, generate, load
 from pipelines.storage import Store
+
+_Run = TypeVar("_Run")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,11 @@ class TasksConfig:
     learning_rates: tuple[float, ...] = ()
     """Peak learning rate of each task; empty: the recipe's."""
     workers: int = 0
-    """Ray Train workers; 0 trains in the job's own process."""
+    """Ray Train workers of a run. 0: it trains in a process of its own, and as many runs go side by
+    side as the cluster has CPUs for."""
     gpus_per_worker: float = 0.0
     threads: int = 1
-    """Torch threads of a worker on CPU."""
+    """Torch threads of a run on CPU; 0: all of the machine's, for one run after another."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.names) - set(MEASURES))
@@ -79,6 +86,11 @@ class TasksConfig:
                 )
         for task in self.names:
             finetune.preset(self.recipe, task)
+
+    @property
+    def cpus(self) -> int:
+        """Of a run that trains in a process of its own, on CPUs; 0 of others."""
+        return 0 if self.workers or self.gpus_per_worker else self.threads
 
     def of(self, values: Sequence[Any], task: str, default: Any) -> Any:
         """A task's own value of a field that has one for each."""
@@ -147,6 +159,39 @@ def score(
     chosen = finetuning(cfg, store, task, init=init, like=like, name=name, seed=seed)
     finetune.run(chosen, parent=parent)
     return evaluate.run(evaluation(cfg, store, task, name))["metrics"]
+
+
+def side_by_side(
+    work: Callable[[_Run], _Result], runs: Sequence[_Run], *, cpus: int
+) -> Iterator[_Result]:
+    """Results of `work`, in the order of the runs, which are Ray tasks of so many CPUs each.
+
+    With no `cpus` they go one after another in this process: what starts Ray workers by itself
+    takes the cluster's resources itself.
+
+    Raises:
+        Exception: of the first run, in their order, that failed; those that go on are cancelled.
+    """
+    if not cpus:
+        yield from map(work, runs)
+        return
+    cluster.start()
+
+    @ray.remote(num_cpus=cpus)
+    def task(run: _Run) -> _Result:
+        return work(run)
+
+    waiting = [task.remote(run) for run in runs]
+    try:
+        while waiting:
+            result = ray.get(waiting[0])
+            waiting.pop(0)
+            yield result
+    except RayTaskError as error:
+        raise error.cause from None
+    finally:
+        for left in waiting:
+            ray.cancel(left, force=True)
 
 
 def prepare_sample(cfg: TasksConfig, store: str, folder: Path) -> World:

@@ -283,7 +283,8 @@ def test_every_ablation_trains_what_is_on_and_nothing_else(name: str, corpus: St
     # What is off is not in the batch: nothing is hidden for it, and no kind is read for nothing.
     assert set(batch.masked) == on
     assert {key.removeprefix("loss/") for key in results if key.startswith("loss/")} == on
-    torch.testing.assert_close(results["loss"], sum(results[f"loss/{kind}"] for kind in on))
+    weighted = (getattr(cfg.objectives, kind) * results[f"loss/{kind}"] for kind in on)
+    torch.testing.assert_close(results["loss"], sum(weighted))
     assert recipe.samples_per_batch() == len(batch.ids)
     kinds = {name.split("/")[0] for name in batch.ids}
     wanted = {"alone": {"image"}, "words": {"text"}, "pairs": {"pair_image", "pair_text"}}
@@ -368,7 +369,10 @@ def test_what_is_not_trained_is_measured_all_the_same(
 
 def test_held_out_pictures_of_which_nothing_is_hidden_make_no_sheet(corpus: Store) -> None:
     cfg = small_corpus.pretraining(
-        corpus, name="whole", train={"steps": 1, "warmup": 0}, masking=Masking(image=0.0, min_block=1)
+        corpus,
+        name="whole",
+        train={"steps": 1, "warmup": 0},
+        masking=Masking(image=0.0, min_block=1),
     )
     result = run(replace(cfg, held_out="captioning/val", held_out_batches=1))
     tracker = tracking.client(tracking.tracking_uri(corpus))
