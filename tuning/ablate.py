@@ -111,7 +111,7 @@ class AblateConfig:
 
 
 PRESETS = {
-    # On one CPU core, with the data and tokenizers of `make demo`.
+    # A row on one CPU core, with the data and tokenizers of `make demo`.
     "tiny": AblateConfig(
         world="demo/world",
         pretrain=dataclasses.replace(

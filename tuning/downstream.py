@@ -164,7 +164,8 @@ def score(
 def side_by_side(
     work: Callable[[_Run], _Result], runs: Sequence[_Run], *, cpus: int
 ) -> Iterator[_Result]:
-    """Results of `work`, in the order of the runs, which are Ray tasks of so many CPUs each.
+    """Results of `work`, in the order of the runs, which are Ray tasks of so many CPUs each (or of
+    all that a machine has).
 
     With no `cpus` they go one after another in this process: what starts Ray workers by itself
     takes the cluster's resources itself.
@@ -176,8 +177,9 @@ def side_by_side(
         yield from map(work, runs)
         return
     cluster.start()
+    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
 
-    @ray.remote(num_cpus=cpus)
+    @ray.remote(num_cpus=min(cpus, most))
     def task(run: _Run) -> _Result:
         return work(run)
 

@@ -267,6 +267,8 @@ def test_runs_side_by_side_come_in_their_order_and_in_processes_of_their_own(
     found = list(downstream.side_by_side(work, runs, cpus=1))
     assert [own for own, _ in found] == ["a", "b", "c"]
     assert os.getpid() not in {process for _, process in found}
+    # More than there are is as many as there are.
+    assert [own for own, _ in downstream.side_by_side(work, runs[1:], cpus=999)] == ["b", "c"]
     alone = downstream.side_by_side(work, runs[1:], cpus=0)
     assert list(alone) == [("b", os.getpid()), ("c", os.getpid())]
 
