@@ -17,6 +17,9 @@ from beit3.transforms import View, apply_view, decode, sample_view
 from pipelines.loader import Mix, Order, ParquetRows, RowGroup, share
 from pipelines.storage import Dataset
 
+SEEDING = 2
+"""Raised when a seed no longer gives the same samples, views and masks as before. A run begun with
+others is not gone on with, and is no run of the same options."""
 PICTURE_CACHE_BYTES = 256 << 20  # decoded pictures kept by a worker; a small dataset fits whole
 
 

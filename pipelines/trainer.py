@@ -122,8 +122,8 @@ def _claim(store: Store, folder: str, fingerprint: str, parameters: Mapping[str,
     note = f"{folder}/run.json"
     if store.exists(note) and store.read_json(note)["fingerprint"] != fingerprint:
         raise StoreError(
-            f"{store.uri}/{folder} was begun with other inputs or options: choose another name, or "
-            "delete that folder first"
+            f"{store.uri}/{folder} was begun with other inputs or options, or by a version that "
+            "drew other samples: choose another name, or delete that folder first"
         )
     store.write_json(note, {"fingerprint": fingerprint, "parameters": dict(parameters)})
 

@@ -67,7 +67,8 @@ def test_block_mask_is_a_function_of_the_seed() -> None:
 
 
 def test_block_masks_of_a_seed_stay_what_they_are() -> None:
-    """A run that is resumed with a later version hides what it would have hidden."""
+    """A run that is resumed with a later version hides what it would have hidden; where it doesn't,
+    `pipelines.samples.SEEDING` is raised."""
     seen = hashlib.sha256()
     for grid, count in ((14, 78), (16, 102), (6, 14)):
         for seed in range(50):

@@ -80,6 +80,12 @@ def test_order_is_a_function_of_commit_seed_and_epoch(store: Store) -> None:
     assert [i for batch in first[:55] for i in batch] != second  # 55 batches are 1,100 rows
 
 
+def test_random_numbers_of_a_seed_stay_what_they_are(store: Store) -> None:
+    """Where they don't, `pipelines.samples.SEEDING` is raised."""
+    rng = drawn(store, seed=3).sample(17).rng
+    assert rng.integers(0, 1 << 32, 3).tolist() == [2036617645, 1323923532, 1948417186]
+
+
 def test_another_commit_is_another_order(store: Store, tmp_path: Path) -> None:
     other = Store(tmp_path)
     publish(other, "one", SCHEMA, rows("b", 130), rows("a", 2 * ROW_GROUP_ROWS + 88))
