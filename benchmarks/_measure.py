@@ -33,7 +33,8 @@ def machine(device: torch.device) -> str:
     """The device, in words."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -178,7 +178,6 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
     """Train in a plain loop: seconds of a timed step, and the last loss."""
     wanted, device = recipe(options), torch.device(options.device)
     train = wanted.cfg.train
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)  # as the job's worker does
     torch.manual_seed(train.seed)
     module = wanted.build().to(device).train()
     optimizer = torch.optim.AdamW(
@@ -288,6 +287,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)  # as the job's worker does
     if options.worker:
         print(json.dumps({"bare": run_bare, "job": run_job}[options.worker](options)))
         return
