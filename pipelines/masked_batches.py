@@ -205,7 +205,6 @@ class PictureSource:
 def held_out_batches(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBatches:
     """Batches of held-out pairs, on one worker."""
     share = cfg.masking.pair_text_share
-    one_sided = share in (0.0, 1.0)
     alone = replace(
         cfg,
         images=(),
@@ -221,7 +220,7 @@ def held_out_batches(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBat
         held_out_ranked=0,
         # What is not trained is measured all the same.
         objectives=ObjectiveWeights(image_target=cfg.objectives.image_target),
-        masking=replace(cfg.masking, pair_text_share=0.5 if one_sided else share),
+        masking=replace(cfg.masking, pair_text_share=share if 0 < share < 1 else 0.5),
         train=replace(cfg.train, workers=0, gpus_per_worker=0.0),
     )
     return MaskedBatches(alone, tokenizer, 0, 1)

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
-from ray.exceptions import RayTaskError
-
 from pipelines import cluster, config, evaluate, finetune, prepare_task, tracking
 from pipelines.baselines import TEST_SPLITS
 from pipelines.evaluate import EvaluateConfig
@@ -176,6 +173,9 @@ def side_by_side(
     if not cpus:
         yield from map(work, runs)
         return
+    import ray
+    from ray.exceptions import RayTaskError
+
     cluster.start()
     most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
 
