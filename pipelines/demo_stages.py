@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import ray
 
 from beit3.config import PRESETS as MODELS
 from beit3.config import ModelConfig
@@ -25,9 +25,9 @@ from pipelines import (
     train_text_tokenizer,
 )
 from pipelines.baselines import TEST_SPLITS
-from pipelines.progress import progress
 from pipelines.sample_world import World, WorldSize, generate, load
 from pipelines.samples import ViewConfig
+from pipelines.side_by_side import side_by_side, steps_of
 from pipelines.storage import Store
 from tuning import sweep
 
@@ -247,29 +247,21 @@ def evaluation(cfg: DemoConfig, task: str, start: str) -> evaluate.EvaluateConfi
 def finetune_all(cfg: DemoConfig) -> None:
     """Finetune and evaluate each task from each start; as many side by side as there are CPUs."""
     store = Store(cfg.store_uri)
-    runs = [(finetuning(cfg, t, s), evaluation(cfg, t, s)) for t in TASKS for s in STARTS]
-    done = [r for r in runs if store.exists(f"scores/{r[1].output}.json")]
-    for finished, scored in done:  # in this process, where they can say that they are skipped
-        finetune.run(finished)
-        evaluate.run(scored)
-    runs = [run for run in runs if run not in done]
-    if not runs:
-        return
-    waiting = [_finetune.remote(*run) for run in runs]
-    steps = {f"runs/{run.name}": run.train.steps for run, _ in runs}
-    with console.bar(f"{len(runs)} models", total=sum(steps.values()), unit="step") as bar:
-        while waiting:
-            done, waiting = ray.wait(waiting, timeout=1.0)
-            bar.update(sum(min(n, progress(store, run)) for run, n in steps.items()) - bar.n)
-            for scores in ray.get(done):
-                shown = ", ".join(f"{k} {v:.3f}" for k, v in scores["metrics"].items())
-                console.say(f"{scores['model']} on {scores['data']}: {shown}")
+    trainings = {}
+    for run in itertools.product(TASKS, STARTS):
+        if store.exists(f"scores/{evaluation(cfg, *run).output}.json"):
+            _finetune(cfg, run)  # in this process, where it can say that it is skipped
+        else:
+            trainings[run] = steps_of([finetuning(cfg, *run)])
+    with side_by_side(partial(_finetune, cfg), trainings, cpus=1, store=store) as results:
+        for scores in results:
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in scores["metrics"].items())
+            console.say(f"{scores['model']} on {scores['data']}: {shown}")
 
 
-@ray.remote(num_cpus=1)
-def _finetune(run: finetune.FinetuneConfig, score: evaluate.EvaluateConfig) -> dict[str, Any]:
-    finetune.run(run)
-    return evaluate.run(score)
+def _finetune(cfg: DemoConfig, run: tuple[str, str]) -> dict[str, Any]:
+    finetune.run(finetuning(cfg, *run))
+    return evaluate.run(evaluation(cfg, *run))
 
 
 def sweeping(cfg: DemoConfig) -> sweep.SweepConfig:

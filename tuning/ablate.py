@@ -30,12 +30,13 @@ from beit3.device import to_device
 from beit3.masking import Masking
 from beit3.vqkd import PRESETS as TOKENIZERS
 from pipelines import bundles, config, console, finetune, pretrain, token_checks
-from pipelines.finetune import FinetuneRecipe
+from pipelines.finetune import FinetuneConfig, FinetuneRecipe
 from pipelines.prepare_task import labels
 from pipelines.pretrain import PretrainRecipe
 from pipelines.pretrain_config import PRESETS as PRETRAINING
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import Recipe, TrainConfig
+from pipelines.side_by_side import side_by_side, steps_of
 from pipelines.storage import Store, StoreError
 from tuning.ablations import ABLATIONS, DEFAULT, PAPER_TASKS, VARIANTS, check_default, variant
 from tuning.downstream import (
@@ -48,7 +49,6 @@ from tuning.downstream import (
     publish,
     score,
     shown,
-    side_by_side,
     tracked,
 )
 
@@ -181,13 +181,16 @@ def run(cfg: AblateConfig) -> dict[str, Any]:
         outcome = {"config": config.to_dict(cfg), "scores": scores, "mlflow_run": handle.run_id}
         runs = list(itertools.product(range(cfg.seeds), cfg.variants))
         work = partial(_row, cfg, handle.run_id)
-        results = side_by_side(work, runs, cpus=cfg.cpus)
-        for (seed, name), row in zip(runs, results, strict=True):
-            for task, metrics in row.items():
-                scores[name][task].append(metrics)
-            said = (f"{MEASURES[task].title} {MEASURES[task].of(row[task]):.1f}" for task in row)
-            console.say(f"seed {seed}, {name}: {', '.join(said)}")
-            publish(store, place, handle, outcome, tables(scores, cfg.tasks.names))
+        trainings = {run: _trainings(cfg, run) for run in runs}
+        with side_by_side(work, trainings, cpus=cfg.cpus, store=store) as results:
+            for (seed, name), row in zip(runs, results, strict=True):
+                for task, metrics in row.items():
+                    scores[name][task].append(metrics)
+                said = (
+                    f"{MEASURES[task].title} {MEASURES[task].of(m):.1f}" for task, m in row.items()
+                )
+                console.say(f"seed {seed}, {name}: {', '.join(said)}")
+                publish(store, place, handle, outcome, tables(scores, cfg.tasks.names))
         log_spread(
             handle,
             {
@@ -211,23 +214,37 @@ def pretraining(cfg: AblateConfig, name: str, seed: int) -> PretrainConfig:
     )
 
 
+def _finetunings(cfg: AblateConfig, pretrained: str, seed: int) -> dict[str, FinetuneConfig]:
+    """The configurations that finetune a pretrained variant, by task."""
+    return {
+        task: finetuning(
+            cfg.tasks,
+            cfg.store,
+            task,
+            init=f"models/{pretrained}",
+            name=f"{pretrained}-{task}",
+            seed=seed,
+        )
+        for task in cfg.tasks.names
+    }
+
+
 def _row(cfg: AblateConfig, parent: str, run: tuple[int, str]) -> dict[str, dict[str, float]]:
     """A variant's metrics, by task."""
     seed, name = run
     chosen = pretraining(cfg, name, seed)
     pretrain.run(chosen, parent=parent)
     return {
-        task: score(
-            cfg.tasks,
-            cfg.store,
-            task,
-            init=f"models/{chosen.name}",
-            name=f"{chosen.name}-{task}",
-            seed=seed,
-            parent=parent,
-        )
-        for task in cfg.tasks.names
+        task: score(cfg.tasks, task, tuned, parent=parent)
+        for task, tuned in _finetunings(cfg, chosen.name, seed).items()
     }
+
+
+def _trainings(cfg: AblateConfig, run: tuple[int, str]) -> dict[str, int]:
+    """The trainings of a row, and how many steps each has."""
+    seed, name = run
+    chosen = pretraining(cfg, name, seed)
+    return steps_of([chosen, *_finetunings(cfg, chosen.name, seed).values()])
 
 
 # -- tables ---------------------------------------------------------------------------------------

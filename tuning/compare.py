@@ -22,19 +22,21 @@ from typing import Any
 
 from pipelines import config, console, finetune
 from pipelines.baselines import TEST_SPLITS, chance
+from pipelines.finetune import FinetuneConfig
 from pipelines.prepare_task import labels
 from pipelines.sample_world.ceiling import ceiling
+from pipelines.side_by_side import side_by_side, steps_of
 from pipelines.storage import Store, StoreError
 from tuning.downstream import (
     MEASURES,
     TasksConfig,
+    finetuning,
     log_spread,
     markdown,
     prepare_sample,
     publish,
     score,
     shown,
-    side_by_side,
     tracked,
 )
 
@@ -117,12 +119,13 @@ def run(cfg: CompareConfig) -> dict[str, Any]:
         outcome = {"config": config.to_dict(cfg), "tasks": found, "mlflow_run": handle.run_id}
         runs = list(itertools.product(range(cfg.seeds), cfg.tasks.names, STARTS))
         work = partial(_score, cfg, handle.run_id)
-        results = side_by_side(work, runs, cpus=cfg.tasks.cpus)
-        for (seed, task, start), metrics in zip(runs, results, strict=True):
-            found[task][start].append(metrics)
-            measure = MEASURES[task]
-            console.say(f"seed {seed}, {start}: {measure.title} {measure.of(metrics):.1f}")
-            publish(store, place, handle, outcome, table(found))
+        trainings = {run: steps_of([_finetuning(cfg, run)]) for run in runs}
+        with side_by_side(work, trainings, cpus=cfg.tasks.cpus, store=store) as results:
+            for (seed, task, start), metrics in zip(runs, results, strict=True):
+                found[task][start].append(metrics)
+                measure = MEASURES[task]
+                console.say(f"seed {seed}, {start}: {measure.title} {measure.of(metrics):.1f}")
+                publish(store, place, handle, outcome, table(found))
         log_spread(
             handle,
             {
@@ -135,11 +138,11 @@ def run(cfg: CompareConfig) -> dict[str, Any]:
     return outcome
 
 
-def _score(cfg: CompareConfig, parent: str, run: tuple[int, str, str]) -> dict[str, float]:
+def _finetuning(cfg: CompareConfig, run: tuple[int, str, str]) -> FinetuneConfig:
     seed, task, start = run
     pretrained = cfg.retrieval_init if task == "retrieval" and cfg.retrieval_init else cfg.init
     random = start == "scratch"
-    return score(
+    return finetuning(
         cfg.tasks,
         cfg.store,
         task,
@@ -147,8 +150,11 @@ def _score(cfg: CompareConfig, parent: str, run: tuple[int, str, str]) -> dict[s
         like=cfg.init if random else "",
         name=f"{cfg.name}/{task}-{start}/{seed}",
         seed=seed,
-        parent=parent,
     )
+
+
+def _score(cfg: CompareConfig, parent: str, run: tuple[int, str, str]) -> dict[str, float]:
+    return score(cfg.tasks, run[1], _finetuning(cfg, run), parent=parent)
 
 
 def _ceilings(store: Store, place: str) -> dict[str, Any]:

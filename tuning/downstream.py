@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pipelines import cluster, config, evaluate, finetune, prepare_task, tracking
+from pipelines import config, evaluate, finetune, prepare_task, tracking
 from pipelines.baselines import TEST_SPLITS
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
 from pipelines.sample_world import World, WorldSize, generate, load
 from pipelines.storage import Store
-
-_Run = TypeVar("_Run")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -138,62 +135,15 @@ def evaluation(cfg: TasksConfig, store: str, task: str, name: str) -> EvaluateCo
 
 
 def score(
-    cfg: TasksConfig,
-    store: str,
-    task: str,
-    *,
-    init: str,
-    like: str = "",
-    name: str,
-    seed: int,
-    parent: str | None = None,
+    cfg: TasksConfig, task: str, chosen: FinetuneConfig, *, parent: str | None = None
 ) -> dict[str, float]:
-    """Finetune from a start, or find it done; the task's metrics on held-out data.
+    """Finetune as `finetuning` says, or find it done; the task's metrics on held-out data.
 
     Raises:
         StoreError: data or start are missing, or the name is taken by another run.
     """
-    chosen = finetuning(cfg, store, task, init=init, like=like, name=name, seed=seed)
     finetune.run(chosen, parent=parent)
-    return evaluate.run(evaluation(cfg, store, task, name))["metrics"]
-
-
-def side_by_side(
-    work: Callable[[_Run], _Result], runs: Sequence[_Run], *, cpus: int
-) -> Iterator[_Result]:
-    """Results of `work`, in the order of the runs, which are Ray tasks of so many CPUs each (or of
-    all that a machine has).
-
-    With no `cpus` they go one after another in this process: what starts Ray workers by itself
-    takes the cluster's resources itself.
-
-    Raises:
-        Exception: of the first run, in their order, that failed; those that go on are cancelled.
-    """
-    if not cpus:
-        yield from map(work, runs)
-        return
-    import ray
-    from ray.exceptions import RayTaskError
-
-    cluster.start()
-    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-
-    @ray.remote(num_cpus=min(cpus, most))
-    def task(run: _Run) -> _Result:
-        return work(run)
-
-    waiting = [task.remote(run) for run in runs]
-    try:
-        while waiting:
-            result = ray.get(waiting[0])
-            waiting.pop(0)
-            yield result
-    except RayTaskError as error:
-        raise error.cause from None
-    finally:
-        for left in waiting:
-            ray.cancel(left, force=True)
+    return evaluate.run(evaluation(cfg, chosen.store, task, chosen.name))["metrics"]
 
 
 def prepare_sample(cfg: TasksConfig, store: str, folder: Path) -> World:

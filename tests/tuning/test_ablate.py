@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import socket
-import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,43 +245,6 @@ def test_hours_of_finetuning_on_gpus_are_not_guessed(
 
 
 # -- side by side ---------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_runs_side_by_side_come_in_their_order_and_in_processes_of_their_own(
-    tmp_path: Path,
-) -> None:
-    def meet(folder: Path, run: tuple[str, str]) -> tuple[str, int]:
-        """Ends only when the run that it awaits has begun."""
-        own, awaited = run
-        (folder / own).touch()
-        while awaited and not (folder / awaited).exists():
-            time.sleep(0.01)
-        return own, os.getpid()
-
-    work = partial(meet, tmp_path)
-    runs = [("a", "b"), ("b", ""), ("c", "")]
-    found = list(downstream.side_by_side(work, runs, cpus=1))
-    assert [own for own, _ in found] == ["a", "b", "c"]
-    assert os.getpid() not in {process for _, process in found}
-    # More than there are is as many as there are.
-    assert [own for own, _ in downstream.side_by_side(work, runs[1:], cpus=999)] == ["b", "c"]
-    alone = downstream.side_by_side(work, runs[1:], cpus=0)
-    assert list(alone) == [("b", os.getpid()), ("c", os.getpid())]
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_what_a_run_raises_is_raised_as_it_was() -> None:
-    def work(run: int) -> int:
-        if run == 1:
-            raise StoreError("models/x is missing")
-        return run
-
-    found = downstream.side_by_side(work, [0, 1, 2], cpus=1)
-    assert next(found) == 0
-    with pytest.raises(StoreError) as caught:
-        next(found)
-    assert str(caught.value) == "models/x is missing"
 
 
 @pytest.mark.parametrize(
