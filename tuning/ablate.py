@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -417,8 +418,9 @@ def measured(recipe: Recipe, train: TrainConfig) -> float:
         torch.set_num_threads(before)
 
 
-def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a plan, and its sum."""
+def show_plan(rows: Sequence[Mapping[str, Any]], cpus: int = 0) -> None:
+    """Print a plan, its sum, and what is left of its hours where rows of so many CPUs go side by
+    side."""
     known = all(row["hours"] is not None for row in rows)
     total = {key: sum(row[key] for row in rows) for key in ("pretrain_steps", "finetune_steps")}
     hours = sum(row["hours"] for row in rows) if known else None
@@ -429,6 +431,11 @@ def show_plan(rows: Sequence[Mapping[str, Any]]) -> None:
         console.say(
             f"{row['name']:12} {row['pretrain_steps']:>12,} {row['finetune_steps']:>12,} {said:>8}"
         )
+    at_once = (os.cpu_count() or 1) // cpus if cpus else 1
+    if hours is not None and at_once > 1:
+        console.say(
+            f"with this machine's CPUs, {at_once} rows side by side: {hours / at_once:.2f} hours"
+        )
     if not known:
         console.say("steps per second of finetuning on GPUs are unknown: give --speeds.finetune")
 
@@ -437,7 +444,7 @@ def main() -> None:
     chosen = config.cli(PRESETS, description=__doc__ or "")
     try:
         if chosen.dry_run:
-            show_plan(plan(chosen))
+            show_plan(plan(chosen), chosen.cpus)
         else:
             run(chosen)
     except (FileNotFoundError, StoreError, ValueError) as error:

@@ -212,7 +212,7 @@ def test_a_comparison_shows_how_far_from_chance_to_ceiling() -> None:
 
 
 def test_a_dry_run_counts_what_is_still_to_be_done(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path)
     cfg = dataclasses.replace(
@@ -230,6 +230,9 @@ def test_a_dry_run_counts_what_is_still_to_be_done(
     assert (joint["pretrain_steps"], joint["finetune_steps"]) == (1000, 1250)
     ablate.show_plan([default, joint])
     assert capsys.readouterr().out.splitlines()[-1].split()[:4] == ["in", "all", "3,000", "2,750"]
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    ablate.show_plan([{**default, "hours": 3.0}, {**joint, "hours": 1.0}], cpus=2)
+    assert "4 rows side by side: 1.00 hours" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_hours_of_finetuning_on_gpus_are_not_guessed(
