@@ -133,11 +133,12 @@ def model(cfg: DemoConfig) -> ModelConfig:
 
 def teacher(cfg: DemoConfig) -> contrast.ContrastConfig:
     base = contrast.PRESETS["tiny"]
-    steps = 5 if cfg.small else 250
+    steps = 5 if cfg.small else 400
     return dataclasses.replace(
         base,
         store=cfg.store_uri,
         images=PAIRS,
+        held_out=f"tasks/{HELD_OUT}",
         model=model(cfg),
         view=VIEW,
         train=dataclasses.replace(
@@ -212,8 +213,7 @@ def aligning(cfg: DemoConfig) -> contrast.ContrastConfig:
         base,
         name="aligned",
         init="models/pretrained",
-        batch_size=64,
-        train=dataclasses.replace(base.train, steps=steps, warmup=steps // 10, learning_rate=1e-3),
+        train=dataclasses.replace(base.train, steps=steps, warmup=steps // 10),
     )
 
 

@@ -36,6 +36,7 @@ from pipelines.images import ImagePolicy, Rejected, clean_image
 from pipelines.parts import PartOutput, make_dataset
 from pipelines.storage import (
     Commit,
+    Dataset,
     Store,
     StoreError,
     fingerprint,
@@ -141,6 +142,30 @@ def run(config: PrepareConfig) -> dict[str, Commit]:
 def read_examples(row: dict[str, Any]) -> tuple[Example, ...]:
     """The examples of a dataset's row."""
     return tuple(Example(e["id"], e["text"], json.loads(e["target"])) for e in row["examples"])
+
+
+def captions_of(row: dict[str, Any]) -> list[str]:
+    """What is said of a row's picture, in `images/*` or in a split of captioning or retrieval."""
+    if "captions" in row:
+        return row["captions"] or []
+    said = ([e.text] if e.text else e.target for e in read_examples(row))
+    return [caption for captions in said for caption in captions if caption]
+
+
+def check_captions(dataset: Dataset, field: str) -> Commit:
+    """The commit of a dataset whose rows `captions_of` can read.
+
+    Raises:
+        StoreError: it is missing, or another task's. The message names the configuration's field.
+    """
+    commit = dataset.commit()
+    task = commit.lineage["config"].get("task")
+    if dataset.name.startswith("tasks/") and task not in ("captioning", "retrieval"):
+        raise StoreError(
+            f"{field}: {dataset.uri} holds no captions, but what {task} asks: name a captioning or "
+            "retrieval split"
+        )
+    return commit
 
 
 def lost_examples(aside: Iterable[dict[str, Any]]) -> list[Example]:

@@ -75,9 +75,7 @@ def side_by_side(
             ray.cancel(left, force=True)
 
 
-def _in_order(
-    waiting: dict[Any, Mapping[str, int]], store: Store
-) -> Generator[Any, None, None]:
+def _in_order(waiting: dict[Any, Mapping[str, int]], store: Store) -> Generator[Any, None, None]:
     """Results of Ray tasks; what is left in `waiting` has not been taken."""
     import ray
 

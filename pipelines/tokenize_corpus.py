@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from beit3.transforms import View, apply_view, decode
 from beit3.vqkd import VQKD, batch_that_fits
 from pipelines import bill, bundles, cluster, config, train_image_tokenizer, train_text_tokenizer
 from pipelines.parts import PartOutput, Resources, make_dataset
+from pipelines.prepare_task import captions_of, check_captions
 from pipelines.samples import ViewConfig, picture_of
 from pipelines.storage import Commit, Store, fingerprint
 
@@ -69,8 +69,8 @@ class TokenizeConfig:
     texts: tuple[str, ...] = ()
     """Text datasets (`text/<name>`), each becoming `tokens/<name>`."""
     held_out: tuple[str, ...] = ()
-    """Prepared captioning splits (`tasks/<name>`, such as captioning/val), each becoming
-    `tokens/<name>`: pairs that pretraining is measured on, never trained on."""
+    """Prepared splits of captioning or retrieval (`tasks/<name>`, such as captioning/val), each
+    becoming `tokens/<name>`: pairs that pretraining is measured on, never trained on."""
     image_tokenizer: str = "vqkd"
     """`tokenizers/image/<name>`."""
     text_tokenizer: str = "sentencepiece"
@@ -148,8 +148,9 @@ def _tokenize(
     tokenizers: dict[str, Any],
     patches: int,
 ) -> Commit:
-    is_text = source.startswith("text/")
-    commit = store.dataset(source).commit()
+    is_text, is_task = source.startswith("text/"), source.startswith("tasks/")
+    dataset = store.dataset(source)
+    commit = check_captions(dataset, "held_out") if is_task else dataset.commit()
     options = config.to_dict(cfg)
     where = {"store", "images", "texts", "held_out", "batch_size"}
     where |= {"actors", "gpus_per_actor", "cpus_per_actor"}
@@ -346,12 +347,8 @@ def _number(part: str) -> int:
 
 
 def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """Identity, picture and captions of a row of `images/*`, or of a prepared captioning split."""
-    if "image" in row:
-        captions = row["captions"]
-    else:
-        captions = [caption for e in row["examples"] for caption in json.loads(e["target"])]
-    return {"id": row["id"], "data": picture_of(row), "captions": captions}
+    """Identity, picture and captions of a row of `images/*`, or of a prepared split of captions."""
+    return {"id": row["id"], "data": picture_of(row), "captions": captions_of(row)}
 
 
 class TextPart:

@@ -89,20 +89,22 @@ def task_rows(count: int) -> list[dict[str, Any]]:
     rows = []
     for number in range(count):
         said = [CAPTIONS[(number * 71 + i * 5) % len(CAPTIONS)] for i in range(2)]
-        example = {"id": str(number), "text": said[0], "target": json.dumps(said)}
+        example = {"id": str(number), "text": None, "target": json.dumps(said)}
         image = {"bytes": picture(90_000 + number), "path": f"{number}.jpg"}
         rows.append({"id": str(number), "images": [image], "examples": [example]})
     return rows
 
 
-def publish(store: Store, name: str, schema: pa.Schema, *parts: list[dict[str, Any]]) -> Commit:
-    """Commit a dataset of these rows, a file for each list."""
+def publish(
+    store: Store, name: str, schema: pa.Schema, *parts: list[dict[str, Any]], **config: Any
+) -> Commit:
+    """Commit a dataset of these rows, a file for each list, as if a job so configured made it."""
     dataset, mark = store.dataset(name), fingerprint("made by hand", name)
     records = [
         dataset.write_part(mark, f"{i:05d}", pa.Table.from_pylist(rows, schema))
         for i, rows in enumerate(parts)
     ]
-    return dataset.publish(mark, records, job="by hand", schema=schema, stats={}, config={})
+    return dataset.publish(mark, records, job="by hand", schema=schema, stats={}, config=config)
 
 
 def publish_sources(store: Store) -> None:
@@ -111,7 +113,7 @@ def publish_sources(store: Store) -> None:
     publish(store, "images/pairs", IMAGE_SCHEMA, *pairs)
     publish(store, "images/alone", IMAGE_SCHEMA, image_rows("alone", 0, 15, captions=0))
     publish(store, "text/words", TEXT_SCHEMA, text_rows(25))
-    publish(store, "tasks/captioning/val", TASK_SCHEMA, task_rows(9))
+    publish(store, "tasks/captioning/val", TASK_SCHEMA, task_rows(9), task="captioning")
 
 
 # -- the jobs --------------------------------------------------------------------------------------

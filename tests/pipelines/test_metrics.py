@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import small_corpus
 
 from pipelines import contrast, tracking
-from pipelines.storage import Store
+from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
+from pipelines.storage import Store, StoreError
 
 
 def test_utilisation_waiting_and_retrieval_are_logged(corpus: Store) -> None:
@@ -32,6 +34,31 @@ def test_utilisation_waiting_and_retrieval_are_logged(corpus: Store) -> None:
     assert all(0 < u < 1.5 for u in used)  # of a tiny model on a busy machine: what it is varies
     ratios = [s / u for s, u in zip(speed, used, strict=True)]
     assert ratios == pytest.approx([ratios[0]] * 4)  # the peak
+
+
+def test_retrieval_is_measured_on_a_captioning_split_too(corpus: Store) -> None:
+    cfg = small_corpus.teacher(corpus, name="on-captions", held_out="tasks/captioning/val")
+    found = contrast.run(cfg)["metrics"]
+    assert found["image_recall_10"] == 1  # there are 9 pictures
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tasks/vqa/val", "held_out: .*vqa/val holds no captions, but what vqa asks"),
+        ("images/alone", "held_out: no caption in the first 1000 rows of images/alone"),
+        ("images/none", "images/none does not exist"),
+    ],
+)
+def test_a_set_without_captions_is_refused_before_the_first_step(
+    name: str, said: str, copied: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copied("images", "tokenizers")
+    questions = small_corpus.task_rows(3)
+    small_corpus.publish(store, "tasks/vqa/val", TASK_SCHEMA, questions, task="vqa")
+    monkeypatch.setattr(contrast, "fit", None)  # not called
+    with pytest.raises(StoreError, match=said):
+        contrast.run(small_corpus.teacher(store, held_out=name))
 
 
 def test_the_machines_use_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

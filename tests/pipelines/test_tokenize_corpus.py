@@ -24,6 +24,7 @@ from beit3.transforms import View, apply_view, decode
 from beit3.vqkd import SHAPE_FILE, VQKD, VQKDConfig, batch_that_fits
 from pipelines import tokenize_corpus, train_image_tokenizer, train_text_tokenizer
 from pipelines.ingest import IMAGE_SCHEMA
+from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
 from pipelines.storage import Commit, Store, StoreError
 from pipelines.tokenize_corpus import ImagePart, TokenizeConfig, image_tokens, run
 
@@ -204,6 +205,15 @@ def test_a_codebook_that_uint16_can_t_name_is_refused(
     store.write_json(name, store.read_json(name) | {"codebook_size": 65537})
     with pytest.raises(ValueError, match="codebook_size 65537 is over 65536"):
         run(small_corpus.tokens(store))
+
+
+def test_what_holds_no_captions_is_refused(copied: Callable[..., Store]) -> None:
+    store = copied(*SOURCES)
+    questions = small_corpus.task_rows(3)
+    small_corpus.publish(store, "tasks/vqa/val", TASK_SCHEMA, questions, task="vqa")
+    with pytest.raises(StoreError, match=r"held_out: .*vqa/val holds no captions"):
+        run(small_corpus.tokens(store, images=(), texts=(), held_out=("vqa/val",)))
+    assert not store.list("tokens/vqa")
 
 
 def test_what_is_there_is_skipped_and_other_options_are_refused(
