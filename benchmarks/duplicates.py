@@ -27,8 +27,8 @@ import pyarrow as pa
 import torch
 
 from benchmarks import _measure
-from pipelines import duplicates
-from pipelines.duplicates import SIGNATURES, Sizes
+from pipelines import duplicates, signature_files
+from pipelines.duplicates import Sizes
 from pipelines.storage import Store
 
 _PART = 1_000
@@ -54,7 +54,7 @@ def draw(rng: np.random.Generator, count: int) -> pa.Table:
         {"id": f"{i}", "sha256": rng.bytes(32), "bits": b.tobytes(), "colours": c.tobytes()}
         for i, (b, c) in enumerate(zip(bits, packed, strict=True))
     ]
-    return pa.Table.from_pylist(rows, SIGNATURES)
+    return pa.Table.from_pylist(rows, signature_files.SCHEMA)
 
 
 def measure(count: int, seed: int) -> dict[str, float]:
@@ -66,7 +66,7 @@ def measure(count: int, seed: int) -> dict[str, float]:
         for number, start in enumerate(range(0, count, _PART)):
             signed = draw(rng, min(_PART, count - start))
             record = dataset.write_part("d" * 16, f"{number:05d}", signed.select(["id"]))
-            duplicates.write_signatures(dataset, record.file, signed)
+            signature_files.write(dataset, record.file, signed)
             files.append(record.file)
         cpu = torch.device("cpu")
         level = _measure.resident_bytes()

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import duplicates
+from pipelines import duplicates, signature_files
 from pipelines.parts import each
 from pipelines.storage import Dataset, FileRecord, PartRecord
 
@@ -84,10 +84,10 @@ def _rewrite(dataset: Dataset, mark: str, unit: dict[str, Any]) -> None:
     lost = table.take(rows["row"])
     stats = _without(record.stats, lost, dropped)
     # First the signatures: with the part's record all is there.
-    signed = dataset.store.read_table(duplicates.signatures_name(dataset, record.file))
+    signed = signature_files.read(dataset.store, dataset.name, record.file.path)
     folder = f"data-{mark[:8]}"
     written = FileRecord(f"{folder}/part-{record.name}.parquet", 0, 0, "")
-    duplicates.write_signatures(dataset, written, signed.filter(_others(signed, rows)))
+    signature_files.write(dataset, written, signed.filter(_others(signed, rows)))
     dataset.write_part(mark, record.name, kept, set_aside=[*aside, *dropped], stats=stats)
 
 

@@ -25,12 +25,12 @@ pairs of different scenes is compared for nothing. What is at the very edge of t
 missed. `pipelines.leaks` compares all with all, for held-out pictures must not be missed; 21
 million with each other can't be compared so.
 
-**How.** Every part has a side file of signatures. Slabs of parts deal their rows, by cell, into
-buckets; each bucket finds its pairs; slab by slab, in order, the rule above is applied. A process
-holds one slab or one bucket, whatever the dataset's size; for 21 million pictures the buckets take
-about 70 GB of the store while the search runs. Finished steps are found again when a job is
-repeated. The result is a function of the rows and their order: slabs, buckets and processes don't
-show in it.
+**How.** Every part has a side file of signatures (`pipelines.signature_files`). Slabs of parts deal
+their rows, by cell, into buckets; each bucket finds its pairs; slab by slab, in order, the rule
+above is applied. A process holds one slab or one bucket, whatever the dataset's size; for 21
+million pictures the buckets take about 70 GB of the store while the search runs. Finished steps are
+found again when a job is repeated. The result is a function of the rows and their order: slabs,
+buckets and processes don't show in it.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines import signatures
+from pipelines import signature_files, signatures
 from pipelines.parts import each
-from pipelines.signatures import COLOUR_BYTES, COLOUR_SIDE, HASH_BYTES, Signature
+from pipelines.signatures import COLOUR_BYTES, COLOUR_SIDE, Signature
 from pipelines.storage import Dataset, FileRecord, PartRecord, Store, fingerprint
 
 MOST_BITS = 72
@@ -64,21 +64,15 @@ SAME_BYTES = "duplicate: same bytes"
 SAME_PICTURE = "duplicate: same picture"
 STAGE = "duplicates"
 
-_VERSION = 1  # of signatures, cells and lists: raised when any of them changes
+_VERSION = 1  # of cells and lists: raised when either changes
 TABLES = 12
 _SUMS = 10
 _WIDTH = 600.0
 _COARSE = 4  # sums are over fields of 4 x 4, twice as coarse as the colours: steadier
 
-SIGNATURES = pa.schema(
-    [
-        ("id", pa.string()),
-        ("sha256", pa.binary(32)),  # of the stored bytes, or of the text
-        ("bits", pa.binary(HASH_BYTES)),  # null, as the colours, where there is no picture to read
-        ("colours", pa.binary(COLOUR_BYTES)),
-    ]
+_DEALT = pa.schema(
+    [("key", pa.uint64()), ("row", pa.int64()), ("table", pa.int8()), *signature_files.SCHEMA]
 )
-_DEALT = pa.schema([("key", pa.uint64()), ("row", pa.int64()), ("table", pa.int8()), *SIGNATURES])
 _PAIRS = pa.schema(
     [
         ("row", pa.int64()),
@@ -132,81 +126,6 @@ class Found:
 def in_order(records: Iterable[PartRecord]) -> list[FileRecord]:
     """The parts' files in the order that the dataset will have when it is published."""
     return [record.file for record in sorted(records, key=lambda record: record.name)]
-
-
-# -- signatures -----------------------------------------------------------------------------------
-
-
-def sign(batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """The signatures of a part's rows, in their order: a column `image`, or else `text`."""
-    rows = [row for batch in batches for row in _sign(batch)]
-    return pa.Table.from_pylist(rows, SIGNATURES)
-
-
-def signatures_name(dataset: Dataset, file: FileRecord) -> str:
-    """Where the signatures of one of a dataset's files are, or belong."""
-    return _signatures_name(dataset.name, file.path)
-
-
-def write_signatures(dataset: Dataset, file: FileRecord, signatures: pa.Table) -> None:
-    """Keep signatures beside their part, for a job that has its images at hand anyway."""
-    dataset.store.write_table(signatures_name(dataset, file), signatures)
-
-
-def sign_files(dataset: Dataset, files: Sequence[FileRecord], *, here: bool = False) -> None:
-    """Write the signatures that aren't there yet: one task for each file."""
-    there = _objects(dataset, files)
-    todo = [f for f in files if signatures_name(dataset, f) not in there]
-    units = [{"dataset": dataset.name, "path": f.path} for f in todo]
-    work = functools.partial(_sign_file, dataset.store)
-    _each(f"{dataset.name}: signatures", work, units, here=here)
-
-
-def _sign(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    names = batch.schema.names
-    pictures = "image" in names
-    columns = [c for c in ("id", "image", "text", "sha256") if c in names]
-    for row in batch.select(columns).to_pylist():
-        if pictures:
-            data = (row["image"] or {}).get("bytes") or b""
-        else:
-            data = (row["text"] or "").encode()
-        known = row.get("sha256")
-        digest = bytes.fromhex(known) if known else hashlib.sha256(data).digest()
-        signed = _signature(data) if pictures else None
-        yield {
-            "id": str(row["id"]),
-            "sha256": digest,
-            "bits": signed and signed.bits,
-            "colours": signed and signed.colours,
-        }
-
-
-def _signature(data: bytes) -> Signature | None:
-    try:
-        return signatures.signature(data)
-    except Exception:  # decoders raise nearly anything; its checksum is compared instead
-        return None
-
-
-def _sign_file(store: Store, unit: dict[str, Any]) -> None:
-    batches = store.dataset(unit["dataset"]).batches(
-        unit["path"], 64, columns=["id", "image", "text", "sha256"]
-    )
-    table = sign(batches)
-    store.write_table(_signatures_name(unit["dataset"], unit["path"]), table)
-
-
-def _signatures_name(dataset: str, path: str) -> str:
-    folder, name = posixpath.split(path)
-    stem = name.removesuffix(".parquet")
-    return posixpath.join(dataset, folder, f"_signatures-{stem}-v{_VERSION}.parquet")
-
-
-def _objects(dataset: Dataset, files: Sequence[FileRecord]) -> set[str]:
-    """Names of the objects beside these files: one listing for each folder."""
-    folders = {posixpath.join(dataset.name, posixpath.dirname(f.path)) for f in files}
-    return {posixpath.join(folder, n) for folder in folders for n in dataset.store.list(folder)}
 
 
 # -- finding --------------------------------------------------------------------------------------
@@ -273,7 +192,7 @@ def find(
     for name in (*against, None):
         other = dataset if name is None else store.dataset(name)
         records = list(files) if name is None else other.commit().files
-        sign_files(other, records, here=here)
+        signature_files.write_missing(other, records, here=here)
         identity.append([other.name, [[f.rows, f.sha256] for f in records]])
         for file in records:
             start = compared[-1].start + compared[-1].rows if compared else 0
@@ -370,7 +289,7 @@ def _deal_all(search: _Search, slabs: Sequence[Sequence[_File]], *, here: bool) 
 def _deal(search: _Search, unit: dict[str, Any]) -> None:
     """Deal a slab's signatures into the buckets of their cells."""
     files = [_File(**f) for f in unit["files"]]
-    tables = [search.store.read_table(_signatures_name(f.dataset, f.path)) for f in files]
+    tables = [signature_files.read(search.store, f.dataset, f.path) for f in files]
     for file, table in zip(files, tables, strict=True):
         if table.num_rows != file.rows:
             raise ValueError(f"{file.dataset}/{file.path}: {table.num_rows} signatures, not one "

@@ -148,8 +148,8 @@ def captions_of(row: dict[str, Any]) -> list[str]:
     """What is said of a row's picture, in `images/*` or in a split of captioning or retrieval."""
     if "captions" in row:
         return row["captions"] or []
-    said = ([e.text] if e.text else e.target for e in read_examples(row))
-    return [caption for captions in said for caption in captions if caption]
+    said = ([e.text] if e.text is not None else e.target for e in read_examples(row))
+    return [caption for captions in said for caption in captions]
 
 
 def check_captions(dataset: Dataset, field: str) -> Commit:

@@ -51,7 +51,7 @@ def side_by_side(
         Exception: of the first run, in their order, that failed. Those that are not done when the
             context is left are cancelled.
     """
-    if not cpus:
+    if not cpus or not runs:
         yield map(work, runs)
         return
     import ray

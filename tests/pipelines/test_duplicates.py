@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import drop_duplicates, duplicates, signatures
-from pipelines.duplicates import SAME_BYTES, SAME_PICTURE, SIGNATURES, Found, Sizes, find
+from pipelines import drop_duplicates, duplicates, signature_files, signatures
+from pipelines.duplicates import SAME_BYTES, SAME_PICTURE, Found, Sizes, find
 from pipelines.images import CleanImage, clean_image
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.sample_world import picture
@@ -106,8 +106,8 @@ def stored(dataset: Dataset, rows: Sequence[dict[str, Any]], *cuts: int) -> list
         part = pa.Table.from_pylist([{"id": r["id"]} for r in rows[start:end]],
                                     pa.schema([("id", pa.string())]))  # fmt: skip
         file = dataset.write_part(MARK, f"{number:05d}", part).file
-        signed = pa.Table.from_pylist(list(rows[start:end]), SIGNATURES)
-        duplicates.write_signatures(dataset, file, signed)
+        signed = pa.Table.from_pylist(list(rows[start:end]), signature_files.SCHEMA)
+        signature_files.write(dataset, file, signed)
         files.append(file)
     return files
 
@@ -160,7 +160,7 @@ def test_other_datasets_come_first_and_stay(tmp_path: Path, first: int) -> None:
     for dataset, held in zip(before, (rows[:half], rows[half:first]), strict=True):
         files = stored(dataset, held)
         records = [PartRecord(f"{i:05d}", f) for i, f in enumerate(files)]
-        dataset.publish(MARK, records, job="t", schema=SIGNATURES, stats={}, config={})
+        dataset.publish(MARK, records, job="t", schema=signature_files.SCHEMA, stats={}, config={})
     dataset = store.dataset("images/new")
     files = stored(dataset, rows[first:], (160 - first) // 3)
     names = [d.name for d in before]
@@ -289,11 +289,11 @@ def test_signatures_are_kept_beside_their_part(
     dataset = Store(tmp_path).dataset("images/some")
     rows = [*drawn[:6], ("broken", b"\xff\xd8 no picture"), ("empty", b"")]
     files = [dataset.write_part(MARK, "0", image_table(rows)).file]
-    duplicates.sign_files(dataset, files, here=True)
-    name = duplicates.signatures_name(dataset, files[0])
+    signature_files.write_missing(dataset, files, here=True)
+    name = signature_files.name(dataset.name, files[0].path)
     table = dataset.store.read_table(name)
-    assert table.schema == SIGNATURES
-    assert table.equals(duplicates.sign(image_table(rows).to_batches(max_chunksize=3)))
+    assert table.schema == signature_files.SCHEMA
+    assert table.equals(signature_files.sign(image_table(rows).to_batches(max_chunksize=3)))
     first = table.to_pylist()[0]
     assert Signature(first["bits"], first["colours"]) == signature(rows[0][1])
     assert [row["bits"] is None for row in table.to_pylist()] == [False] * 6 + [True] * 2
@@ -409,7 +409,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     files = stored(dataset, random_rows(1, 4))
     with pytest.raises(StoreError, match="images/none"):
         find(dataset, files, against=["images/none"], here=True)
-    duplicates.write_signatures(dataset, files[0], SIGNATURES.empty_table())
+    signature_files.write(dataset, files[0], signature_files.SCHEMA.empty_table())
     with pytest.raises(ValueError, match="0 signatures, not one for each of 4 rows"):
         find(dataset, files, here=True)
     nothing = find(store_of_none(tmp_path), [], here=True)

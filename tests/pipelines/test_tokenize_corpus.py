@@ -130,19 +130,28 @@ def test_a_commit_names_its_source_and_tokenizers(corpus: Store) -> None:
 # -- who makes it ---------------------------------------------------------------------------------
 
 
-def test_any_number_of_actors_makes_the_same_bytes(copied: Callable[..., Store]) -> None:
-    """And so do plain tasks, and another number of threads."""
+@pytest.mark.parametrize(
+    ("actors", "cpus"),
+    [
+        (2, 0.5),
+        pytest.param(1, 2.0, marks=pytest.mark.slow),
+        pytest.param(3, 0.5, marks=pytest.mark.slow),
+    ],
+)
+def test_any_number_of_actors_makes_the_same_bytes(
+    actors: int, cpus: float, copied: Callable[..., Store]
+) -> None:
+    """As plain tasks, with any number of threads."""
     store = copied("tokenizers")
     parts = [small_corpus.image_rows("many", 7 * i, 7, captions=1) for i in range(4)]
     small_corpus.publish(store, "images/many", IMAGE_SCHEMA, *parts)
     config = small_corpus.tokens(store, images=("many",), texts=(), held_out=(), batch_size=4)
     (wanted,) = run(config)
     assert len(wanted.files) == 4
-    for actors, cpus in ((1, 2.0), (2, 0.5), (3, 0.5)):
-        store.delete("tokens")
-        (made,) = run(replace(config, actors=actors, cpus_per_actor=cpus))
-        assert files(made) == files(wanted), actors
-        assert (made.fingerprint, made.stats) == (wanted.fingerprint, wanted.stats)
+    store.delete("tokens")
+    (made,) = run(replace(config, actors=actors, cpus_per_actor=cpus))
+    assert files(made) == files(wanted)
+    assert (made.fingerprint, made.stats) == (wanted.fingerprint, wanted.stats)
 
 
 def test_words_are_lists_of_one_size(corpus: Store) -> None:

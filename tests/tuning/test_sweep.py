@@ -45,6 +45,7 @@ STEPS, EVERY = 4, 2
 
 
 def config(store: Store, **changes: Any) -> SweepConfig:
+    """Two trials by Optuna under ASHA."""
     base = finetune.preset("tiny", "retrieval")
     tuned = replace(
         base, store=store.uri, batch_size=8, eval_records=6, eval_batch_size=6,
@@ -53,8 +54,11 @@ def config(store: Store, **changes: Any) -> SweepConfig:
         ),
     )  # fmt: skip
     return replace(
-        SweepConfig(name="small", finetune=tuned, samples=2, cpus_per_trial=1.0), **changes
-    )
+        SweepConfig(
+            name="small", finetune=tuned, search="optuna", samples=2, cpus_per_trial=1.0
+        ),
+        **changes,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,15 @@ def test_the_table_names_the_best(store: Store, swept: dict[str, Any]) -> None:
         assert row["curve"][-1][1] == row["score"]
     assert rows[0]["parameters"] != rows[1]["parameters"]
     assert rows[0]["steps"] == STEPS  # a trial that was stopped early has no model
+
+
+def test_optuna_draws_from_the_task_s_space(swept: dict[str, Any]) -> None:
+    fields = spaces.read(spaces.load("retrieval")[0])
+    for row in swept["trials"]:
+        assert row["parameters"].keys() == fields.keys()
+        rate = fields["train.learning_rate"]
+        assert isinstance(rate, spaces.Range)
+        assert rate.low <= row["parameters"]["train.learning_rate"] <= rate.high
 
 
 def test_trials_that_went_to_the_end_leave_their_models(
@@ -298,14 +311,13 @@ def test_a_sweep_without_a_score_is_an_error(store: Store, monkeypatch: pytest.M
     assert not store.exists("sweeps/hopeless.json")
 
 
-# -- population based training, Optuna, Ray Train workers -----------------------------------------
+# -- population based training, Ray Train workers -------------------------------------------------
 
 
 def test_a_poor_trial_goes_on_from_a_good_ones_checkpoint(store: Store) -> None:
     """Two trials take turns on one worker; the worse one takes the other's weights."""
-    outcome = run(
-        config(store, name="bred", scheduler="pbt", exploit_share=0.5, concurrent=1, seed=1)
-    )
+    bred = {"name": "bred", "search": "random", "scheduler": "pbt", "exploit_share": 0.5}
+    outcome = run(config(store, **bred, concurrent=1, seed=1))
     moved = [row for row in outcome["trials"] if len(row["runs"]) > 1]
     assert len(moved) == 1, outcome["trials"]
     donor, own = moved[0]["runs"]
@@ -332,17 +344,6 @@ def test_a_poor_trial_goes_on_from_a_good_ones_checkpoint(store: Store) -> None:
     assert "How the best came about" in store.read("sweeps/bred.html").decode() or (
         outcome["best"]["name"] == other["name"]
     )
-
-
-def test_optuna_draws_from_the_same_space(store: Store) -> None:
-    outcome = run(config(store, name="suggested", search="optuna", scheduler="none"))
-    fields = spaces.read(spaces.load("retrieval")[0])
-    assert len(outcome["trials"]) == 2
-    for row in outcome["trials"]:
-        assert row["status"] == "finished" and row["parameters"].keys() == fields.keys()
-        rate = fields["train.learning_rate"]
-        assert isinstance(rate, spaces.Range)
-        assert rate.low <= row["parameters"]["train.learning_rate"] <= rate.high
 
 
 @pytest.mark.slow
