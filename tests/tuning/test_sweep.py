@@ -283,7 +283,10 @@ def test_spaces_name_fields_that_there_are(task: str, tmp_path: Path) -> None:
         ({"concurrent": -1}, "concurrent and cpus_per_trial can't be negative"),
         ({"autoscaling": True}, "autoscaling needs concurrent"),
         ({"scheduler": "pbt", "search": "optuna"}, "take search random"),
-        ({"scheduler": "pbt", "samples": 1}, "population based training needs at least 2"),
+        (
+            {"search": "random", "scheduler": "pbt", "samples": 1},
+            "population based training needs at least 2",
+        ),
     ],
 )
 def test_impossible_options_are_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
