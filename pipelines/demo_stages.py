@@ -133,7 +133,7 @@ def model(cfg: DemoConfig) -> ModelConfig:
 
 def teacher(cfg: DemoConfig) -> contrast.ContrastConfig:
     base = contrast.PRESETS["tiny"]
-    steps = 5 if cfg.small else 400
+    steps = 5 if cfg.small else 800
     return dataclasses.replace(
         base,
         store=cfg.store_uri,
@@ -181,7 +181,7 @@ def tokens(cfg: DemoConfig) -> tokenize_corpus.TokenizeConfig:
 
 def pretraining(cfg: DemoConfig) -> pretrain_config.PretrainConfig:
     base = pretrain_config.PRESETS["tiny"]
-    steps = 6 if cfg.small else 1500
+    steps = 6 if cfg.small else 1300
     return dataclasses.replace(
         base,
         store=cfg.store_uri,
