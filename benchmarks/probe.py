@@ -21,22 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3 import weights
-from beit3.config import ModelConfig
 from beit3.model import BEiT3
 from beit3.objectives import normalise
 from beit3.transforms import WHOLE, apply_view
+from beit3.vqkd import VQKD
 from pipelines import models, train_image_tokenizer
 from pipelines.sample_world import draw, scenes
 from pipelines.storage import Store
 
 AT_ONCE = 250
 LOOKS = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS)}
-
-
-class _Encoder(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.backbone = BEiT3(config)
 
 
 def pictures(count: int, size: int, seed: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,17 +73,17 @@ def frozen(store: Store, options: argparse.Namespace) -> Iterator[tuple[str, int
     for name in options.models:
         with models.opened(store, f"models/{name}") as folder:
             config, _ = weights.load_config(folder)
-            encoder = _Encoder(config).eval()
-            models.load_backbone(encoder, folder)
+            backbone = BEiT3(config).eval()
+            models.load_backbone(nn.ModuleDict({"backbone": backbone}), folder)
 
-        def summary(images: Tensor, of: BEiT3 = encoder.backbone) -> Tensor:
+        def summary(images: Tensor, of: BEiT3 = backbone) -> Tensor:
             return of(images=normalise(images)).image_summary
 
         yield f"models/{name}", config.image_size, summary
     for name in options.tokenizers:
         tokenizer, _ = train_image_tokenizer.load(store, name)
 
-        def counts(images: Tensor, of: train_image_tokenizer.VQKD = tokenizer) -> Tensor:
+        def counts(images: Tensor, of: VQKD = tokenizer) -> Tensor:
             words = F.one_hot(of.encode(images).long(), of.config.codebook_size)
             return words.sum(1).float()
 

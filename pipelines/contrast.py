@@ -95,7 +95,7 @@ PRESETS = {
         batch_size=64,
         max_text_length=48,
         view=ViewConfig(scale=(0.8, 1.0), flip=0.0),
-        train=TrainConfig(steps=400, warmup=40, learning_rate=1e-3, workers=0),
+        train=TrainConfig(steps=800, warmup=80, learning_rate=1e-3, workers=0),
     ),
 }
 

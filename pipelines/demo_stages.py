@@ -133,7 +133,7 @@ def model(cfg: DemoConfig) -> ModelConfig:
 
 def teacher(cfg: DemoConfig) -> contrast.ContrastConfig:
     base = contrast.PRESETS["tiny"]
-    steps = 5 if cfg.small else 800
+    steps = 5 if cfg.small else base.train.steps
     return dataclasses.replace(
         base,
         store=cfg.store_uri,
@@ -149,7 +149,7 @@ def teacher(cfg: DemoConfig) -> contrast.ContrastConfig:
 
 def image_tokenizer(cfg: DemoConfig) -> train_image_tokenizer.ImageTokenizerConfig:
     base = train_image_tokenizer.PRESETS["tiny"]
-    steps = 5 if cfg.small else 800
+    steps = 5 if cfg.small else base.train.steps
     return dataclasses.replace(
         base,
         store=cfg.store_uri,

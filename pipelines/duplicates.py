@@ -197,7 +197,8 @@ def find(
         for file in records:
             start = compared[-1].start + compared[-1].rows if compared else 0
             compared.append(_File(other.name, file.path, file.rows, start))
-    mark = fingerprint("duplicates", {"version": _VERSION, "same": _definition()},
+    versions = [_VERSION, signature_files.VERSION]
+    mark = fingerprint("duplicates", {"version": versions, "same": _definition()},
                        [json.dumps(i) for i in identity])  # fmt: skip
     folder = f"{dataset.name}/_duplicates-{mark}"
     result = f"{folder}/found.json"

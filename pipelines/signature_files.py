@@ -27,14 +27,14 @@ SCHEMA = pa.schema(
         ("colours", pa.binary(COLOUR_BYTES)),
     ]
 )
-_VERSION = 1  # raised when signatures change
+VERSION = 1  # raised when signatures change
 
 
 def name(dataset: str, path: str) -> str:
     """Where the signatures of a dataset's file are, or belong."""
     folder, file = posixpath.split(path)
     stem = file.removesuffix(".parquet")
-    return posixpath.join(dataset, folder, f"_signatures-{stem}-v{_VERSION}.parquet")
+    return posixpath.join(dataset, folder, f"_signatures-{stem}-v{VERSION}.parquet")
 
 
 def sign(batches: Iterable[pa.RecordBatch]) -> pa.Table:

@@ -134,8 +134,12 @@ def test_the_table_names_the_best(store: Store, swept: dict[str, Any]) -> None:
 
 
 def test_optuna_draws_from_the_task_s_space(swept: dict[str, Any]) -> None:
+    _all_drawn_from_the_space(swept["trials"])
+
+
+def _all_drawn_from_the_space(rows: list[dict[str, Any]]) -> None:
     fields = spaces.read(spaces.load("retrieval")[0])
-    for row in swept["trials"]:
+    for row in rows:
         assert row["parameters"].keys() == fields.keys()
         rate = fields["train.learning_rate"]
         assert isinstance(rate, spaces.Range)
@@ -347,6 +351,13 @@ def test_a_poor_trial_goes_on_from_a_good_ones_checkpoint(store: Store) -> None:
     assert "How the best came about" in store.read("sweeps/bred.html").decode() or (
         outcome["best"]["name"] == other["name"]
     )
+
+
+@pytest.mark.slow
+def test_without_a_scheduler_all_go_to_the_end(store: Store) -> None:
+    rows = run(config(store, name="suggested", scheduler="none"))["trials"]
+    assert [row["status"] for row in rows] == ["finished"] * 2
+    _all_drawn_from_the_space(rows)
 
 
 @pytest.mark.slow
