@@ -48,53 +48,75 @@ def side_by_side(
         store: Where trainings say how far they are.
 
     Raises:
-        Exception: of the first run, in their order, that failed. Those that are not done when the
-            context is left are cancelled.
+        Exception: of the first run, in their order, that failed. What is not done when the context
+            is left is ended.
     """
     if not cpus or not runs:
         yield map(work, runs)
         return
-    import ray
     from ray.exceptions import RayTaskError
 
-    cluster.start()
-    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-
-    @ray.remote(num_cpus=min(cpus, most))
-    def task(run: _Run) -> _Result:
-        return work(run)
-
-    waiting = {task.remote(run): trainings for run, trainings in runs.items()}
     try:
-        with contextlib.closing(_in_order(waiting, store)) as results:
+        with contextlib.closing(_in_order(work, runs, cpus, store)) as results:
             yield results
     except RayTaskError as error:
         raise error.cause from None
+
+
+def _start(work: Callable[[Any], Any], cpus: int, most: int) -> list[Any]:
+    """Processes of `cpus` CPUs each that do `work`: as many as there is room for, or `most`.
+
+    Actors, which Ray ends surely: cancelling a task by force may abort the process that asks it,
+    and a task that is asked to end may not hear it (Ray 2.60).
+    """
+    import ray
+
+    cluster.start()
+    sizes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    cpus = min(cpus, int(max(sizes)))
+
+    # A worker lost with its node begins its run again, which goes on from its last checkpoint.
+    @ray.remote(num_cpus=cpus, max_restarts=3, max_task_retries=3)
+    class Worker:
+        def do(self, run: Any) -> Any:
+            return work(run)
+
+    room = sum(int(size // cpus) for size in sizes)
+    return [Worker.remote() for _ in range(min(room, most))]
+
+
+def _in_order(
+    work: Callable[[Any], Any], runs: Mapping[_Run, Mapping[str, int]], cpus: int, store: Store
+) -> Generator[Any, None, None]:
+    """Results of runs, each given to the first worker that has nothing to do."""
+    import ray
+
+    workers = _start(work, cpus, len(runs))
+    idle, waiting = list(workers), list(runs)
+    going: dict[Any, tuple[Any, _Run]] = {}
+    done: dict[_Run, Any] = {}
+    total = sum(sum(trainings.values()) for trainings in runs.values())
+    try:
+        with console.bar(f"{len(runs)} runs", total=total, unit="step") as bar:
+            for run in runs:
+                while run not in done:
+                    while idle and waiting:
+                        worker, begun = idle.pop(), waiting.pop(0)
+                        going[worker.do.remote(begun)] = worker, begun
+                    for result in ray.wait(list(going), timeout=2.0)[0]:
+                        worker, ended = going.pop(result)
+                        idle.append(worker)
+                        done[ended] = result
+                    steps = sum(sum(runs[ended].values()) for ended in done)
+                    steps += sum(_steps_done(runs[begun], store) for _, begun in going.values())
+                    bar.update(steps - bar.n)
+                yield ray.get(done[run])
     finally:
-        for left in waiting:
-            ray.cancel(left, force=True)
+        for result in going:
+            ray.cancel(result)  # so that Ray doesn't speak of beginning it again
+        for worker in workers:
+            ray.kill(worker)
 
 
-def _in_order(waiting: dict[Any, Mapping[str, int]], store: Store) -> Generator[Any, None, None]:
-    """Results of Ray tasks; what is left in `waiting` has not been taken."""
-    import ray
-
-    total = sum(sum(trainings.values()) for trainings in waiting.values())
-    with console.bar(f"{len(waiting)} runs", total=total, unit="step") as bar:
-        while waiting:
-            first = next(iter(waiting))
-            while not ray.wait([first], timeout=2.0)[0]:
-                bar.update(total - _left(waiting, store) - bar.n)
-            result = ray.get(first)
-            del waiting[first]
-            bar.update(total - _left(waiting, store) - bar.n)
-            yield result
-
-
-def _left(waiting: Mapping[Any, Mapping[str, int]], store: Store) -> int:
-    """Steps that tasks still have to do."""
-    import ray
-
-    _, going = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if waiting else ([], [])
-    trainings = [item for task in going for item in waiting[task].items()]
-    return sum(max(0, steps - progress(store, run)) for run, steps in trainings)
+def _steps_done(trainings: Mapping[str, int], store: Store) -> int:
+    return sum(min(steps, progress(store, run)) for run, steps in trainings.items())

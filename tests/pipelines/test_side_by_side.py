@@ -1,8 +1,9 @@
-"""Trainings side by side as Ray tasks: their order, their errors, and how far they are."""
+"""Trainings side by side in Ray workers: their order, their errors, and how far they are."""
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_what_a_run_raises_is_raised_as_it_was_and_ends_the_others(
     _ended(int((tmp_path / "2").read_text()))
 
 
+def test_a_run_whose_worker_is_lost_begins_again(tmp_path: Path, store: Store) -> None:
+    def work(folder: Path, run: int) -> int:
+        if run and not (folder / "lost").exists():
+            (folder / "lost").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run
+
+    runs: dict[int, dict[str, int]] = {0: {}, 1: {}, 2: {}}
+    with side_by_side(partial(work, tmp_path), runs, cpus=1, store=store) as found:
+        assert list(found) == [0, 1, 2]
+    assert (tmp_path / "lost").exists()
+
+
 def test_what_fails_outside_ends_the_runs_too(tmp_path: Path, store: Store) -> None:
     def work(folder: Path, run: int) -> int:
         if run:
@@ -92,7 +106,7 @@ def test_what_fails_outside_ends_the_runs_too(tmp_path: Path, store: Store) -> N
 
 
 def _ended(process: int) -> None:
-    """Wait for the end of a cancelled process; the test's timeout bounds it."""
+    """Wait for the end of a killed process; the test's timeout bounds it."""
     while Path(f"/proc/{process}/stat").exists() and _state(process) != "Z":
         time.sleep(0.05)
 
