@@ -1,9 +1,11 @@
-"""What a task's scores are compared with: guessing without a look at the picture."""
+"""What a task's scores are compared with: answers without a look at the picture."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +25,12 @@ TEST_SPLITS = {
 }
 
 
-def chance(store: Store, task: str, data: str = "", split: str = "") -> dict[str, float]:
-    """The task's metrics of the commonest training answer, a random ranking, or a random training
-    caption.
+def blind(store: Store, task: str, data: str = "", split: str = "") -> dict[str, float]:
+    """The task's metrics without a look at the picture.
+
+    Questions and statements get the commonest training answer to the same words (a model may learn
+    that too), classification the commonest classes, captioning a random training caption, and
+    retrieval a random ranking.
 
     Args:
         data: The task's data are `tasks/<data>/<split>`; by default the task's name.
@@ -38,7 +43,7 @@ def chance(store: Store, task: str, data: str = "", split: str = "") -> dict[str
     if task == "retrieval":
         return retrieval_chance([str(e.target) for e in examples])
     known = _examples(store, f"{data or task}/train")
-    guesses: list[object]
+    guesses: list[Any]
     if task == "captioning":
         rng = np.random.default_rng(0)
         guesses = [known[int(rng.integers(len(known)))].text for _ in examples]
@@ -46,9 +51,30 @@ def chance(store: Store, task: str, data: str = "", split: str = "") -> dict[str
         common = [wnid for wnid, _ in Counter(e.target for e in known).most_common(5)]
         guesses = [common] * len(examples)
     else:
-        given = [a for e in known for a in (e.target["answers"] if task == "vqa" else [e.target])]
-        guesses = [Counter(given).most_common(1)[0][0]] * len(examples)
+        guesses = _by_words(known, examples)
     return tasks.create(task, labels=(), options=None).score(guesses, examples)
+
+
+def _by_words(known: Sequence[Example], examples: Sequence[Example]) -> list[Any]:
+    """The commonest answer to the training texts that begin with most of an example's words."""
+    answers: dict[tuple[str, ...], Counter[Any]] = defaultdict(Counter)
+    for example in known:
+        given = example.target
+        given = given["answers"] if isinstance(given, dict) else [given]
+        words = _words(example)
+        for count in range(len(words) + 1):
+            answers[words[:count]].update(given)
+    guesses = []
+    for example in examples:
+        words = _words(example)
+        while words not in answers:
+            words = words[:-1]
+        guesses.append(answers[words].most_common(1)[0][0])
+    return guesses
+
+
+def _words(example: Example) -> tuple[str, ...]:
+    return tuple((example.text or "").lower().split())
 
 
 def retrieval_chance(owners: list[str]) -> dict[str, float]:

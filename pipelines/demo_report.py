@@ -28,7 +28,7 @@ from pipelines import (
     train_text_tokenizer,
 )
 from pipelines import report_content as page
-from pipelines.baselines import TEST_SPLITS, chance
+from pipelines.baselines import TEST_SPLITS, blind
 from pipelines.demo import DemoConfig
 from pipelines.masked_batches import held_out_batches
 from pipelines.pictures import to_image
@@ -56,7 +56,7 @@ def write(cfg: DemoConfig, store: Store, world: World, seconds: dict[str, float]
     with tracking.Logger(handle) as logger:
         for score in content.headline.scores:
             name = f"{score.task}/{score.metric}".replace("@", "_at_").replace(" ", "_")
-            for column in ("chance", "scratch", "pretrained"):
+            for column in ("blind", "scratch", "pretrained"):
                 logger.metrics(0, {f"{name}/{column}": getattr(score, column)})
         report.to_mlflow(content, logger)
         logger.close()
@@ -67,9 +67,9 @@ def write(cfg: DemoConfig, store: Store, world: World, seconds: dict[str, float]
 def show(cfg: DemoConfig, store: Store, path: Path, seconds: dict[str, float]) -> None:
     """Print the score table and where to look."""
     console.say("")
-    console.say(f"{'task':<12} {'metric':<16} {'chance':>8} {'scratch':>8} {'pretrained':>11}")
+    console.say(f"{'task':<12} {'metric':<16} {'blind':>8} {'scratch':>8} {'pretrained':>11}")
     for score in scores(store):
-        values = [score.chance, score.scratch, score.pretrained]
+        values = [score.blind, score.scratch, score.pretrained]
         shown = [
             "-" if v is None else f"{100 * v:.1f}%" if score.percent else f"{v:.3f}" for v in values
         ]
@@ -133,18 +133,18 @@ def gather(cfg: DemoConfig, store: Store, seconds: dict[str, float]) -> page.Rep
 
 
 def scores(store: Store) -> list[page.Score]:
-    """The score table: chance, from scratch, pretrained."""
+    """The score table: without a look at the picture, from scratch, pretrained."""
     rows = []
     for task, metrics in MAIN_METRICS.items():
         found = {
             s: store.read_json(f"scores/{task}-{s}.json")["metrics"] for s in demo_stages.STARTS
         }
-        by_chance = chance(store, task)
+        unseen = blind(store, task)
         rows += [
             page.Score(
                 task=task,
                 metric=title,
-                chance=by_chance.get(key),
+                blind=unseen.get(key),
                 scratch=found["scratch"].get(key),
                 pretrained=found["pretrained"].get(key),
                 percent=percent,

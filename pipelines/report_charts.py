@@ -114,14 +114,14 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def score_dots(score: Score) -> Html:
-    """Chance, scratch and pretrained on one line from 0 to 1, or to the largest value."""
-    values = {"chance": score.chance, "from scratch": score.scratch, "pretrained": score.pretrained}
+    """Blind, scratch and pretrained on one line from 0 to 1, or to the largest value."""
+    values = {"blind": score.blind, "from scratch": score.scratch, "pretrained": score.pretrained}
     known = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
     if not known:
         return el("span")
     top = max([1.0 if score.percent else 0.0, *known.values()]) or 1.0
     low = min(0.0, *known.values())
-    style = {"chance": "#98a2ae", "from scratch": "#c0752f", "pretrained": "#17607d"}
+    style = {"blind": "#98a2ae", "from scratch": "#c0752f", "pretrained": "#17607d"}
 
     def x(value: float) -> str:
         return f"{8 + (value - low) / (top - low) * 184:.1f}"

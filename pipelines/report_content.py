@@ -26,7 +26,7 @@ class Score:
 
     task: str
     metric: str
-    chance: float | None = None
+    blind: float | None = None
     scratch: float | None = None
     pretrained: float | None = None
     percent: bool = True

@@ -78,16 +78,16 @@ def _scores(head: Headline) -> Html | None:
     if not head.scores:
         return None
     keys = legend(
-        [("#98a2ae", "chance"), ("#c0752f", "from scratch"), ("#17607d", "pretrained, finetuned")]
+        [("#98a2ae", "blind"), ("#c0752f", "from scratch"), ("#17607d", "pretrained, finetuned")]
     )
-    columns = ["Task", "Metric", "Chance", "From scratch", "Pretrained", ""]
+    columns = ["Task", "Metric", "Blind", "From scratch", "Pretrained", ""]
     return join(
         table(columns, map(_score_row, head.scores), left=["Metric"]), keys, note(head.note)
     )
 
 
 def _score_row(score: Score) -> Html:
-    values = [score.chance, score.scratch, score.pretrained]
+    values = [score.blind, score.scratch, score.pretrained]
     best = best_of(values, lower=score.lower_is_better)
     cells = [_value(v, best=v is not None and v == best, percent=score.percent) for v in values]
     words = [el("b", score.task), el("span", score.note, class_="small") if score.note else None]

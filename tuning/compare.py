@@ -4,10 +4,10 @@
     python tuning/compare.py --preset gpu --store s3://bucket/beit3 --seeds 5
 
 Both starts get the same data, steps and seeds, and are scored on held-out data. Beside them stand
-chance, which never looks at the picture, and on the sample world the ceiling: its scenes are known,
-so that what a perfect reader would score can be worked out. On CPUs runs go side by side. Started
-again, it goes on where it was; more `--seeds` are added. The table is `comparisons/<name>.md` and
-`.json` in the store.
+"blind", what can be had without a look at the picture, and on the sample world the ceiling: its
+scenes are known, so that what a perfect reader would score can be worked out. On CPUs runs go side
+by side. Started again, it goes on where it was; more `--seeds` are added. The table is
+`comparisons/<name>.md` and `.json` in the store.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import config, console, finetune
-from pipelines.baselines import TEST_SPLITS, chance
+from pipelines.baselines import TEST_SPLITS, blind
 from pipelines.finetune import FinetuneConfig
 from pipelines.prepare_task import labels
 from pipelines.sample_world.ceiling import ceiling
@@ -92,7 +92,7 @@ PRESETS = {
 def run(cfg: CompareConfig) -> dict[str, Any]:
     """Compare, or go on; returns what `comparisons/<name>.json` holds.
 
-    `tasks` has, by task, the metrics of `chance` and `ceiling` (None where it isn't known), and of
+    `tasks` has, by task, the metrics of `blind` and `ceiling` (None where it isn't known), and of
     each start a list of metrics, by seed.
 
     Raises:
@@ -111,7 +111,7 @@ def run(cfg: CompareConfig) -> dict[str, Any]:
         if world is not None:
             top = _ceiling(store, task, data, world.seed, top)
         found[task] = {
-            "chance": chance(store, task, data),
+            "blind": blind(store, task, data),
             "ceiling": top,
             **{start: [] for start in STARTS},
         }
@@ -180,15 +180,15 @@ def _ceiling(
 def table(found: Mapping[str, Any]) -> str:
     """The comparison as a table, in hundredths: means and standard deviations over the seeds.
 
-    "learnt" is the share of the way from chance to the ceiling that the pretrained start went.
+    "learnt" is the share of the way from blind to the ceiling that the pretrained start went.
     """
-    head = ("", "chance", "from scratch", "pretrained", "ceiling", "better in", "learnt")
+    head = ("", "blind", "from scratch", "pretrained", "ceiling", "better in", "learnt")
     return markdown(head, [_line(task, scores) for task, scores in found.items()])
 
 
 def _line(task: str, scores: Mapping[str, Any]) -> Sequence[str]:
     measure = MEASURES[task]
-    low = measure.of(scores["chance"])
+    low = measure.of(scores["blind"])
     top = measure.of(scores["ceiling"]["metrics"]) if scores["ceiling"] else None
     scratch, pretrained = ([measure.of(m) for m in scores[start]] for start in STARTS)
     better = sum(a < b for a, b in zip(scratch, pretrained, strict=False))

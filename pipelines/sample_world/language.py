@@ -194,13 +194,16 @@ def human_answers(question: Question, rng: random.Random) -> list[tuple[str, str
 
 
 def statement(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str:
-    """Return a sentence about two images, of NLVR2's style, that is true just if `truth`."""
-    for _ in range(60):
-        sentence, holds = rng.choice(_STATEMENTS)(left, right, rng)
-        if holds == truth:
+    """Return a sentence about two images, of NLVR2's style, that is true just if `truth`.
+
+    A kind of sentence is chosen only where these images allow it to be either, so that words alone
+    tell next to nothing (NLVR2 has a sentence for pairs of which it is true and of which it isn't).
+    """
+    for say in rng.sample(_STATEMENTS, len(_STATEMENTS)):
+        sentence = say(left, right, truth, rng)
+        if sentence:
             return sentence
-    total = len(left.things) + len(right.things)
-    return f"there are {NUMBERS[total if truth else total - 1]} objects in total"
+    raise AssertionError("of one side something can always be said")
 
 
 def join(phrases: list[str]) -> str:
@@ -286,45 +289,55 @@ def _some_look(scene: Scene, present: bool, rng: random.Random) -> tuple[str, st
     return kind.shape, rng.choice([c for c in COLOURS if not scene.count(kind.shape, c)])
 
 
-def _say_one_side(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
-    side, scene = rng.choice((("left", left), ("right", right)))
-    source = scene if rng.random() < 0.7 else (right if scene is left else left)
-    shape, colour = _some_look(source, rng.random() < 0.7, rng)
-    what = with_article(f"{colour} {shape}")
-    return f"there is {what} in the {side} image", scene.count(shape, colour) > 0
+def _say_one_side(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str:
+    side, scene, other = rng.choice((("left", left, right), ("right", right, left)))
+    look = _some_look(scene if truth else other, True, rng)
+    if not truth and (scene.count(*look) or rng.random() < 0.5):
+        look = _some_look(scene, False, rng)
+    return f"there is {_some(*look)} in the {side} image"
 
 
-def _say_how_many_images(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
-    kind, _ = rng.choice(rng.choice((left, right)).groups())
-    shape, colour = rng.choice(((kind.shape, None), (None, kind.colour), (kind.shape, kind.colour)))
-    words = f"{colour or ''} {shape or 'object'}".strip()
-    holding = (left.count(shape, colour) > 0) + (right.count(shape, colour) > 0)
-    claim, n = rng.choice((("both images contain", 2), ("exactly one image contains", 1)))
-    return f"{claim} {with_article(words)}", holding == n
+def _say_how_many_images(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str | None:
+    for attributes in rng.sample(_ATTRIBUTES, len(_ATTRIBUTES)):
+        here, there = (_looks(scene, *attributes) for scene in (left, right))
+        both, one = sorted(here & there), sorted(here ^ there)
+        if both and one:
+            one_only = rng.random() < 0.5
+            claim = "exactly one image contains" if one_only else "both images contain"
+            return f"{claim} {_some(*rng.choice(one if one_only == truth else both))}"
+    return None
 
 
-def _say_more(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
+def _looks(scene: Scene, shape: bool, colour: bool) -> set[tuple[str, str]]:
+    """Return the shapes and colours in a scene; "" for an attribute that isn't asked for."""
+    return {(kind.shape * shape, kind.colour * colour) for kind, _ in scene.groups()}
+
+
+def _some(shape: str, colour: str) -> str:
+    return with_article(f"{colour} {shape or 'object'}".strip())
+
+
+def _say_more(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str | None:
     a, b = len(left.things), len(right.things)
-    if rng.random() < 0.4:
-        return "both images contain the same number of objects", a == b
-    if rng.random() < 0.5:
-        return "the left image contains more objects than the right image", a > b
-    return "the right image contains more objects than the left image", b > a
+    if a == b:
+        return None
+    more, fewer = ("left", "right") if (a > b) == truth else ("right", "left")
+    return f"the {more} image contains more objects than the {fewer} image"
 
 
-def _say_total(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
-    total = len(left.things) + len(right.things)
-    n = max(2, min(6, total + rng.choice((0, 0, -1, 1))))
-    return f"there are {NUMBERS[n]} objects in total", n == total
+def _say_total(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str:
+    total = n = len(left.things) + len(right.things)
+    while not truth and n == total:
+        n = sum(rng.choices((1, 2, 3), _COUNTS, k=2))
+    return f"there are {NUMBERS[n]} objects in total"
 
 
-def _say_background(left: Scene, right: Scene, rng: random.Random) -> tuple[str, bool]:
-    if rng.random() < 0.3:
-        same = left.background == right.background
-        return "both images have the same background", same
-    side, scene = rng.choice((("left", left), ("right", right)))
-    claimed = rng.choice((left.background, right.background, rng.choice(list(BACKGROUNDS))))
-    return f"the background of the {side} image is {_bare(claimed)}", claimed == scene.background
+def _say_background(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str:
+    side, scene, other = rng.choice((("left", left, right), ("right", right, left)))
+    claimed = scene.background
+    while not truth and claimed == scene.background:
+        claimed = rng.choice((other.background, rng.choice(list(BACKGROUNDS))))
+    return f"the background of the {side} image is {_bare(claimed)}"
 
 
 def _bare(background: str) -> str:
@@ -332,6 +345,8 @@ def _bare(background: str) -> str:
     return {"brick wall": "a brick wall", "night sky": "the night sky"}.get(background, background)
 
 
+_ATTRIBUTES = ((True, False), (False, True), (True, True))
+_COUNTS = (34, 42, 24)  # how often a scene has one, two and three things
 _STATEMENTS = (
     _say_one_side,
     _say_one_side,

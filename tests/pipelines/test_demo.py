@@ -186,7 +186,7 @@ def test_every_dataset_and_model_is_there(whole: Demo) -> None:
 def test_the_score_table_is_printed(whole: Demo) -> None:
     lines = whole.output.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("task "))
-    assert lines[start].split() == ["task", "metric", "chance", "scratch", "pretrained"]
+    assert lines[start].split() == ["task", "metric", "blind", "scratch", "pretrained"]
     rows = [re.split(r"\s{2,}", line) for line in lines[start + 1 : start + 8]]
     found = {(row[0].split()[0], value) for row in rows for value in row[-3:]}
     assert {task for task, _ in found} == set(demo_stages.TASKS)

@@ -189,15 +189,15 @@ def test_the_limit_of_chance_is_students() -> None:
     assert ablate.limit([[1.0], []]) is None
 
 
-def test_a_comparison_shows_how_far_from_chance_to_ceiling() -> None:
+def test_a_comparison_shows_how_far_from_blind_to_ceiling() -> None:
     found = {
         "vqa": {
-            "chance": {"accuracy": 0.2}, "ceiling": {"data": "x", "metrics": {"accuracy": 1.0}},
+            "blind": {"accuracy": 0.2}, "ceiling": {"data": "x", "metrics": {"accuracy": 1.0}},
             "scratch": [{"accuracy": 0.4}, {"accuracy": 0.42}],
             "pretrained": [{"accuracy": 0.6}, {"accuracy": 0.41}],
         },
         "captioning": {
-            "chance": {"cider": 0.3}, "ceiling": None,
+            "blind": {"cider": 0.3}, "ceiling": None,
             "scratch": [{"cider": 0.5}], "pretrained": [{"cider": 0.7}],
         },
     }  # fmt: skip
@@ -370,8 +370,8 @@ def test_ablations_and_comparison_from_end_to_end(
     assert store.read("comparisons/comparison.md").decode() == compare.table(compared["tasks"])
     for scores in compared["tasks"].values():
         assert len(scores["scratch"]) == len(scores["pretrained"]) == 1
-        keys = set(scores["ceiling"]["metrics"]) & set(scores["chance"])
-        assert keys and all(scores["ceiling"]["metrics"][k] >= scores["chance"][k] for k in keys)
+        keys = set(scores["ceiling"]["metrics"]) & set(scores["blind"])
+        assert keys and all(scores["ceiling"]["metrics"][k] >= scores["blind"][k] for k in keys)
     assert "| ImageNet top-1 |" in capsys.readouterr().out
 
 
