@@ -291,14 +291,17 @@ def _some_look(scene: Scene, present: bool, rng: random.Random) -> tuple[str, st
 
 def _say_one_side(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str:
     side, scene, other = rng.choice((("left", left, right), ("right", right, left)))
-    look = _some_look(scene if truth else other, True, rng)
-    if not truth and (scene.count(*look) or rng.random() < 0.5):
-        look = _some_look(scene, False, rng)
+    for attributes in _any_order(rng):
+        here, there = _looks(scene, *attributes), _looks(other, *attributes)
+        if there - here:
+            look = rng.choice(sorted(here if truth else there - here))
+            return f"there is {_some(*look)} in the {side} image"
+    look = _some_look(scene, truth, rng)
     return f"there is {_some(*look)} in the {side} image"
 
 
 def _say_how_many_images(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str | None:
-    for attributes in rng.sample(_ATTRIBUTES, len(_ATTRIBUTES)):
+    for attributes in _any_order(rng):
         here, there = (_looks(scene, *attributes) for scene in (left, right))
         both, one = sorted(here & there), sorted(here ^ there)
         if both and one:
@@ -306,6 +309,11 @@ def _say_how_many_images(left: Scene, right: Scene, truth: bool, rng: random.Ran
             claim = "exactly one image contains" if one_only else "both images contain"
             return f"{claim} {_some(*rng.choice(one if one_only == truth else both))}"
     return None
+
+
+def _any_order(rng: random.Random) -> list[tuple[bool, bool]]:
+    """Whether a sentence names a shape, and whether a colour; it names one of them or both."""
+    return rng.sample(((True, False), (False, True), (True, True)), 3)
 
 
 def _looks(scene: Scene, shape: bool, colour: bool) -> set[tuple[str, str]]:
@@ -345,7 +353,6 @@ def _bare(background: str) -> str:
     return {"brick wall": "a brick wall", "night sky": "the night sky"}.get(background, background)
 
 
-_ATTRIBUTES = ((True, False), (False, True), (True, True))
 _COUNTS = (34, 42, 24)  # how often a scene has one, two and three things
 _STATEMENTS = (
     _say_one_side,

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import pytest
 import small_corpus
 import small_run
 import torch
-from ray import cloudpickle
 from safetensors.torch import load_file
-from small_run import Recipe, train
+from small_run import Recipe, config, train
 from torch import Tensor
+from two_workers import on_two_workers, run
 
 from pipelines import bundles, checkpoints, guards, models, stops, tracking
 from pipelines.recipe import TrainConfig
@@ -245,31 +246,36 @@ def test_losses_that_just_rise_are_no_spikes(few_losses: None, store: Store) -> 
     assert not store.list("runs/run/bad-steps") and not store.list("runs/other/bad-steps")
 
 
-@pytest.fixture
-def travelling() -> Iterator[None]:
-    """Ray's workers can't import that file: its classes travel as they are."""
-    cloudpickle.register_pickle_by_value(small_run)
-    yield
-    cloudpickle.unregister_pickle_by_value(small_run)
+@pytest.fixture(scope="module")
+def left_out(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Runs of two workers, `run-<ZeRO stage>`, of which one is harmed at some steps."""
+    folder = tmp_path_factory.mktemp("left-out")
+    store = Store(folder / "store")
+    on_two_workers(partial(_leave_out, store), folder)
+    return store
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_all_workers_leave_out_what_one_finds_bad(
-    stage: int, ray_session: None, travelling: None, store: Store
-) -> None:
+def _leave_out(store: Store, rank: int) -> None:
     recipe = Recipe(((3, "nan"), (5, "gradient"), (20, "spike")))
-    train(
-        store, "run", recipe, workers=2, zero_stage=stage, on_bad_step="skip", spike_factor=5.0,
-        steps=23, checkpoint_every=1, keep_checkpoints=23,
+    options = config(
+        workers=2, on_bad_step="skip", spike_factor=5.0, steps=23, checkpoint_every=1,
+        keep_checkpoints=23,
     )  # fmt: skip
+    for stage in (2, 3):
+        run(store, f"run-{stage}", recipe, replace(options, zero_stage=stage))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_all_workers_leave_out_what_one_finds_bad(stage: int, left_out: Store) -> None:
+    store, name = left_out, f"run-{stage}"
     for step in (4, 6, 21):
-        assert same(state(store, "run", step - 1), state(store, "run", step))
-        assert not same(state(store, "run", step), state(store, "run", step + 1))
+        assert same(state(store, name, step - 1), state(store, name, step))
+        assert not same(state(store, name, step), state(store, name, step + 1))
         for rank in (0, 1):
-            found = record(store, "run", step, rank)
+            found = record(store, name, step, rank)
             assert found["ids"] == [f"{step - 1}/{row}" for row in range(rank, 8, 2)]
             assert found["action"] == "skipped"
-    harmed, well = record(store, "run", 4, 1), record(store, "run", 4, 0)
+    harmed, well = record(store, name, 4, 1), record(store, name, 4, 0)
     assert harmed["losses"] == ["nan"] and 0 < well["losses"][0] < 100
     assert harmed["mean_loss"] == well["mean_loss"] == "nan"
 

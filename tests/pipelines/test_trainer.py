@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 from ray import cloudpickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from two_workers import on_two_workers, run
 
 from beit3 import weights
 from beit3.objectives import MaskedDataModelling
@@ -100,14 +102,16 @@ class Recipe:
         return [int(line) for line in (Path(self.folder) / f"steps-{rank}").read_text().split()]
 
 
+START = TrainConfig(
+    steps=8, warmup=2, learning_rate=1e-2, workers=0, checkpoint_every=2, log_every=1, threads=1,
+    max_failures=0,
+)  # fmt: skip
+
+
 def train(store: Store, name: str, recipe: Recipe, *, track: bool = False, **changes: Any) -> Any:
-    start = TrainConfig(
-        steps=8, warmup=2, learning_rate=1e-2, workers=0, checkpoint_every=2, log_every=1,
-        threads=1, max_failures=0,
-    )  # fmt: skip
     return fit(
         store, name=name, output=f"models/{name}", fingerprint="same", recipe=recipe,
-        config=replace(start, **changes), parameters={"depth": 2}, track=track,
+        config=replace(START, **changes), parameters={"depth": 2}, track=track,
     )  # fmt: skip
 
 
@@ -233,10 +237,15 @@ def travelling() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """What two workers make of a small network."""
-    recipe = Recipe(str(tmp_path_factory.mktemp("undisturbed")))
-    train(corpus, "undisturbed", recipe, workers=2, keep_checkpoints=9)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = Recipe(str(folder))
+    on_two_workers(partial(_undisturbed, corpus, recipe), folder)
     assert recipe.steps(0) == recipe.steps(1) == list(range(8))
     return trained(corpus, "undisturbed")
+
+
+def _undisturbed(store: Store, recipe: Recipe, rank: int) -> None:
+    run(store, "undisturbed", recipe, replace(START, workers=2, keep_checkpoints=9))
 
 
 @pytest.mark.parametrize("step", [2, 6])

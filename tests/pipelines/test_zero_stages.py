@@ -1,14 +1,10 @@
-"""ZeRO stages on two workers agree, with each other and with one worker, also after a stop.
-
-Runs of two workers are two processes that gloo joins, without Ray, started once for all of them.
-"""
+"""ZeRO stages on two workers agree, with each other and with one worker, also after a stop."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +28,10 @@ from small_net import (
     train_config,
 )
 from torch import Tensor, nn
+from two_workers import on_two_workers, run
 
 from beit3.objectives import MaskedBatch, MaskedDataModelling
-from pipelines import budget, bundles, checkpoints, trainer
-from pipelines.recipe import Run
+from pipelines import budget, bundles, checkpoints
 from pipelines.storage import Store
 from pipelines.tracking import Logger
 
@@ -138,15 +134,7 @@ class Job:
     bucket: int = 0
 
 
-def _two(rank: int, root: Path, jobs: list[Job]) -> None:
-    """What each of the two processes does."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{root}/group", rank=rank, world_size=2,
-        timeout=timedelta(minutes=1),
-    )  # fmt: skip
-    trainer._join = lambda config: (rank, 2, torch.device("cpu"))
+def _all(root: Path, jobs: list[Job], rank: int) -> None:
     largest = budget._BUCKET
     for job in jobs:
         budget._BUCKET = job.bucket or largest
@@ -154,10 +142,7 @@ def _two(rank: int, root: Path, jobs: list[Job]) -> None:
             begun(Store(job.begin[0]), root / job.name, job.begin[1])
         dist.barrier()
         config = train_config(workers=2, keep_checkpoints=STEPS, **job.changes)
-        uri = Store(root / job.name).uri
-        trainer._worker(
-            {"run": Run(uri, "runs/run", "models/run", "same", job.recipe, config)},
-        )
+        run(Store(root / job.name), "run", job.recipe, config)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +181,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Store]:
         Job("zero-3-bf16", bf16 := {"zero_stage": 3, "precision": "bf16"}, Masked()),
         Job("again-3-bf16", bf16, Masked(), begin=(root / "zero-3-bf16", 3)),
     ]
-    torch.multiprocessing.spawn(_two, (root, jobs), nprocs=2)
+    on_two_workers(partial(_all, root, jobs), root)
     names = ("alone", "uneven", *(job.name for job in jobs))
     return {name: Store(root / name) for name in names}
 
