@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -17,6 +18,11 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _BUCKET = "beit3-tests"
+
+
+def pytest_collection_finish() -> None:
+    """Spare every collection of garbage, DeepSpeed makes one per run, what is there for good."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,6 +32,7 @@ def run(store: Store, name: str, recipe: Any, config: TrainConfig) -> None:
 def _worker(rank: int, work: Callable[[int], None], folder: Path) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2,
         timeout=timedelta(minutes=1),
