@@ -38,7 +38,7 @@ MEASURES = {
     "imagenet": Measure("ImageNet top-1", ("top_1",)),
 }
 # What the sample world holds too little of for a score to tell much, drawn beside it.
-_MORE = {"nlvr2": 4000, "imagenet1k": 1750, "synsets": 35}
+_MORE = {"nlvr2": 8000, "imagenet1k": 1750, "synsets": 35}
 _FOLDERS = {"nlvr2": "nlvr2", "imagenet": "imagenet1k"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,7 +21,7 @@ from .pictures import Picture, picture
 from .scenes import derive, synset_kind
 from .server import FAILURES, REDIRECT
 
-_VERSION = 2  # raised when equal arguments no longer give equal files
+_VERSION = 3  # raised when equal arguments no longer give equal files
 _BAD_WEIGHTS = {
     "404": 33,
     "403": 12,
@@ -32,13 +33,14 @@ _BAD_WEIGHTS = {
 }
 _COCO_IDS = {"train": 100_000, "val": 400_000, "test": 600_000}  # the first of each part
 _COCO_GAP = 37
+_STATEMENTS = 4  # of NLVR2, to each pair of images
 
 
 @dataclass(frozen=True)
 class WorldSize:
     """How much of each source to make; the defaults suit a demo.
 
-    Counts are images, except `text` (documents), `nlvr2` (statements: two to each pair of images)
+    Counts are images, except `text` (documents), `nlvr2` (statements: four to each pair of images)
     and `vg`, about half of whose images are COCO's. `bad_share` is the share of URLs that
     misbehave.
     """
@@ -55,7 +57,7 @@ class WorldSize:
     synsets: int = 10
     imagenet1k: int = 200
     text: int = 3000
-    nlvr2: int = 300
+    nlvr2: int = 600
     bad_share: float = 0.12
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class WorldSize:
             synsets=4,
             imagenet1k=16,
             text=40,
-            nlvr2=20,
+            nlvr2=40,
         )
 
     @classmethod
@@ -273,7 +275,9 @@ class _Writer:
         self.done = 0
         s = self.size
         self.total = s.cc3m + s.cc12m + s.sbu + s.coco_train + s.coco_val + s.coco_test
-        self.total += s.vg + s.flickr30k + s.imagenet + s.imagenet1k + 2 * ((s.nlvr2 + 1) // 2)
+        self.total += (
+            s.vg + s.flickr30k + s.imagenet + s.imagenet1k + 2 * math.ceil(s.nlvr2 / _STATEMENTS)
+        )
 
     def run(self) -> World:
         photos = self.coco()
@@ -495,7 +499,7 @@ class _Writer:
 
     def nlvr2(self) -> None:
         rows: dict[str, list[dict[str, object]]] = {"train": [], "dev": [], "test1": []}
-        for pair in range((self.size.nlvr2 + 1) // 2):
+        for pair in range(math.ceil(self.size.nlvr2 / _STATEMENTS)):
             split = ("train", "train", "dev", "train", "test1")[pair % 5]
             name = f"{split}-{10_000 + pair}-0"
             place = {"directory": pair % 3} if split == "train" else {}
@@ -507,8 +511,9 @@ class _Writer:
                 self.image(self.world.root / "images" / path, item.file)
                 urls.append(f"{self.world.base_url}/{path}")
             rng = derive(self.seed, f"nlvr2/{pair}/statements")
-            # One true and one false statement of each pair: images alone tell nothing.
-            truths = rng.sample((True, False), 2)[: self.size.nlvr2 - 2 * pair]
+            # Of each pair as many are true as false: images alone tell nothing.
+            truths = rng.sample((True, False) * (_STATEMENTS // 2), _STATEMENTS)
+            truths = truths[: self.size.nlvr2 - _STATEMENTS * pair]
             for k, truth in enumerate(truths):
                 sentence = statement(items[0].scene, items[1].scene, truth, rng)
                 rows[split].append(

@@ -30,7 +30,7 @@ FOLDERS = {"vqa": "vqa", "captioning": "coco", "retrieval": "coco", "nlvr2": "nl
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    size = replace(WorldSize.tiny(), coco_test=8, imagenet1k=60, nlvr2=40)
+    size = replace(WorldSize.tiny(), coco_test=8, imagenet1k=60, nlvr2=80)
     root = tmp_path_factory.mktemp("world")
     return generate(root, seed=SEED, size=size, base_url="http://127.0.0.1:1")
 

@@ -54,7 +54,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    size = replace(WorldSize.tiny(), coco_train=32, imagenet1k=60, nlvr2=60)
+    size = replace(WorldSize.tiny(), coco_train=32, imagenet1k=60, nlvr2=120)
     return generate(tmp_path_factory.mktemp("world"), size=size, base_url="http://127.0.0.1:1")
 
 

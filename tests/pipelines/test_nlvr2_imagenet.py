@@ -31,7 +31,7 @@ SPLITS = {"nlvr2": ("train", "val", "test"), "imagenet": ("train", "val")}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    size = replace(WorldSize.tiny(), imagenet1k=40, nlvr2=40)
+    size = replace(WorldSize.tiny(), imagenet1k=40, nlvr2=80)
     return generate(tmp_path_factory.mktemp("world"), size=size, base_url="http://127.0.0.1:1")
 
 
@@ -91,7 +91,7 @@ def test_prepared_data_are_whole(store: Store, world: World) -> None:
     }
     assert sums == {"nlvr2": world.counts["nlvr2"], "imagenet": world.counts["imagenet1k"]}
     row = store.dataset("tasks/nlvr2/train").read_table().to_pylist()[0]
-    assert [len(row["images"]), len(row["examples"])] == [2, 2]
+    assert [len(row["images"]), len(row["examples"])] == [2, 4]
     assert prepare_task.labels(store, "imagenet") == tuple(f"n{i:08d}" for i in range(1, 5))
 
 

@@ -315,7 +315,7 @@ def test_ablations_and_comparison_from_end_to_end(
     demo: DemoConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Few of each: what is drawn beside the demo's world is large.
-    monkeypatch.setattr(downstream, "_MORE", {"nlvr2": 20, "imagenet1k": 16, "synsets": 4})
+    monkeypatch.setattr(downstream, "_MORE", {"nlvr2": 40, "imagenet1k": 16, "synsets": 4})
     store = Store(demo.store_uri)
     cfg = dataclasses.replace(
         TINY, store=store.uri, world=str(demo.root / "world"), seeds=2,
