@@ -20,8 +20,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _BUCKET = "beit3-tests"
 
 
-def pytest_collection_finish() -> None:
-    """Spare every collection of garbage, DeepSpeed makes one per run, what is there for good."""
+@pytest.fixture(scope="module", autouse=True)
+def few_to_collect() -> None:
+    """Spare every collection of garbage, DeepSpeed makes one per run, what libraries brought."""
     gc.freeze()
 
 

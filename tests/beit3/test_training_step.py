@@ -132,14 +132,9 @@ def test_stored_activations_shrink() -> None:
     assert stored("blocks") < stored("none") / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "config",
-    [
-        RELEASED,
-        pytest.param(PAPER, marks=pytest.mark.slow),
-        pytest.param(STANDARD, marks=pytest.mark.slow),
-    ],
-    ids=["released", "paper", "standard"],
+    "config", [RELEASED, PAPER, STANDARD], ids=["released", "paper", "standard"]
 )
 def test_the_whole_step_compiles_without_a_break(config: ModelConfig) -> None:
     """One graph, and a second one once sizes are known to vary; both give what eager gives."""
@@ -159,7 +154,7 @@ def test_the_whole_step_compiles_without_a_break(config: ModelConfig) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-@pytest.mark.parametrize("mode", ["blocks", "selective"])
+@pytest.mark.parametrize("mode", ["blocks", pytest.param("selective", marks=pytest.mark.slow)])
 def test_checkpointed_steps_compile_too(mode: Checkpointing) -> None:
     torch._dynamo.reset()
     config = replace(RELEASED, checkpoint_activations=mode)

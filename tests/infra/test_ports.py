@@ -22,6 +22,7 @@ def test_loopback_is_told_from_the_rest() -> None:
         assert not Socket(address, 1, "").on_loopback
 
 
+@pytest.mark.slow
 def test_on_one_machine_nothing_listens_off_loopback(ray_session: None, tmp_path: Path) -> None:
     """Ray, its workers, a training's process group, and the mock of S3."""
     from ray.train import RunConfig, ScalingConfig
