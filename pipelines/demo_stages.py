@@ -181,7 +181,7 @@ def tokens(cfg: DemoConfig) -> tokenize_corpus.TokenizeConfig:
 
 def pretraining(cfg: DemoConfig) -> pretrain_config.PretrainConfig:
     base = pretrain_config.PRESETS["tiny"]
-    steps = 6 if cfg.small else 1500
+    steps = 6 if cfg.small else 1300
     return dataclasses.replace(
         base,
         store=cfg.store_uri,

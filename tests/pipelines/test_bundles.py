@@ -79,6 +79,7 @@ def test_a_disk_that_takes_nothing_is_no_damage(store: Store, folder: Path, tmp_
         bundles.load(store, "models/a", tmp_path / "to")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_a_large_bundle_is_never_in_memory(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -247,6 +247,7 @@ def stamps(store: Store) -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_another_run_skips_everything(whole: Demo) -> None:
     before = stamps(whole.store)
     first = whole.output

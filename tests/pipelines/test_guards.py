@@ -265,6 +265,7 @@ def _leave_out(store: Store, rank: int) -> None:
         run(store, f"run-{stage}", recipe, replace(options, zero_stage=stage))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_all_workers_leave_out_what_one_finds_bad(stage: int, left_out: Store) -> None:
     store, name = left_out, f"run-{stage}"
@@ -283,7 +284,8 @@ def test_all_workers_leave_out_what_one_finds_bad(stage: int, left_out: Store) -
 # -- stops -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_keeps_the_work(workers: int, tmp_path: Path) -> None:
     def start(held: int, *names: str) -> subprocess.Popen[str]:
         arguments = [small_run.__file__, str(tmp_path), str(workers), str(held), *names]

@@ -145,6 +145,7 @@ def test_an_error_of_a_batch_comes_at_its_place() -> None:
         batches.close()
 
 
+@pytest.mark.slow
 def test_a_batch_that_kills_its_process_again_and_again_is_an_error() -> None:
     # The first: of one before it, made by the same process, the answer may die with it.
     batches = prefetch(Numbers("die", at=0), 0, 1, range(9), 1)

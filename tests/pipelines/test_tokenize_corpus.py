@@ -130,14 +130,8 @@ def test_a_commit_names_its_source_and_tokenizers(corpus: Store) -> None:
 # -- who makes it ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("actors", "cpus"),
-    [
-        (2, 0.5),
-        pytest.param(1, 2.0, marks=pytest.mark.slow),
-        pytest.param(3, 0.5, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("actors", "cpus"), [(2, 0.5), (1, 2.0), (3, 0.5)])
 def test_any_number_of_actors_makes_the_same_bytes(
     actors: int, cpus: float, copied: Callable[..., Store]
 ) -> None:

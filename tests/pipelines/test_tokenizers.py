@@ -85,6 +85,11 @@ def test_the_same_corpus_gives_the_same_tokenizer(
     assert run(small_corpus.text_tokenizer(store)).identity == text.identity
     bpe = run(small_corpus.text_tokenizer(store, name="bpe", model_type="bpe"))
     assert bpe.identity != text.identity and bpe.vocab_size == VOCABULARY
+
+
+@pytest.mark.slow
+def test_a_share_or_a_number_of_sentences_will_do(copied: Callable[..., Store]) -> None:
+    store = copied(*SOURCES)
     config = small_corpus.text_tokenizer(store, name="half", sample=0.5, vocab_size=30)
     run(config)
     info = bundles.info(store, "tokenizers/text/half")

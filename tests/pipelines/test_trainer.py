@@ -248,6 +248,7 @@ def _undisturbed(store: Store, recipe: Recipe, rank: int) -> None:
     run(store, "undisturbed", recipe, replace(START, workers=2, keep_checkpoints=9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 6])
 def test_two_workers_state_is_all_that_one_needs(
     step: int, corpus: Store, undisturbed: dict[str, Tensor], tmp_path: Path
@@ -265,6 +266,7 @@ def test_two_workers_state_is_all_that_one_needs(
         torch.testing.assert_close(tensor, undisturbed[key], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_else_changes(
     corpus: Store,
     undisturbed: dict[str, Tensor],

@@ -321,6 +321,7 @@ def test_a_sweep_without_a_score_is_an_error(store: Store, monkeypatch: pytest.M
 # -- population based training, Ray Train workers -------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_poor_trial_goes_on_from_a_good_ones_checkpoint(store: Store) -> None:
     """Two trials take turns on one worker; the worse one takes the other's weights."""
     bred = {"name": "bred", "search": "random", "scheduler": "pbt", "exploit_share": 0.5}
