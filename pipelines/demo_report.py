@@ -109,8 +109,8 @@ def gather(cfg: DemoConfig, store: Store, seconds: dict[str, float]) -> page.Rep
             facts={"Backbone": f"{parameters / 1e6:.2f} million parameters"},
             scores=scores(store),
             note=(
-                "Chance answers with the commonest training answer, ranks at random, or gives a "
-                "random training caption. From scratch is the same architecture, data and number "
+                "Blind answers what the same words mostly got in training, ranks at random, or "
+                "gives a random training caption. From scratch is the same architecture, data and number "
                 "of finetuning steps from random weights. Pretrained, for retrieval, is the "
                 "pretrained model after the contrastive stage on the same pairs, as in the paper's "
                 "appendix A."
