@@ -110,10 +110,10 @@ def gather(cfg: DemoConfig, store: Store, seconds: dict[str, float]) -> page.Rep
             scores=scores(store),
             note=(
                 "Blind answers what the same words mostly got in training, ranks at random, or "
-                "gives a random training caption. From scratch is the same architecture, data and number "
-                "of finetuning steps from random weights. Pretrained, for retrieval, is the "
-                "pretrained model after the contrastive stage on the same pairs, as in the paper's "
-                "appendix A."
+                "gives a random training caption. From scratch is the same architecture, data and "
+                "number of finetuning steps from random weights. Pretrained, for retrieval, is "
+                "the pretrained model after the contrastive stage on the same pairs, as in the "
+                "paper's appendix A."
             ),
         ),
         ingestion=report.gather_ingestion(
