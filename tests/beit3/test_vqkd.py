@@ -395,6 +395,7 @@ def _worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_does(tmp_path: Path) -> None:
     """The codebook alone, with revival; and whole steps of the tokenizer."""
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]

@@ -130,6 +130,7 @@ def test_every_caption_is_likely_of_its_own_picture(store: Store) -> None:
     assert (likely[np.arange(len(texts)), owner] > 0).all()
 
 
+@pytest.mark.slow
 def test_texts_that_fit_several_pictures_lower_the_ceiling(store: Store) -> None:
     found = rows(store, "retrieval")
     own = ceiling("retrieval", found, seed=SEED)

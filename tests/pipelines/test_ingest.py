@@ -182,6 +182,7 @@ def test_archives_and_texts(web: tuple[World, Server], tmp_path: Path, s3_store:
     assert table["id"][0].as_py() == "small/books/book_01.txt:000000001"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_annotations_in_a_bucket_give_the_same_dataset(
     web: tuple[World, Server], tmp_path: Path, s3_store: str

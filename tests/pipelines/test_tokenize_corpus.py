@@ -185,6 +185,7 @@ def test_few_pixels_are_held_at_once(corpus: Store, copied: Callable[..., Store]
     assert 4 < most[0] <= 4 * batches + 2 * 2
 
 
+@pytest.mark.slow
 def test_the_batch_may_be_left_to_the_machine(corpus: Store, copied: Callable[..., Store]) -> None:
     store = copied(*SOURCES)
     (made,) = run(
