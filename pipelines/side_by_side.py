@@ -73,7 +73,8 @@ def _start(work: Callable[[Any], Any], cpus: int, most: int) -> list[Any]:
 
     cluster.start()
     sizes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    cpus = min(cpus, int(max(sizes)))
+    # A head without CPUs of its own may be all that there is until something waits for more.
+    cpus = min(cpus, int(max(sizes))) or cpus
 
     # A worker lost with its node begins its run again, which goes on from its last checkpoint.
     @ray.remote(num_cpus=cpus, max_restarts=3, max_task_retries=3)
@@ -81,7 +82,7 @@ def _start(work: Callable[[Any], Any], cpus: int, most: int) -> list[Any]:
         def do(self, run: Any) -> Any:
             return work(run)
 
-    room = sum(int(size // cpus) for size in sizes)
+    room = max(1, sum(int(size // cpus) for size in sizes))
     return [Worker.remote() for _ in range(min(room, most))]
 
 

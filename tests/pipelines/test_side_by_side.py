@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 
 from pipelines import console
 from pipelines.side_by_side import side_by_side
@@ -85,6 +86,15 @@ def test_a_run_whose_worker_is_lost_begins_again(tmp_path: Path, store: Store) -
     with side_by_side(partial(work, tmp_path), runs, cpus=1, store=store) as found:
         assert list(found) == [0, 1, 2]
     assert (tmp_path / "lost").exists()
+
+
+def test_a_cluster_that_has_no_cpus_yet_is_waited_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head has none; what waits makes the autoscaler add nodes."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 1.0}}])
+    with side_by_side(str, {0: {}, 1: {}}, cpus=1, store=store) as found:
+        assert list(found) == ["0", "1"]
 
 
 def test_what_fails_outside_ends_the_runs_too(tmp_path: Path, store: Store) -> None:

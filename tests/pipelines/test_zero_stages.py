@@ -310,7 +310,8 @@ def test_workers_whose_batches_differ_in_kind_agree(stage: int, pairs: dict[str,
     close(one, other)
 
 
-@pytest.mark.parametrize("stage", [slow(1), slow(2), slow(3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_reducing_beside_the_backward_pass_changes_nothing(
     stage: int, pairs: dict[str, Store]
 ) -> None:
