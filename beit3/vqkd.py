@@ -84,7 +84,7 @@ class VQKDConfig:
 PRESETS: dict[str, VQKDConfig] = {
     "tiny": VQKDConfig(
         image_size=48,
-        patch_size=8,
+        patch_size=12,
         hidden=64,
         mlp=256,
         heads=4,

@@ -181,7 +181,7 @@ def tokens(cfg: DemoConfig) -> tokenize_corpus.TokenizeConfig:
 
 def pretraining(cfg: DemoConfig) -> pretrain_config.PretrainConfig:
     base = pretrain_config.PRESETS["tiny"]
-    steps = 6 if cfg.small else 1300
+    steps = 6 if cfg.small else 2000
     return dataclasses.replace(
         base,
         store=cfg.store_uri,
@@ -198,7 +198,7 @@ def pretraining(cfg: DemoConfig) -> pretrain_config.PretrainConfig:
             base.train,
             steps=steps,
             warmup=steps // 20,
-            learning_rate=3e-3,
+            learning_rate=4e-3,
             workers=0 if cfg.small else 2,
             checkpoint_every=3 if cfg.small else 200,
         ),

@@ -100,6 +100,7 @@ class FinetuneConfig:
 _TINY_OPTIONS: dict[str, dict[str, float]] = {
     "captioning": {"drop_worst": 0.0},
     "imagenet": {"rand_augment": 0.0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0},
+    "nlvr2": {"head_init": 1.0},
 }
 
 
@@ -114,7 +115,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
         # For a CPU, in seconds. Its captions and questions speak of left and right: no mirroring.
         return FinetuneConfig(
             task=task,
-            batch_size=32,
+            batch_size=64,
             view=ViewConfig(scale=(0.7, 1.0), flip=0.0),
             options=_TINY_OPTIONS.get(task, {}),
             eval_records=64,
@@ -124,6 +125,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
                 warmup=20,
                 learning_rate=1e-3,
                 betas=(0.9, 0.98),
+                eps=1e-8,
                 weight_decay=0.05,
                 head_scale=1.0,
                 zero_stage=0,

@@ -8,8 +8,8 @@ HEAD_INIT = 0.001
 """Weights start so much smaller than usual: the first answers are even odds (microsoft/unilm)."""
 
 
-def start_small(*layers: nn.Linear) -> None:
+def start_small(*layers: nn.Linear, scale: float = HEAD_INIT) -> None:
     for layer in layers:
         nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)
         nn.init.zeros_(layer.bias)
-        layer.weight.data.mul_(HEAD_INIT)
+        layer.weight.data.mul_(scale)

@@ -27,7 +27,7 @@ from beit3.model import BEiT3
 from beit3.objectives import normalise
 from beit3.tasks import Example, Problem, Recipe, Record, Sample
 from beit3.tasks._batches import owners, pack_texts
-from beit3.tasks._heads import start_small
+from beit3.tasks._heads import HEAD_INIT, start_small
 from beit3.text import TextTokenizer
 
 SPLITS = {"train": "train", "val": "dev", "test": "test1"}
@@ -51,13 +51,13 @@ class Batch:
 class Head(nn.Module):
     """Two layers, each behind a norm. `[n, inputs] -> [n, 2]`; named as in the released files."""
 
-    def __init__(self, inputs: int, hidden: int) -> None:
+    def __init__(self, inputs: int, hidden: int, scale: float = HEAD_INIT) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(inputs)
         self.dense1 = nn.Linear(inputs, hidden)
         self.norm2 = nn.LayerNorm(hidden)
         self.dense2 = nn.Linear(hidden, 2)
-        start_small(self.dense1, self.dense2)
+        start_small(self.dense1, self.dense2, scale=scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense2(F.gelu(self.norm2(self.dense1(self.norm1(x)))))
@@ -66,10 +66,10 @@ class Head(nn.Module):
 class Model(nn.Module):
     """The fusion encoder reads the sentence with either image; a classifier on both summaries."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, head_init: float = HEAD_INIT) -> None:
         super().__init__()
         self.backbone = BEiT3(config)
-        self.head = Head(4 * config.hidden, 2 * config.hidden)
+        self.head = Head(4 * config.hidden, 2 * config.hidden, head_init)
 
     def logits(self, batch: Batch) -> Tensor:
         """`[sentences, 2]`: false, true."""
@@ -97,6 +97,13 @@ class Task:
     labels: tuple[str, ...] = ()
     max_text_length: int = 64
     """Tokens of a sentence, `<s>` and `</s>` included."""
+    head_init: float = HEAD_INIT
+    """Factor on the classifier's first weights. While they are as small as the authors', hardly a
+    gradient comes through to the backbone: long training overcomes that, a short one doesn't."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.head_init < float("inf"):
+            raise ValueError(f"options.head_init: {self.head_init} is no number above 0")
 
     @staticmethod
     def read(root: Path, split: str) -> Iterator[Record | Problem]:
@@ -150,7 +157,7 @@ class Task:
         }
 
     def build(self, config: ModelConfig) -> Model:
-        return Model(config)
+        return Model(config, self.head_init)
 
     def trainable(self, example: Example) -> bool:
         return example.target is not None

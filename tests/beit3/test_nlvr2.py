@@ -173,6 +173,22 @@ def test_the_head_has_the_released_names_and_starts_undecided() -> None:
         assert count / 1e6 == pytest.approx(millions, abs=0.1)
 
 
+def test_a_head_that_starts_larger_lets_the_gradient_through(tokenizer: TextTokenizer) -> None:
+    def gradient(task: Task) -> float:
+        torch.manual_seed(0)
+        model = task.build(TINY)
+        model(task.collate(examples(), tokenizer, training=True))["loss"].backward()
+        gradients = [p.grad for p in model.backbone.parameters() if p.grad is not None]
+        return float(torch.cat([g.flatten() for g in gradients]).square().mean().sqrt())
+
+    # The authors' start leaves less than Adam's epsilon, 1e-8, adds to it.
+    assert gradient(Task()) < 1e-7
+    assert gradient(Task(head_init=1.0)) > 1e-5
+    for impossible in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="options.head_init: .* is no number above 0"):
+            Task(head_init=impossible)
+
+
 def test_loss_and_accuracy_by_hand(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

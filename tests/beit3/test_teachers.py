@@ -248,7 +248,7 @@ def test_normalised_pixels_by_hand() -> None:
 
 
 def dual_encoder(**changes: Any) -> tuple[DualEncoder, ModelConfig]:
-    config = replace(PRESETS["tiny"], image_size=32, vocab_size=20, **changes)
+    config = replace(PRESETS["tiny"], image_size=32, patch_size=8, vocab_size=20, **changes)
     torch.manual_seed(0)
     return DualEncoder(config), config
 

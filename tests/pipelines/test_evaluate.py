@@ -31,7 +31,7 @@ from pipelines.storage import Store
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
 FIXTURE = Path(__file__).parents[1] / "beit3/fixtures/released_tiny/weights.safetensors"
-SMALL = replace(MODELS["tiny"], layers=2, hidden=64, mlp=128, vocab_size=256)
+SMALL = replace(MODELS["tiny"], layers=2, patch_size=8, hidden=64, mlp=128, vocab_size=256)
 SOURCES = {"vqa": "vqa", "nlvr2": "nlvr2", "imagenet": "imagenet1k"}  # else coco
 KINDS = {"retrieval": "dual_encoder"}  # of a released checkpoint, else as the task
 CLASSES = 7

@@ -25,7 +25,7 @@ from pipelines.recipe import TrainConfig
 from pipelines.sample_world import World, WorldSize, generate
 from pipelines.storage import Store, StoreError
 
-SMALL = replace(MODELS["tiny"], layers=2, hidden=64, mlp=128, vocab_size=256)
+SMALL = replace(MODELS["tiny"], layers=2, patch_size=8, hidden=64, mlp=128, vocab_size=256)
 TASKS = ("vqa", "captioning", "retrieval")
 
 
