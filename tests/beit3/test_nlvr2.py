@@ -185,7 +185,7 @@ def test_a_head_that_starts_larger_lets_the_gradient_through(tokenizer: TextToke
     assert gradient(Task()) < 1e-7
     assert gradient(Task(head_init=1.0)) > 1e-5
     for impossible in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="options.head_init: .* is no number above 0"):
+        with pytest.raises(ValueError, match=r"options\.head_init: .* is no number above 0"):
             Task(head_init=impossible)
 
 
