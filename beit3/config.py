@@ -71,8 +71,8 @@ class ModelConfig:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # For a CPU: seconds per hundred steps on pictures of 48 pixels. The sample world's things are 13
-    # to 24 of these wide: smaller patches cost more than they tell.
+    # For a CPU: seconds per hundred steps on pictures of 48 pixels. The sample world's things are
+    # 13 to 24 of these wide: smaller patches cost more than they tell.
     "tiny": ModelConfig(
         layers=4,
         hidden=64,
