@@ -181,7 +181,7 @@ def test_a_head_that_starts_larger_lets_the_gradient_through(tokenizer: TextToke
         gradients = [p.grad for p in model.backbone.parameters() if p.grad is not None]
         return float(torch.cat([g.flatten() for g in gradients]).square().mean().sqrt())
 
-    # The authors' start leaves less than Adam's epsilon, 1e-8, adds to it.
+    # The authors' start leaves hardly more than Adam's epsilon, 1e-8.
     assert gradient(Task()) < 1e-7
     assert gradient(Task(head_init=1.0)) > 1e-5
     for impossible in (0.0, -1.0, float("nan"), float("inf")):
