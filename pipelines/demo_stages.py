@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from beit3.config import PRESETS as MODELS
 from beit3.config import ModelConfig
-from beit3.masking import Masking
 from beit3.vqkd import PRESETS as TOKENIZERS
 from pipelines import (
     console,
@@ -193,7 +192,6 @@ def pretraining(cfg: DemoConfig) -> pretrain_config.PretrainConfig:
         image_batch=8,
         text_batch=8,
         pair_batch=48,
-        masking=Masking(min_block=4, pair_text_share=0.75),
         train=dataclasses.replace(
             base.train,
             steps=steps,

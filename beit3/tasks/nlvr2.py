@@ -11,6 +11,7 @@ Source of head, loss and recipe: microsoft/unilm, `beit3/`.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Batch:
 class Head(nn.Module):
     """Two layers, each behind a norm. `[n, inputs] -> [n, 2]`; named as in the released files."""
 
-    def __init__(self, inputs: int, hidden: int, scale: float = HEAD_INIT) -> None:
+    def __init__(self, inputs: int, hidden: int, scale: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(inputs)
         self.dense1 = nn.Linear(inputs, hidden)
@@ -102,7 +103,7 @@ class Task:
     gradient comes through to the backbone: long training overcomes that, a short one doesn't."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.head_init < float("inf"):
+        if not 0 < self.head_init < math.inf:
             raise ValueError(f"options.head_init: {self.head_init} is no number above 0")
 
     @staticmethod

@@ -184,9 +184,12 @@ def test_a_head_that_starts_larger_lets_the_gradient_through(tokenizer: TextToke
     # The authors' start leaves hardly more than Adam's epsilon, 1e-8.
     assert gradient(Task()) < 1e-7
     assert gradient(Task(head_init=1.0)) > 1e-5
-    for impossible in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"options\.head_init: .* is no number above 0"):
-            Task(head_init=impossible)
+
+
+@pytest.mark.parametrize("impossible", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_head_starts_with_some_weights(impossible: float) -> None:
+    with pytest.raises(ValueError, match=r"options\.head_init: .* is no number above 0"):
+        Task(head_init=impossible)
 
 
 def test_loss_and_accuracy_by_hand(
