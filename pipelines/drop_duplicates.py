@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import duplicates, signature_files
+from pipelines import signature_files
+from pipelines.duplicate_lists import SAME_BYTES, STAGE, Found
 from pipelines.parts import each
 from pipelines.storage import Dataset, FileRecord, PartRecord
 
@@ -27,7 +28,7 @@ def drop(table: pa.Table, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]
             "url": row.get("url") or "",
             "reason": found["reason"],
             "detail": _detail(found),
-            "stage": duplicates.STAGE,
+            "stage": STAGE,
         }
         for row, found in zip(gone, rows.to_pylist(), strict=True)
     ]
@@ -42,7 +43,7 @@ def _others(table: pa.Table, rows: pa.Table) -> pa.Array:
 
 def _detail(found: dict[str, Any]) -> str:
     of = f"{found['of_dataset']}: {found['of']}"
-    if found["reason"] == duplicates.SAME_BYTES:
+    if found["reason"] == SAME_BYTES:
         return of
     return f"{of}: {found['bits']} bits and {found['colour']} levels of colour differ"
 
@@ -51,7 +52,7 @@ def remove(
     dataset: Dataset,
     mark: str,
     records: Sequence[PartRecord],
-    found: duplicates.Found,
+    found: Found,
     *,
     here: bool = False,
 ) -> list[PartRecord]:

@@ -17,8 +17,7 @@ no two rows that stay were found the same. Rows of `against` always stay.
 
 **Which pairs are compared.** Hashes that may differ in 72 of 256 bits share no band worth the name
 (73 bands have under four bits each: every pair would be compared), so candidates come from the
-colours. Each of `TABLES` tables cuts ten sums of mean colours, with fixed signs, into cells; two
-pictures are compared if they share a cell in any table. That depends on the two signatures alone.
+colours: two pictures are compared if they share a cell of `pipelines.picture_cells`.
 It finds what is the same *and near*: of drawn scenes, every copy that was re-encoded at a usual
 quality, shrunk to nine tenths or enlarged, and most of half the size or of quality 20; one in 800
 pairs of different scenes is compared for nothing. What is at the very edge of the definition can be
@@ -36,13 +35,11 @@ buckets and processes don't show in it.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
-import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -50,9 +47,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines import signature_files, signatures
+from pipelines import picture_cells, signature_files, signatures
+from pipelines.duplicate_lists import Found, list_of
 from pipelines.parts import each
-from pipelines.signatures import COLOUR_BYTES, COLOUR_SIDE, Signature
+from pipelines.picture_cells import TABLES
+from pipelines.signatures import COLOUR_BYTES, Signature
 from pipelines.storage import Dataset, FileRecord, PartRecord, Store, fingerprint
 
 MOST_BITS = 72
@@ -60,16 +59,7 @@ MOST_BITS = 72
 MOST_COLOUR = 24
 """Levels, of 255, by which the mean colour of no field of duplicates may differ more."""
 
-SAME_BYTES = "duplicate: same bytes"
-SAME_PICTURE = "duplicate: same picture"
-STAGE = "duplicates"
-
 _VERSION = 1  # of cells and lists: raised when either changes
-TABLES = 12
-_SUMS = 10
-_WIDTH = 600.0
-_COARSE = 4  # sums are over fields of 4 x 4, twice as coarse as the colours: steadier
-
 _DEALT = pa.schema(
     [("key", pa.uint64()), ("row", pa.int64()), ("table", pa.int8()), *signature_files.SCHEMA]
 )
@@ -84,16 +74,6 @@ _PAIRS = pa.schema(
         ("colour", pa.int16()),
     ]
 )
-LIST = pa.schema(
-    [
-        ("row", pa.int32()),  # within the part
-        ("reason", pa.string()),
-        ("of", pa.string()),  # the id of the row that stays
-        ("of_dataset", pa.string()),
-        ("bits", pa.int16()),
-        ("colour", pa.int16()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -104,23 +84,6 @@ class Sizes:
     """Rows of the parts that are dealt, and judged, together: about 250 MB."""
     bucket_rows: int = 500_000
     """Entries of one bucket, about; a row has one in each table: about 300 MB."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """The rows to drop of a dataset's files: an object of the store for each file that has any."""
-
-    compared: int
-    """Rows, those of `against` included."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """Rows to drop, by reason."""
-    lists: dict[str, str] = field(default_factory=dict)
-    """By a file's path within the dataset, the name of its list."""
-
-    def rows(self, store: Store, file: FileRecord) -> pa.Table:
-        """A file's list, with the columns of `LIST`, in the order of its rows."""
-        name = self.lists.get(file.path)
-        return LIST.empty_table() if name is None else store.read_table(name)
 
 
 def in_order(records: Iterable[PartRecord]) -> list[FileRecord]:
@@ -229,7 +192,7 @@ def find(
 
 def _definition() -> list[int]:
     """What decides whether two pictures are the same, and whether they are compared."""
-    return [MOST_BITS, MOST_COLOUR, TABLES, _SUMS, int(_WIDTH)]
+    return [MOST_BITS, MOST_COLOUR, *picture_cells.DEFINITION]
 
 
 def _slabs(files: Sequence[_File], rows: int) -> list[list[_File]]:
@@ -242,38 +205,6 @@ def _slabs(files: Sequence[_File], rows: int) -> list[list[_File]]:
         slabs[-1].append(file)
         held += file.rows
     return slabs
-
-
-# -- cells ----------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _sums() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The signs of each sum, and by how much its cells are shifted; the same ones for ever."""
-    count = TABLES * _SUMS
-    fields = 3 * _COARSE**2
-    stream = hashlib.shake_256(b"beit3-ray duplicates").digest(count * fields + 4 * count)
-    signs = np.frombuffer(stream, np.uint8, count * fields).reshape(count, fields) & 1
-    shifts = np.frombuffer(stream, "<u4", count, offset=count * fields) % int(_WIDTH)
-    return signs.astype(np.float32) * 2 - 1, shifts.astype(np.float32)
-
-
-def cell_keys(colours: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """For each row of mean colours, the number of its cell in each table.
-
-    All is exact: sums of whole numbers below 2**24, in whatever order they are added.
-    """
-    cells = COLOUR_SIDE // _COARSE
-    fields = colours.reshape(-1, _COARSE, cells, _COARSE, cells, 3).sum(axis=(2, 4), dtype=np.int32)
-    signs, shifts = _sums()
-    sums = fields.reshape(-1, 3 * _COARSE**2).astype(np.float32) @ signs.T + shifts
-    places = np.floor_divide(sums, np.float32(_WIDTH)).astype(np.int64).astype(np.uint64)
-    places = places.reshape(-1, TABLES, _SUMS)
-    keys = np.broadcast_to(np.arange(1, TABLES + 1, dtype=np.uint64), places.shape[:2])
-    for i in range(_SUMS):
-        keys = (keys ^ places[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
-        keys = keys ^ (keys >> np.uint64(29))
-    return keys
 
 
 # -- dealing --------------------------------------------------------------------------------------
@@ -299,7 +230,7 @@ def _deal(search: _Search, unit: dict[str, Any]) -> None:
     numbers = np.concatenate([np.arange(f.start, f.start + f.rows) for f in files])
     pictured = signed["colours"].is_valid().to_numpy()
     keys = np.zeros((len(numbers), TABLES), np.uint64)
-    keys[pictured] = cell_keys(_matrix(signed["colours"], COLOUR_BYTES)[pictured])
+    keys[pictured] = picture_cells.keys(_matrix(signed["colours"], COLOUR_BYTES)[pictured])
     keys[~pictured, 0] = _matrix(signed["sha256"], 32)[~pictured, :8].copy().view(np.uint64)[:, 0]
     used = np.repeat(pictured[:, None], TABLES, axis=1)
     used[:, 0] = True  # what can't be seen is compared once, by checksum
@@ -446,7 +377,7 @@ def _write_lists(
     lists: dict[str, str] = {}
     starts = np.array([f.start for f in compared if f.rows])
     names = [f.dataset for f in compared if f.rows]
-    judged, held = LIST.empty_table(), -1
+    judged, held = _PAIRS.empty_table(), -1
     for file in own:
         if not file.rows:
             continue
@@ -459,15 +390,10 @@ def _write_lists(
             continue
         mine = judged.slice(first, end - first)
         of = np.searchsorted(starts, mine["of_row"].to_numpy(), side="right") - 1
-        reasons = [SAME_BYTES if same else SAME_PICTURE for same in mine["same_bytes"].to_pylist()]
-        counts.update(reasons)
-        columns = [numbers[first:end] - file.start, reasons, mine["of"], [names[i] for i in of]]
-        columns += [mine["bits"], mine["colour"]]
-        arrays = [c if isinstance(c, pa.ChunkedArray) else pa.array(c, kind)
-                  for c, kind in zip(columns, LIST.types, strict=True)]  # fmt: skip
-        folder_of, base = posixpath.split(file.path)
-        lists[file.path] = f"{folder}/{folder_of}/{base}"
-        search.store.write_table(lists[file.path], pa.Table.from_arrays(arrays, schema=LIST))
+        rows_to_drop = list_of(mine, start=file.start, datasets=[names[i] for i in of])
+        counts.update(rows_to_drop["reason"].to_pylist())
+        lists[file.path] = f"{folder}/{file.path}"
+        search.store.write_table(lists[file.path], rows_to_drop)
     return Found(rows, dict(sorted(counts.items())), lists)
 
 

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import drop_duplicates, duplicates, signature_files, signatures
-from pipelines.duplicates import SAME_BYTES, SAME_PICTURE, Found, Sizes, find
+from pipelines import drop_duplicates, duplicates, picture_cells, signature_files, signatures
+from pipelines.duplicate_lists import SAME_BYTES, SAME_PICTURE, Found
+from pipelines.duplicates import Sizes, find
 from pipelines.images import CleanImage, clean_image
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.sample_world import picture
@@ -44,7 +45,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @functools.cache
 def keys(colours: bytes) -> np.ndarray[Any, Any]:
-    return duplicates.cell_keys(np.frombuffer(colours, np.uint8)[None])[0]
+    return picture_cells.keys(np.frombuffer(colours, np.uint8)[None])[0]
 
 
 def plain(rows: Sequence[dict[str, Any]], first_new: int = 0) -> dict[int, int]:

@@ -125,7 +125,6 @@ class Job:
     """A run of two workers, from the start or from a checkpoint of another run's.
 
     bucket: Elements of the buffers that gradients are reduced in; 0: all of them.
-    slow: Only slow tests look at it.
     """
 
     name: str
@@ -133,7 +132,21 @@ class Job:
     recipe: Recipe = field(default_factory=Recipe)
     begin: tuple[Path, int] | None = None
     bucket: int = 0
-    slow: bool = False
+
+
+# Runs that only slow tests look at.
+SLOW = {
+    *("offload-1", "offload-2", "again-2", "from-1-to-3"),
+    *("masked-1", "masked-2", "uneven-1", "lacking-1", "lacking-2"),
+    *("accumulated", "overlapping-1", "overlapping-2", "overlapping-3"),
+    *("zero-3-bf16", "again-3-bf16"),
+}
+
+
+def cases(runs: str, *values: int | str) -> list[Any]:
+    """A case for each value, which fills the name in `runs`; a slow one if that run is."""
+    marks = {value: [pytest.mark.slow] * (runs.format(value) in SLOW) for value in values}
+    return [pytest.param(value, marks=marks[value]) for value in values]
 
 
 def _all(root: Path, jobs: list[Job], rank: int) -> None:
@@ -159,17 +172,9 @@ def pairs(
     overlapping = {"gpus_per_worker": 1.0, "accumulate": 2}
     jobs = [
         *(Job(f"zero-{s}", {"zero_stage": s, **averaged}) for s in STAGES),
+        *(Job(f"offload-{s}", {"zero_stage": s, "offload": True, **averaged}) for s in (1, 2, 3)),
         *(
-            Job(f"offload-{s}", {"zero_stage": s, "offload": True, **averaged}, slow=s < 3)
-            for s in (1, 2, 3)
-        ),
-        *(
-            Job(
-                f"again-{s}",
-                {"zero_stage": s, **averaged},
-                begin=(root / f"zero-{s}", 3),
-                slow=s < 3,
-            )
+            Job(f"again-{s}", {"zero_stage": s, **averaged}, begin=(root / f"zero-{s}", 3))
             for s in (2, 3)
         ),
         *(
@@ -177,37 +182,28 @@ def pairs(
                 f"from-{a}-to-{b}",
                 {"zero_stage": b, "offload": True, **averaged},
                 begin=(root / f"zero-{a}", 3),
-                slow=a < b,
             )
             for a, b in ((3, 1), (1, 3))
         ),
         Job("grown", {"zero_stage": 3}, Recipe(dropout=0.0), begin=(root / "alone", 3)),
-        *(Job(f"masked-{s}", {"zero_stage": s}, Masked(), slow=s in (1, 2)) for s in STAGES),
-        *(Job(f"uneven-{s}", {"zero_stage": s}, Uneven(), slow=s < 3) for s in (1, 3)),
-        *(
-            Job(f"lacking-{s}", {"zero_stage": s}, Lacking(), bucket=5_000, slow=s in (1, 2))
-            for s in STAGES
-        ),
-        Job("accumulated", {"zero_stage": 0, "accumulate": 2}, slow=True),
+        *(Job(f"masked-{s}", {"zero_stage": s}, Masked()) for s in STAGES),
+        *(Job(f"uneven-{s}", {"zero_stage": s}, Uneven()) for s in (1, 3)),
+        *(Job(f"lacking-{s}", {"zero_stage": s}, Lacking(), bucket=5_000) for s in STAGES),
+        Job("accumulated", {"zero_stage": 0, "accumulate": 2}),
         # As on GPUs: gradients are reduced while others are computed; some exceed a bucket.
         *(
-            Job(f"overlapping-{s}", {"zero_stage": s, **overlapping}, bucket=10_000, slow=True)
+            Job(f"overlapping-{s}", {"zero_stage": s, **overlapping}, bucket=10_000)
             for s in (1, 2, 3)
         ),
-        Job("zero-3-bf16", bf16 := {"zero_stage": 3, "precision": "bf16"}, Masked(), slow=True),
-        Job("again-3-bf16", bf16, Masked(), begin=(root / "zero-3-bf16", 3), slow=True),
+        Job("zero-3-bf16", bf16 := {"zero_stage": 3, "precision": "bf16"}, Masked()),
+        Job("again-3-bf16", bf16, Masked(), begin=(root / "zero-3-bf16", 3)),
     ]
     asked = [item for item in request.session.items if item.path == request.path]
     if not any(item.get_closest_marker("slow") for item in asked):
-        jobs = [job for job in jobs if not job.slow]
+        jobs = [job for job in jobs if job.name not in SLOW]
     on_two_workers(partial(_all, root, jobs), root)
     names = ("alone", "uneven", *(job.name for job in jobs))
     return {name: Store(root / name) for name in names}
-
-
-def slow(value: int | str) -> Any:
-    """A case of slow tests only; its job has `slow` too."""
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", ["zero-1", "zero-2", "zero-3"])
@@ -221,7 +217,7 @@ def test_stages_agree_on_two_workers(name: str, pairs: dict[str, Store]) -> None
     close(state(pairs[name], "models/run")["model"], state(pairs["zero-0"], "models/run")["model"])
 
 
-@pytest.mark.parametrize("stage", [slow(1), slow(2), 3])
+@pytest.mark.parametrize("stage", cases("offload-{}", 1, 2, 3))
 def test_an_offloaded_optimizer_agrees(stage: int, pairs: dict[str, Store]) -> None:
     where = checkpoints.folder("runs/run", STEPS - 1)
     found, wanted = (state(pairs[f"{n}-{stage}"], where) for n in ("offload", "zero"))
@@ -229,7 +225,7 @@ def test_an_offloaded_optimizer_agrees(stage: int, pairs: dict[str, Store]) -> N
         close(tensors, wanted[file])
 
 
-@pytest.mark.parametrize("stage", [slow("2"), "3", slow("3-bf16")])
+@pytest.mark.parametrize("stage", cases("again-{}", "2", "3", "3-bf16"))
 def test_two_workers_go_on_to_the_bit(stage: str, pairs: dict[str, Store]) -> None:
     whole, resumed = pairs[f"zero-{stage}"], pairs[f"again-{stage}"]
     where = checkpoints.folder("runs/run", STEPS - 1)
@@ -238,7 +234,7 @@ def test_two_workers_go_on_to_the_bit(stage: str, pairs: dict[str, Store]) -> No
     assert same(state(whole, "models/run")["model"], state(resumed, "models/run")["model"])
 
 
-@pytest.mark.parametrize("name", ["from-3-to-1", slow("from-1-to-3")])
+@pytest.mark.parametrize("name", cases("{}", "from-3-to-1", "from-1-to-3"))
 def test_two_workers_go_on_at_another_stage(name: str, pairs: dict[str, Store]) -> None:
     """And with the optimizer offloaded, which it was not before."""
     where = checkpoints.folder("runs/run", STEPS - 1)
@@ -271,7 +267,7 @@ def test_what_is_evaluated_is_what_is_exported(stage: int, pairs: dict[str, Stor
     assert metrics["loss"] == pytest.approx(evaluated(store), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [slow(1), slow(2), 3])
+@pytest.mark.parametrize("stage", cases("masked-{}", 1, 2, 3))
 def test_masked_pretraining_agrees_at_every_stage(stage: int, pairs: dict[str, Store]) -> None:
     one, other = (pairs[f"masked-{number}"] for number in (0, stage))
     close(state(one, "models/run")["model"], state(other, "models/run")["model"])
@@ -279,7 +275,7 @@ def test_masked_pretraining_agrees_at_every_stage(stage: int, pairs: dict[str, S
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [slow(1), 3])
+@pytest.mark.parametrize("stage", cases("uneven-{}", 1, 3))
 def test_masked_places_count_alike_whichever_worker_has_them(
     stage: int, pairs: dict[str, Store]
 ) -> None:
@@ -304,14 +300,13 @@ def but_keys_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("stage", [slow(1), slow(2), 3])
+@pytest.mark.parametrize("stage", cases("lacking-{}", 1, 2, 3))
 def test_workers_whose_batches_differ_in_kind_agree(stage: int, pairs: dict[str, Store]) -> None:
     one, other = (state(pairs[f"lacking-{s}"], "models/run")["model"] for s in (0, stage))
     close(one, other)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", cases("overlapping-{}", 1, 2, 3))
 def test_reducing_beside_the_backward_pass_changes_nothing(
     stage: int, pairs: dict[str, Store]
 ) -> None:
