@@ -63,8 +63,9 @@ def side_by_side(
         raise error.cause from None
 
 
-def _start(work: Callable[[Any], Any], cpus: int, most: int) -> list[Any]:
-    """Processes of `cpus` CPUs each that do `work`: as many as there is room for, or `most`.
+def _workers(work: Callable[[Any], Any], cpus: int, count: int) -> list[Any]:
+    """Processes of `cpus` CPUs each that do `work`. Those that there is no room for yet wait for
+    it, and what waits makes an autoscaler add nodes.
 
     Actors, which Ray ends surely: cancelling a task by force may abort the process that asks it,
     and a task that is asked to end may not hear it (Ray 2.60).
@@ -79,21 +80,23 @@ def _start(work: Callable[[Any], Any], cpus: int, most: int) -> list[Any]:
     # A worker lost with its node begins its run again, which goes on from its last checkpoint.
     @ray.remote(num_cpus=cpus, max_restarts=3, max_task_retries=3)
     class Worker:
+        def begin(self) -> None:
+            """Answered as soon as there is room."""
+
         def do(self, run: Any) -> Any:
             return work(run)
 
-    room = max(1, sum(int(size // cpus) for size in sizes))
-    return [Worker.remote() for _ in range(min(room, most))]
+    return [Worker.remote() for _ in range(count)]
 
 
 def _in_order(
     work: Callable[[Any], Any], runs: Mapping[_Run, Mapping[str, int]], cpus: int, store: Store
 ) -> Generator[Any, None, None]:
-    """Results of runs, each given to the first worker that has nothing to do."""
+    """Results of runs, each given to the first worker that has room and nothing to do."""
     import ray
 
-    workers = _start(work, cpus, len(runs))
-    idle, waiting = list(workers), list(runs)
+    waiting = list(runs)
+    begun: dict[Any, Any] = {w.begin.remote(): w for w in _workers(work, cpus, len(runs))}
     going: dict[Any, tuple[Any, _Run]] = {}
     done: dict[_Run, Any] = {}
     total = sum(sum(trainings.values()) for trainings in runs.values())
@@ -101,21 +104,29 @@ def _in_order(
         with console.bar(f"{len(runs)} runs", total=total, unit="step") as bar:
             for run in runs:
                 while run not in done:
-                    while idle and waiting:
-                        worker, begun = idle.pop(), waiting.pop(0)
-                        going[worker.do.remote(begun)] = worker, begun
-                    for result in ray.wait(list(going), timeout=2.0)[0]:
-                        worker, ended = going.pop(result)
-                        idle.append(worker)
-                        done[ended] = result
+                    for answer in ray.wait([*going, *begun], timeout=2.0)[0]:
+                        if answer in going:
+                            worker, ended = going.pop(answer)
+                            done[ended] = answer
+                        else:
+                            worker = begun.pop(answer)
+                        if waiting:
+                            given = waiting.pop(0)
+                            going[worker.do.remote(given)] = worker, given
+                        else:
+                            ray.kill(worker)
+                    if not waiting:  # so that no node is added for workers without a run
+                        while begun:
+                            ray.kill(begun.popitem()[1])
                     steps = sum(sum(runs[ended].values()) for ended in done)
-                    steps += sum(_steps_done(runs[begun], store) for _, begun in going.values())
+                    steps += sum(_steps_done(runs[now], store) for _, now in going.values())
                     bar.update(steps - bar.n)
                 yield ray.get(done[run])
     finally:
-        for result in going:
-            ray.cancel(result)  # so that Ray doesn't speak of beginning it again
-        for worker in workers:
+        for answer, (worker, _) in going.items():
+            ray.cancel(answer)  # so that Ray doesn't speak of beginning it again
+            ray.kill(worker)
+        for worker in begun.values():
             ray.kill(worker)
 
 

@@ -174,6 +174,8 @@ class Cluster:
         config = folder / "cluster.yaml"
         config.write_text(yaml.safe_dump(self._config(f"127.0.0.1:{gcs}", idle_minutes)))
         options = [f"--port={gcs}", f"--dashboard-port={self.dashboard.rpartition(':')[2]}"]
+        # Its usual one may be another cluster's: then this head takes no jobs.
+        options += [f"--dashboard-agent-listen-port={_free_port()}"]
         options += [f"--autoscaling-config={config}", f"--object-store-memory={_OBJECTS}"]
         self.log = folder / "head.log"
         with self.log.open("wb") as sink:
@@ -209,9 +211,15 @@ class Cluster:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                return self
+                if self._takes_jobs():
+                    return self
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.2)
+
+    def _takes_jobs(self) -> bool:
+        """The head's agent, which starts them, comes some seconds after the port is open."""
+        command = [_RAY, "job", "submit", "--address", self.dashboard, "--no-wait", "--", "true"]
+        return subprocess.run(command, env=self.environment, capture_output=True).returncode == 0
 
     def __exit__(self, *_: object) -> None:
         deadline = time.monotonic() + 30

@@ -126,6 +126,34 @@ def test_it_grows_for_ingestion(
     assert _bill(said).keys() == {"head", "cpu"}
 
 
+MEETING = """
+import sys, time
+from functools import partial
+from pathlib import Path
+from pipelines.side_by_side import side_by_side
+from pipelines.storage import Store
+
+def meet(folder, run):
+    (folder / run).touch()
+    while len(list(folder.iterdir())) < 3:
+        time.sleep(0.1)
+    return run
+
+folder = Path(sys.argv[1])
+runs = {"a": {}, "b": {}, "c": {}}
+with side_by_side(partial(meet, folder), runs, cpus=2, store=Store(str(folder))) as found:
+    print("met:", *found)
+"""
+
+
+def test_it_grows_for_runs_side_by_side(cluster: Cluster, tmp_path: Path) -> None:
+    """Three that each fill a machine, and end only together."""
+    begun = time.time()
+    job = cluster.submit("python", "-c", MEETING, str(tmp_path), env_vars={})
+    assert "met: a b c" in finish(job, SECONDS)
+    assert _came(cluster, begun) == {"cpu"}
+
+
 def test_it_grows_gpus_for_tokenizing(
     cluster: Cluster, submit: Callable[..., subprocess.Popen[str]], store: Store, small_corpus: Any
 ) -> None:
