@@ -53,9 +53,9 @@ class CompareConfig:
     """The table becomes `comparisons/<name>.md` and `.json`, models `models/<name>/...`."""
     init: str = "models/pretrained"
     """The pretrained start; the random one has its architecture."""
-    retrieval_init: str = ""
-    """Pretrained start of retrieval, such as models/aligned, which the contrastive stage left
-    (`contrast.py --init`); empty: `init`."""
+    inits: tuple[str, ...] = ()
+    """Pretrained start of each task, such as models/aligned of retrieval, which the contrastive
+    stage left (`contrast.py --init`); empty: `init`."""
     seeds: int = 3
     """Runs of each task from each start."""
     world: str = ""
@@ -66,12 +66,13 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
+        self.tasks.check_one_for_each("inits", self.inits)
 
 
 PRESETS = {
     "tiny": CompareConfig(
         world="demo/world",
-        retrieval_init="models/aligned",
+        inits=("models/pretrained", *2 * ("models/aligned",), *2 * ("models/pretrained",)),
         tasks=TasksConfig(
             names=("vqa", "nlvr2", "retrieval", "captioning", "imagenet"),
             steps=(400, 400, 400, 400, 200),
@@ -140,13 +141,12 @@ def run(cfg: CompareConfig) -> dict[str, Any]:
 
 def _finetuning(cfg: CompareConfig, run: tuple[int, str, str]) -> FinetuneConfig:
     seed, task, start = run
-    pretrained = cfg.retrieval_init if task == "retrieval" and cfg.retrieval_init else cfg.init
     random = start == "scratch"
     return finetuning(
         cfg.tasks,
         cfg.store,
         task,
-        init=finetune.RANDOM if random else pretrained,
+        init=finetune.RANDOM if random else cfg.tasks.of(cfg.inits, task, cfg.init),
         like=cfg.init if random else "",
         name=f"{cfg.name}/{task}-{start}/{seed}",
         seed=seed,

@@ -72,14 +72,17 @@ class TasksConfig:
                 f"{', '.join(MEASURES)}"
             )
         for name in ("data", "steps", "learning_rates"):
-            given = getattr(self, name)
-            if given and len(given) != len(self.names):
-                raise ValueError(
-                    f"tasks.{name}: {len(given)} for the {len(self.names)} of tasks.names: give "
-                    "one for each, or none"
-                )
+            self.check_one_for_each(f"tasks.{name}", getattr(self, name))
         for task in self.names:
             finetune.preset(self.recipe, task)
+
+    def check_one_for_each(self, name: str, given: Sequence[Any]) -> None:
+        """Raises: ValueError: there is neither one value for each task nor none."""
+        if given and len(given) != len(self.names):
+            raise ValueError(
+                f"{name}: {len(given)} for the {len(self.names)} of tasks.names: give one for "
+                "each, or none"
+            )
 
     @property
     def cpus(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import socket
 from pathlib import Path
@@ -110,6 +111,8 @@ def test_what_does_not_fit_is_named() -> None:
         AblateConfig(seeds=0)
     with pytest.raises(ValueError, match=r"tasks\.steps: 1 for the 2 of tasks.names"):
         TasksConfig(names=("vqa", "nlvr2"), steps=(3,))
+    with pytest.raises(ValueError, match=r"^inits: 1 for the 2 of tasks.names"):
+        CompareConfig(inits=("models/x",), tasks=TasksConfig(names=("vqa", "nlvr2")))
     with pytest.raises(ValueError, match=r"tasks\.names: ade20k; expected some of vqa"):
         TasksConfig(names=("ade20k",))
     with pytest.raises(ValueError, match="size: 'huge' is none of tiny, base, large"):
@@ -132,6 +135,22 @@ def test_tasks_have_steps_and_rates_of_their_own() -> None:
         "tasks/flickr30k/test", "models/n", "n",
     )  # fmt: skip
     assert scored.in_process and not scored.track
+
+
+def test_a_comparison_starts_each_task_from_its_own_weights() -> None:
+    cfg = CompareConfig(
+        init="models/x", inits=("models/x", "models/y"), tasks=TasksConfig(names=("vqa", "nlvr2"))
+    )
+    runs = itertools.product((3,), cfg.tasks.names, compare.STARTS)
+    starts = {run[1:]: compare._finetuning(cfg, run) for run in runs}
+    assert {run: (c.init, c.like, c.name) for run, c in starts.items()} == {
+        ("vqa", "scratch"): ("random", "models/x", "comparison/vqa-scratch/3"),
+        ("vqa", "pretrained"): ("models/x", "", "comparison/vqa-pretrained/3"),
+        ("nlvr2", "scratch"): ("random", "models/x", "comparison/nlvr2-scratch/3"),
+        ("nlvr2", "pretrained"): ("models/y", "", "comparison/nlvr2-pretrained/3"),
+    }
+    alike = compare._finetuning(dataclasses.replace(cfg, inits=()), (3, "nlvr2", "pretrained"))
+    assert alike.init == "models/x"
 
 
 # -- tables ---------------------------------------------------------------------------------------
