@@ -54,7 +54,8 @@ class PredictConfig:
     """How many of the ranked images to show."""
     class_names: str = ""
     """For ImageNet: a file that says what its classes are called, a WordNet id and a name a line,
-    such as Kaggle's LOC_synset_mapping.txt."""
+    such as Kaggle's LOC_synset_mapping.txt, or a JSON object of them, such as the sample world's
+    classes.json."""
     options: dict[str, float] = field(default_factory=dict)
     """The task's options to change, e.g. `--options beams 5`."""
     batch_size: int = 32
@@ -83,14 +84,15 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is no such image, or none in the folder, or no such file of names.
         StoreError: there is no such model.
-        ValueError: the model's task needs a text or a second image.
+        ValueError: the model's task needs a text or a second image, or the file of names has none
+            of its classes.
     """
     files = [(file,) for file in _files(Path(config.path))]
     model = load(Store(config.store), config.model, config.options, config.device)
     text = _text(model, config)
     if model.task_name == "nlvr2":
         files = [_pair(config)]
-    names = _class_names(config.class_names)
+    names = _class_names(config, model.task.labels)
     results: list[dict[str, Any]] = []
     for start in range(0, len(files), config.batch_size):
         results += _predict(model, files[start : start + config.batch_size], text)
@@ -114,10 +116,22 @@ def _text(model: Finetuned, config: PredictConfig) -> str | None:
     return given
 
 
-def _class_names(file: str) -> dict[str, str]:
-    lines = Path(file).read_text().splitlines() if file else []
-    pairs = (line.strip().partition(" ") for line in lines)
-    return {label: name for label, _, name in pairs if name}
+def _class_names(config: PredictConfig, labels: Sequence[str]) -> dict[str, str]:
+    """Of each class that the file names, what it is called; nothing without a file."""
+    if not config.class_names:
+        return {}
+    file = Path(config.class_names)
+    if file.suffix == ".json":
+        names = json.loads(file.read_text())
+    else:
+        pairs = (line.strip().partition(" ") for line in file.read_text().splitlines())
+        names = {label: name for label, _, name in pairs if name}
+    if not set(names) & set(labels):
+        raise ValueError(
+            f"class_names: {file} names none of the {len(labels)} classes of {config.model}"
+            + (f": it needs lines such as {labels[0]!r} and a name" if labels else "")
+        )
+    return names
 
 
 def _pair(config: PredictConfig) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,11 @@ def test_predict(store: Store, world: World, tmp_path: Path) -> None:
     known = {"n00000001": "tench, Tinca tinca", "n00000002": "goldfish"}
     assert called["names"] == [known.get(label, label) for label in named["prediction"]]
     assert next(predict.lines([called])) == f"{left}: {'; '.join(called['names'])}"
+    drawn = world.annotations("imagenet1k") / "classes.json"
+    (called,) = predict.run(replace(base, model="models/imagenet", class_names=str(drawn)))
+    known = json.loads(drawn.read_text())
+    assert called["names"] == [known[label] for label in named["prediction"]]
+    names.write_text("n99999999 unicorn\n")
+    for model in ("models/imagenet", "models/nlvr2"):  # the other has no classes at all
+        with pytest.raises(ValueError, match=r"class_names: .* names none of the \d+ classes of"):
+            predict.run(replace(both, model=model, class_names=str(names)))
