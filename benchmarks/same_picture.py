@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from pipelines import duplicates, leaks
+from pipelines import duplicates, leaks, picture_cells
 from pipelines.images import CleanImage, clean_image
 from pipelines.sample_world import picture
 from pipelines.signatures import Signature, packed, same_picture, signature
@@ -64,7 +64,7 @@ def apart(a: Signature, b: Signature) -> tuple[int, int]:
 
 
 def cells(signed: Signature) -> np.ndarray:
-    return duplicates.cell_keys(np.frombuffer(signed.colours, np.uint8)[None])[0]
+    return picture_cells.keys(np.frombuffer(signed.colours, np.uint8)[None])[0]
 
 
 def report_copies(scenes: Sequence[bytes]) -> None:
