@@ -167,9 +167,9 @@ def compare(options: argparse.Namespace, store: Store, task: str, tokenizer: Tex
     took = {name: median(seconds) for name, seconds in times.items()}
     cpu = median(busy["bare"]) / median(busy["ours"])
     rate, ratio = options.pictures / took["ours"], took["bare"] / took["ours"]
-    each = ", ".join(f"{b / o:.2f}" for o, b in zip(times["ours"], times["bare"], strict=True))
+    each = ", ".join(f"{b / o:.3g}" for o, b in zip(times["ours"], times["bare"], strict=True))
     return (
-        f"{task:<12}{took['bare']:>9.2f}{took['ours']:>9.2f}{rate:>11.1f}{cpu:>8.2f}{ratio:>8.2f}"
+        f"{task:<12}{took['bare']:>9.3g}{took['ours']:>9.3g}{rate:>11.3g}{cpu:>8.3g}{ratio:>8.3g}"
         f"  ({each})"
     )
 
