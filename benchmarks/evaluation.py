@@ -169,7 +169,7 @@ def compare(options: argparse.Namespace, store: Store, task: str, tokenizer: Tex
     rate, ratio = options.pictures / took["ours"], took["bare"] / took["ours"]
     each = ", ".join(f"{b / o:.3g}" for o, b in zip(times["ours"], times["bare"], strict=True))
     return (
-        f"{task:<12}{took['bare']:>9.3g}{took['ours']:>9.3g}{rate:>11.3g}{cpu:>8.3g}{ratio:>8.3g}"
+        f"{task:<12}{took['bare']:>9.3g}{took['ours']:>9.3g}{rate:>11.4g}{cpu:>8.3g}{ratio:>8.3g}"
         f"  ({each})"
     )
 
