@@ -55,7 +55,7 @@ class CompareConfig:
     """The pretrained start; the random one has its architecture."""
     inits: tuple[str, ...] = ()
     """Pretrained start of each task, such as models/aligned of retrieval, which the contrastive
-    stage left (`contrast.py --init`); empty: `init`."""
+    stage left (`contrast.py --init`); "" of a task, or none at all: `init`."""
     seeds: int = 3
     """Runs of each task from each start."""
     world: str = ""
@@ -72,7 +72,7 @@ class CompareConfig:
 PRESETS = {
     "tiny": CompareConfig(
         world="demo/world",
-        inits=("models/pretrained", *2 * ("models/aligned",), *2 * ("models/pretrained",)),
+        inits=("", "models/aligned", "models/aligned", "", ""),
         tasks=TasksConfig(
             names=("vqa", "nlvr2", "retrieval", "captioning", "imagenet"),
             steps=(400, 400, 400, 400, 200),
@@ -146,7 +146,7 @@ def _finetuning(cfg: CompareConfig, run: tuple[int, str, str]) -> FinetuneConfig
         cfg.tasks,
         cfg.store,
         task,
-        init=finetune.RANDOM if random else cfg.tasks.of(cfg.inits, task, cfg.init),
+        init=finetune.RANDOM if random else cfg.tasks.of(cfg.inits, task, "") or cfg.init,
         like=cfg.init if random else "",
         name=f"{cfg.name}/{task}-{start}/{seed}",
         seed=seed,

@@ -139,7 +139,7 @@ def test_tasks_have_steps_and_rates_of_their_own() -> None:
 
 def test_a_comparison_starts_each_task_from_its_own_weights() -> None:
     cfg = CompareConfig(
-        init="models/x", inits=("models/x", "models/y"), tasks=TasksConfig(names=("vqa", "nlvr2"))
+        init="models/x", inits=("", "models/y"), tasks=TasksConfig(names=("vqa", "nlvr2"))
     )
     runs = itertools.product((3,), cfg.tasks.names, compare.STARTS)
     starts = {run[1:]: compare._finetuning(cfg, run) for run in runs}
