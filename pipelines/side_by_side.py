@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pipelines import cluster, console
 from pipelines.progress import progress
@@ -63,9 +63,61 @@ def side_by_side(
         raise error.cause from None
 
 
+class _Rota(Generic[_Run]):
+    """Which worker does which run: the next one goes to the first that has room and nothing to do.
+
+    Each run has a worker; those that there is no room for yet wait for it, and what waits makes an
+    autoscaler add nodes.
+    """
+
+    def __init__(self, work: Callable[[_Run], Any], runs: Iterable[_Run], cpus: int) -> None:
+        self.waiting = list(runs)
+        workers = _workers(work, cpus, len(self.waiting))
+        self.starting: dict[Any, Any] = {worker.begin.remote(): worker for worker in workers}
+        self.going: dict[Any, tuple[Any, _Run]] = {}
+        self.done: dict[_Run, Any] = {}
+        """Runs that have ended, and where their results are."""
+
+    def wait(self, seconds: float) -> None:
+        """Until a worker has ended its run or has room, but not longer; it begins the next run."""
+        import ray
+
+        for answer in ray.wait([*self.going, *self.starting], timeout=seconds)[0]:
+            worker = self._freed(answer)
+            if self.waiting:
+                run = self.waiting.pop(0)
+                self.going[worker.do.remote(run)] = worker, run
+            else:
+                ray.kill(worker)
+        if not self.waiting:
+            self._dismiss()
+
+    def _freed(self, answer: Any) -> Any:
+        if answer in self.starting:
+            return self.starting.pop(answer)
+        worker, run = self.going.pop(answer)
+        self.done[run] = answer
+        return worker
+
+    def _dismiss(self) -> None:
+        """End the workers that still wait for room, so that no node is added for them."""
+        import ray
+
+        while self.starting:
+            ray.kill(self.starting.popitem()[1])
+
+    def end(self) -> None:
+        """End all that is not done."""
+        import ray
+
+        for answer, (worker, _) in self.going.items():
+            ray.cancel(answer)  # so that Ray doesn't speak of beginning it again
+            ray.kill(worker)
+        self._dismiss()
+
+
 def _workers(work: Callable[[Any], Any], cpus: int, count: int) -> list[Any]:
-    """Processes of `cpus` CPUs each that do `work`. Those that there is no room for yet wait for
-    it, and what waits makes an autoscaler add nodes.
+    """Processes of `cpus` CPUs each that do `work`.
 
     Actors, which Ray ends surely: cancelling a task by force may abort the process that asks it,
     and a task that is asked to end may not hear it (Ray 2.60).
@@ -92,42 +144,22 @@ def _workers(work: Callable[[Any], Any], cpus: int, count: int) -> list[Any]:
 def _in_order(
     work: Callable[[Any], Any], runs: Mapping[_Run, Mapping[str, int]], cpus: int, store: Store
 ) -> Generator[Any, None, None]:
-    """Results of runs, each given to the first worker that has room and nothing to do."""
+    """Results of runs, as they come, under a bar."""
     import ray
 
-    waiting = list(runs)
-    begun: dict[Any, Any] = {w.begin.remote(): w for w in _workers(work, cpus, len(runs))}
-    going: dict[Any, tuple[Any, _Run]] = {}
-    done: dict[_Run, Any] = {}
     total = sum(sum(trainings.values()) for trainings in runs.values())
+    rota = _Rota(work, runs, cpus)
     try:
         with console.bar(f"{len(runs)} runs", total=total, unit="step") as bar:
             for run in runs:
-                while run not in done:
-                    for answer in ray.wait([*going, *begun], timeout=2.0)[0]:
-                        if answer in going:
-                            worker, ended = going.pop(answer)
-                            done[ended] = answer
-                        else:
-                            worker = begun.pop(answer)
-                        if waiting:
-                            given = waiting.pop(0)
-                            going[worker.do.remote(given)] = worker, given
-                        else:
-                            ray.kill(worker)
-                    if not waiting:  # so that no node is added for workers without a run
-                        while begun:
-                            ray.kill(begun.popitem()[1])
-                    steps = sum(sum(runs[ended].values()) for ended in done)
-                    steps += sum(_steps_done(runs[now], store) for _, now in going.values())
+                while run not in rota.done:
+                    rota.wait(2.0)
+                    steps = sum(sum(runs[ended].values()) for ended in rota.done)
+                    steps += sum(_steps_done(runs[now], store) for _, now in rota.going.values())
                     bar.update(steps - bar.n)
-                yield ray.get(done[run])
+                yield ray.get(rota.done[run])
     finally:
-        for answer, (worker, _) in going.items():
-            ray.cancel(answer)  # so that Ray doesn't speak of beginning it again
-            ray.kill(worker)
-        for worker in begun.values():
-            ray.kill(worker)
+        rota.end()
 
 
 def _steps_done(trainings: Mapping[str, int], store: Store) -> int:
