@@ -122,7 +122,12 @@ def _class_names(config: PredictConfig, labels: Sequence[str]) -> dict[str, str]
         return {}
     file = Path(config.class_names)
     if file.suffix == ".json":
-        names = json.loads(file.read_text())
+        try:
+            names = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"class_names: {file}: not JSON ({error})") from error
+        if not isinstance(names, dict):
+            raise ValueError(f"class_names: {file}: expected an object, a name for each class")
     else:
         pairs = (line.strip().partition(" ") for line in file.read_text().splitlines())
         names = {label: name for label, _, name in pairs if name}

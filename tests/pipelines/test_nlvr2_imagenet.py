@@ -180,3 +180,9 @@ def test_predict(store: Store, world: World, tmp_path: Path) -> None:
     for model in ("models/imagenet", "models/nlvr2"):  # the other has no classes at all
         with pytest.raises(ValueError, match=r"class_names: .* names none of the \d+ classes of"):
             predict.run(replace(both, model=model, class_names=str(names)))
+    broken_files = {"not JSON": '{"n00000001": "ten', "expected an object": '["tench"]'}
+    for reason, content in broken_files.items():
+        broken = tmp_path / "classes.json"
+        broken.write_text(content)
+        with pytest.raises(ValueError, match=f"class_names: .*classes.json: {reason}"):
+            predict.run(replace(both, model="models/imagenet", class_names=str(broken)))
