@@ -9,9 +9,9 @@ steps, curves and the machine's use in MLflow (a SQLite file, or MLFLOW_TRACKING
 are off: `benchmarks/checkpoints.py` measures those. Its data are drawn JPEGs, alone and with
 captions, and documents (`benchmarks/_samples.py`).
 
-The bare loop is what a competent person writes: the same model, AdamW of the same groups, clipping
-by `torch.nn.utils`, on the same batches, which lie on the device before its clock starts. It has no
-loader, engine, guard or log. After the same steps both must have the same loss.
+The bare loop is what a competent person writes: the same model, fused AdamW of the same groups,
+clipping by `torch.nn.utils`, on the same batches, which lie on the device before its clock starts.
+It has no loader, engine, guard or log. After the same steps both must have the same loss.
 
 Each runs in a fresh process, `--repeats` of each in turns. Of a run the steps up to the first log
 are warm-up: they take the batches that were made ahead, and measure the machine's peak. Prints of
@@ -181,7 +181,10 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(train.seed)
     module = wanted.build().to(device).train()
     optimizer = torch.optim.AdamW(
-        parameter_groups(module, weight_decay=train.weight_decay), betas=train.betas, eps=train.eps
+        parameter_groups(module, weight_decay=train.weight_decay),
+        betas=train.betas,
+        eps=train.eps,
+        fused=True,  # as the job's
     )
     make, dtype = wanted.batches(0, 1), _measure.DTYPES[options.precision]
     batches: list[MaskedBatch] = [to_device(make(step), device) for step in range(train.steps)]
