@@ -13,7 +13,8 @@ from __future__ import annotations
 from .pictures import Picture, picture
 from .scenes import Kind, Scene, Thing, synset, synset_kind
 from .server import FAILURES, Server, serve
-from .world import World, WorldSize, generate, load
+from .world import World, WorldSize, load
+from .writing import generate
 
 __all__ = [
     "FAILURES",

@@ -30,7 +30,7 @@ from .language import caption, caption_around, caption_body, caption_place
 from .likelihood import outcomes
 from .pictures import picture
 from .scenes import Scene, derive
-from .world import coco_picture
+from .writing import coco_picture
 
 _UNLIKELY = 1e-12  # of a caption that the world writes for none of the gallery's pictures
 _TIE = 1e-9

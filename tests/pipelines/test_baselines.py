@@ -21,7 +21,7 @@ from pipelines.sample_world.ceiling import ceiling, likelihoods
 from pipelines.sample_world.language import caption, caption_body
 from pipelines.sample_world.likelihood import outcomes
 from pipelines.sample_world.scenes import derive
-from pipelines.sample_world.world import coco_picture
+from pipelines.sample_world.writing import coco_picture
 from pipelines.storage import Store
 
 SEED = 5
