@@ -43,6 +43,7 @@ from tuning.ablations import ABLATIONS, DEFAULT, PAPER_TASKS, VARIANTS, check_de
 from tuning.downstream import (
     MEASURES,
     TasksConfig,
+    check_names,
     finetuning,
     log_spread,
     markdown,
@@ -172,6 +173,7 @@ def run(cfg: AblateConfig) -> dict[str, Any]:
         raise ValueError("dry_run is set: call plan() instead")
     store = Store(cfg.store)
     store.check_writable()
+    _check_names(cfg, store)
     if cfg.world:
         prepare_sample(cfg.tasks, cfg.store, Path(cfg.world))
     place = f"ablations/{cfg.name}"
@@ -180,7 +182,7 @@ def run(cfg: AblateConfig) -> dict[str, Any]:
     }
     with tracked(store, place, cfg) as handle:
         outcome = {"config": config.to_dict(cfg), "scores": scores, "mlflow_run": handle.run_id}
-        runs = list(itertools.product(range(cfg.seeds), cfg.variants))
+        runs = _runs(cfg)
         work = partial(_row, cfg, handle.run_id)
         trainings = {run: _trainings(cfg, run) for run in runs}
         with side_by_side(work, trainings, cpus=cfg.cpus, store=store) as results:
@@ -228,6 +230,15 @@ def _finetunings(cfg: AblateConfig, pretrained: str, seed: int) -> dict[str, Fin
         )
         for task in cfg.tasks.names
     }
+
+
+def _runs(cfg: AblateConfig) -> list[tuple[int, str]]:
+    return list(itertools.product(range(cfg.seeds), cfg.variants))
+
+
+def _check_names(cfg: AblateConfig, store: Store) -> None:
+    rows = ((seed, pretraining(cfg, name, seed).name) for seed, name in _runs(cfg))
+    check_names(store, (t for seed, row in rows for t in _finetunings(cfg, row, seed).values()))
 
 
 def _row(cfg: AblateConfig, parent: str, run: tuple[int, str]) -> dict[str, dict[str, float]]:
@@ -343,9 +354,10 @@ def plan(cfg: AblateConfig) -> list[dict[str, Any]]:
     be done over all seeds, and `hours`, None where no speed is known.
 
     Raises:
-        StoreError, ValueError: data are missing that speeds are measured on.
+        StoreError, ValueError: data are missing that speeds are measured on, or a name is taken.
     """
     store = Store(cfg.store)
+    _check_names(cfg, store)
     rows = []
     for name in cfg.variants:
         chosen = [pretraining(cfg, name, seed) for seed in range(cfg.seeds)]

@@ -30,6 +30,7 @@ from pipelines.storage import Store, StoreError
 from tuning.downstream import (
     MEASURES,
     TasksConfig,
+    check_names,
     finetuning,
     log_spread,
     markdown,
@@ -102,6 +103,8 @@ def run(cfg: CompareConfig) -> dict[str, Any]:
     """
     store = Store(cfg.store)
     store.check_writable()
+    runs = list(itertools.product(range(cfg.seeds), cfg.tasks.names, STARTS))
+    check_names(store, [_finetuning(cfg, run) for run in runs])
     world = prepare_sample(cfg.tasks, cfg.store, Path(cfg.world)) if cfg.world else None
     place = f"comparisons/{cfg.name}"
     known = _ceilings(store, place)
@@ -118,7 +121,6 @@ def run(cfg: CompareConfig) -> dict[str, Any]:
         }
     with tracked(store, place, cfg) as handle:
         outcome = {"config": config.to_dict(cfg), "tasks": found, "mlflow_run": handle.run_id}
-        runs = list(itertools.product(range(cfg.seeds), cfg.tasks.names, STARTS))
         work = partial(_score, cfg, handle.run_id)
         trainings = {run: steps_of([_finetuning(cfg, run)]) for run in runs}
         with side_by_side(work, trainings, cpus=cfg.tasks.cpus, store=store) as results:

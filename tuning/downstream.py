@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import config, evaluate, finetune, prepare_task, tracking
+from pipelines import bundles, config, evaluate, finetune, prepare_task, tracking
 from pipelines.baselines import TEST_SPLITS
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
 from pipelines.sample_world import World, WorldSize, generate, load
-from pipelines.storage import Store
+from pipelines.storage import Store, StoreError
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,19 @@ def score(
     """
     finetune.run(chosen, parent=parent)
     return evaluate.run(evaluation(cfg, chosen.store, task, chosen.name))["metrics"]
+
+
+def check_names(store: Store, trainings: Iterable[FinetuneConfig]) -> None:
+    """Raises: StoreError: a model is still to be trained, and another's predictions have its name,
+    which would stop the job when it comes to score it."""
+    for chosen in trainings:
+        name = chosen.name
+        made = store.dataset(f"predictions/{name}").find_commit()
+        if made and not bundles.exists(store, f"models/{name}"):
+            raise StoreError(
+                f"{store.uri}/predictions/{name} is of a model that is gone, and models/{name} is "
+                "to be another one: choose another name, or delete predictions and scores too"
+            )
 
 
 def prepare_sample(cfg: TasksConfig, store: str, folder: Path) -> World:

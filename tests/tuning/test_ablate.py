@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 import json
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from beit3.masking import Masking
@@ -252,6 +254,31 @@ def test_a_dry_run_counts_what_is_still_to_be_done(
     monkeypatch.setattr("os.cpu_count", lambda: 9)
     ablate.show_plan([{**default, "hours": 3.0}, {**joint, "hours": 1.0}], cpus=2)
     assert "4 rows side by side: 1.00 hours" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_predictions_of_a_model_that_is_gone_are_said_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path)
+    names = ("ablation/joint/1-vqa", "comparison/vqa-scratch/0")
+    for name in names:
+        dataset = store.dataset(f"predictions/{name}")
+        rows = pa.table({"id": ["a"]})
+        part = dataset.write_part("p", "0", rows)
+        dataset.publish(
+            "p", [part], schema=rows.schema, job="evaluate", inputs=[], stats={}, config={}
+        )
+    chosen = dataclasses.replace(TINY, store=store.uri, seeds=2, world="", speeds=Speeds(1.0, 1.0))
+    pairs = dataclasses.replace(compare.PRESETS["tiny"], store=store.uri, world="")
+    for job, name in (
+        (partial(ablate.plan, chosen), names[0]),
+        (partial(ablate.run, chosen), names[0]),
+        (partial(compare.run, pairs), names[1]),
+    ):
+        with pytest.raises(StoreError, match=f"predictions/{name} is of a model that is gone"):
+            job()
+    store.write_json(f"models/{names[0]}/{bundles.MANIFEST}", {})
+    assert ablate.plan(chosen)  # they are the model's own
 
 
 def test_hours_of_finetuning_on_gpus_are_not_guessed(
