@@ -100,6 +100,7 @@ def recipe(options: argparse.Namespace) -> Recipe:
                 gpus_per_worker=float(options.device != "cpu"),
                 threads=options.threads,
                 loader_workers=options.loader_workers,
+                compile=options.compile,
                 checkpoint_every=0,
                 log_every=options.log_every,
                 seed=options.seed,
@@ -180,6 +181,8 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
     train = wanted.cfg.train
     torch.manual_seed(train.seed)
     module = wanted.build().to(device).train()
+    if options.compile:
+        module.compile()
     optimizer = torch.optim.AdamW(
         parameter_groups(module, weight_decay=train.weight_decay),
         betas=train.betas,
@@ -241,7 +244,7 @@ def report(options: argparse.Namespace, found: dict[str, list[Any]]) -> str:
     losses = [found[kind][0]["loss"] for kind in KINDS]
     lines = [
         f"{options.preset}, {model.image_size} px, {parameters / 1e6:.0f}M parameters, "
-        f"{options.precision}, ZeRO {options.zero_stage}, "
+        f"{options.precision}{', compiled' if options.compile else ''}, ZeRO {options.zero_stage}, "
         f"{_measure.machine(torch.device(options.device))}",
         f"a step has {options.samples} images alone, {options.samples} texts, {options.samples} "
         f"pairs; logged every {options.log_every}; batches made by "
@@ -270,6 +273,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="default: one for each CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both")
     parser.add_argument("--loader-workers", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="timed, after those of the warm-up")

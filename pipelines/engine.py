@@ -17,6 +17,7 @@ from pipelines import budget
 from pipelines.recipe import Run, TrainConfig
 
 _LINEAR = F.linear
+_COMPILER = "inductor"
 
 
 def build(run: Run, module: nn.Module) -> Any:
@@ -57,6 +58,8 @@ def build(run: Run, module: nn.Module) -> Any:
             settings["zero_force_ds_cpu_optimizer"] = False
         if config.precision == "bf16":
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        if config.compile:
+            module.compile(backend=_COMPILER)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         if dist.get_world_size() < 2 and not config.stage:
             engine.enable_backward_allreduce = False  # it would copy every gradient for no one

@@ -44,6 +44,7 @@ INDIFFERENT = {
     "price_per_hour": 0,
     "zero_stage": 0,
     "offload": False,
+    "compile": False,
 }
 
 

@@ -38,6 +38,9 @@ class TrainConfig:
     too. None: 1, but 0 where one worker has no one to share with and would copy all for nothing."""
     offload: bool = False
     """Keep the optimizer's state, and step, in CPU memory; needs ZeRO 1 or above."""
+    compile: bool = False
+    """Fuse each step's operators (torch.compile): faster steps on GPUs, after minutes of compiling
+    at each start. What they compute, also after a resume, is the same to rounding."""
     ema: float = 0.0
     """Decay per step of an average of the weights (say 0.9999), which is evaluated and exported in
     their place; 0 keeps none. It is at most `(1 + step) / (10 + step)`."""
@@ -103,6 +106,11 @@ class TrainConfig:
             raise ValueError("train.max_cost needs train.price_per_hour, the price of a worker")
         if self.offload and not self.stage:
             raise ValueError("train.offload needs train.zero_stage of at least 1")
+        if self.compile and self.stage == 3:
+            raise ValueError(
+                "train.compile: not with train.zero_stage 3, which puts parameters together from "
+                "module to module; set 0 to 2"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema: expected a decay from 0 to below 1, got {self.ema}")
         if self.keep_checkpoints < 1:

@@ -69,7 +69,7 @@ def create_state(engine: Any, step: int, names: tuple[str, ...]) -> None:
     """Give the optimizer the state that it would have created itself before, all zeros."""
     for part in parts(engine):
         zeros = {name: torch.zeros_like(part, requires_grad=False) for name in names}
-        states(engine)[part] = {"step": torch.tensor(float(step)), **zeros}
+        states(engine)[part] = {"step": torch.tensor(float(step), device=part.device), **zeros}
     link_state(engine)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from two_workers import on_two_workers, run
 
 from beit3.objectives import MaskedBatch, MaskedDataModelling
-from pipelines import budget, bundles, checkpoints
+from pipelines import budget, bundles, checkpoints, engine
 from pipelines.storage import Store
 from pipelines.tracking import Logger
 
@@ -138,7 +138,7 @@ class Job:
 SLOW = {
     *("offload-1", "offload-2", "again-2", "from-1-to-3"),
     *("masked-1", "masked-2", "uneven-1", "lacking-1", "lacking-2"),
-    *("accumulated", "overlapping-1", "overlapping-2", "overlapping-3"),
+    *("compiled-0", "compiled-2", "accumulated", "overlapping-1", "overlapping-2", "overlapping-3"),
     *("zero-3-bf16", "again-3-bf16"),
 }
 
@@ -151,13 +151,19 @@ def cases(runs: str, *values: int | str) -> list[Any]:
 
 def _all(root: Path, jobs: list[Job], rank: int) -> None:
     largest = budget._BUCKET
+    engine._COMPILER = "aot_eager"  # the graphs of inductor, without its minutes
+    counters = torch._dynamo.utils.counters
     for job in jobs:
         budget._BUCKET = job.bucket or largest
         if rank == 0 and job.begin:
             begun(Store(job.begin[0]), root / job.name, job.begin[1])
         dist.barrier()
         config = train_config(workers=2, keep_checkpoints=STEPS, **job.changes)
+        torch._dynamo.reset()
+        counters.clear()
         run(Store(root / job.name), "run", job.recipe, config)
+        assert bool(counters["stats"]["unique_graphs"]) == config.compile
+        assert not counters["graph_break"]
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +193,7 @@ def pairs(
         ),
         Job("grown", {"zero_stage": 3}, Recipe(dropout=0.0), begin=(root / "alone", 3)),
         *(Job(f"masked-{s}", {"zero_stage": s}, Masked()) for s in STAGES),
+        *(Job(f"compiled-{s}", {"zero_stage": s, "compile": True}, Masked()) for s in (0, 1, 2)),
         *(Job(f"uneven-{s}", {"zero_stage": s}, Uneven()) for s in (1, 3)),
         *(Job(f"lacking-{s}", {"zero_stage": s}, Lacking(), bucket=5_000) for s in STAGES),
         Job("accumulated", {"zero_stage": 0, "accumulate": 2}),
@@ -273,6 +280,17 @@ def test_masked_pretraining_agrees_at_every_stage(stage: int, pairs: dict[str, S
     close(state(one, "models/run")["model"], state(other, "models/run")["model"])
     losses = [bundles.info(store, "models/run")["metrics"]["loss"] for store in (one, other)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", cases("compiled-{}", 0, 1, 2))
+def test_compiled_steps_compute_the_same(stage: int, pairs: dict[str, Store]) -> None:
+    plain, compiled = (pairs[name] for name in ("masked-0", f"compiled-{stage}"))
+    close(state(compiled, "models/run")["model"], state(plain, "models/run")["model"])
+
+
+def test_parameters_that_are_in_pieces_are_not_compiled() -> None:
+    with pytest.raises(ValueError, match=r"train.compile: not with train.zero_stage 3"):
+        train_config(zero_stage=3, compile=True)
 
 
 @pytest.mark.parametrize("stage", cases("uneven-{}", 1, 3))
