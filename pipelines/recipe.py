@@ -39,8 +39,8 @@ class TrainConfig:
     offload: bool = False
     """Keep the optimizer's state, and step, in CPU memory; needs ZeRO 1 or above."""
     compile: bool = False
-    """Fuse each step's operators (torch.compile): faster steps on GPUs, after minutes of compiling
-    at each start. What they compute, also after a resume, is the same to rounding."""
+    """Fuse each step's operators (torch.compile). For GPUs: compiling takes minutes at each start.
+    What is computed, also after a resume, is the same to rounding."""
     ema: float = 0.0
     """Decay per step of an average of the weights (say 0.9999), which is evaluated and exported in
     their place; 0 keeps none. It is at most `(1 + step) / (10 + step)`."""
