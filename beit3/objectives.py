@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -83,6 +83,15 @@ class MaskedBatch:
             if kind in self.masked:
                 text[self.masked[kind].places] = self.masked[kind].targets
         return text
+
+    def with_visual_words(self, words: Tensor) -> MaskedBatch:
+        """The batch with these visual words, `[images, patches]`, which are predicted then."""
+        codes = words.flatten()
+        masked = {
+            kind: replace(one, targets=codes[one.places]) if kind in IMAGE_OBJECTIVES else one
+            for kind, one in self.masked.items()
+        }
+        return replace(self, visual_words=words, masked=masked)
 
     @staticmethod
     def collate(

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def decode(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as picture:
             ImageOps.exif_transpose(picture, in_place=True)  # loads it
             return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except UnidentifiedImageError:  # whose message has the address of the bytes in memory
+        raise UnidentifiedImageError("cannot identify image file") from None
     except OSError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file

@@ -47,7 +47,7 @@ from PIL import Image
 from beit3 import vqkd
 from beit3.config import PRESETS as MODELS
 from beit3.device import to_device
-from beit3.objectives import MaskedDataModelling
+from beit3.objectives import MaskedDataModelling, ObjectiveWeights
 from beit3.text import TextTokenizer
 from beit3.vqkd import PRESETS, VQKD
 from benchmarks import _measure
@@ -57,6 +57,7 @@ from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.storage import ROW_GROUP_ROWS, Store
 from pipelines.tokenize_corpus import ImagePart, TextPart, TokenizeConfig
 from pipelines.train_text_tokenizer import TOKENIZER_FILE, TextTokenizerConfig
+from pipelines.words_in_step import WordsInStep
 
 MIB = 1 << 20
 _DISTINCT = 64  # drawn pictures; a part repeats them
@@ -263,15 +264,17 @@ def step(options: argparse.Namespace, inside: bool) -> dict[str, Any]:
     """A pretraining step of `base` on pictures and pairs, its words made inside or at hand."""
     device = torch.device(options.device)
     torch.manual_seed(0)
-    model = MaskedDataModelling(MODELS["base"]).to(device).train()
-    tokenizer = VQKD(PRESETS["base"]).to(device).eval()
+    if inside:
+        tokenizer = VQKD(PRESETS["base"])
+        model = WordsInStep(MODELS["base"], ObjectiveWeights(), tokenizer)
+    else:
+        model = MaskedDataModelling(MODELS["base"])
+    model = model.to(device).train()
     half = options.pictures // 2
     samples = draw(MODELS["base"], images=options.pictures - half, texts=0, pairs=half, seed=0)
     batch = to_device(samples.packed(), device)
 
     def work() -> None:
-        if inside:
-            tokenizer.encode(batch.images)
         model.zero_grad(set_to_none=True)
         model(batch)["loss"].backward()
 

@@ -119,7 +119,8 @@ class MaskedBatches:
         shown, said, everything = [*alone, *pairs], [*pairs, *texts], [*alone, *pairs, *texts]
         patches = self.cfg.model.patches
         hidden = np.array([one.hidden for one in shown], bool)
-        words = np.array([one.words for one in shown], np.int64)
+        unknown = np.zeros(patches, np.int64)  # the step finds them
+        words = np.array([unknown if one.words is None else one.words for one in shown], np.int64)
         return MaskedBatch.collate(
             torch.from_numpy(pixels),
             torch.from_numpy(hidden.reshape(-1, patches)),
@@ -134,7 +135,7 @@ class MaskedBatches:
 
 
 class _Views:
-    """The views of a row group: of a row boxes, flips and words.
+    """The views of a row group: of a row boxes, flips, and words where they are stored.
 
     Of several one is wanted, and Arrow's scalars of nested values take long to make.
     """
@@ -147,19 +148,22 @@ class _Views:
         self.flips = parts["flip"].to_pylist()
         self.boxes, self.words = (
             parts[name].flatten().to_numpy().reshape(len(views), parts[name].type.list_size)
+            if name in parts
+            else None
             for name in ("box", "words")
         )
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, list[bool], np.ndarray]:
+    def __getitem__(self, row: int) -> tuple[np.ndarray, list[bool], np.ndarray | None]:
         own = slice(self.starts[row], self.starts[row + 1])
-        return self.boxes[own], self.flips[own], self.words[own]
+        assert self.boxes is not None
+        return self.boxes[own], self.flips[own], None if self.words is None else self.words[own]
 
 
-def _stored_view(sample: Sample) -> tuple[np.ndarray, bool, np.ndarray]:
-    """Box, flip and words of the view that is this epoch's."""
+def _stored_view(sample: Sample) -> tuple[np.ndarray, bool, np.ndarray | None]:
+    """Box, flip and words, if any are stored, of the view that is this epoch's."""
     boxes, flips, words = sample.row["views"]
     number = sample.epoch % len(flips)
-    return boxes[number], flips[number], words[number]
+    return boxes[number], flips[number], None if words is None else words[number]
 
 
 class _Encoded:

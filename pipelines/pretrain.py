@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from beit3 import weights
@@ -37,12 +38,14 @@ from pipelines import (
     pictures,
     pretrain_plan,
     token_checks,
+    train_image_tokenizer,
 )
 from pipelines.masked_batches import MaskedBatches, held_out_batches
 from pipelines.pretrain_config import OBJECTIVES, PRESETS, PretrainConfig
 from pipelines.storage import Store, StoreError, fingerprint
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
+from pipelines.words_in_step import WordsInStep
 from pipelines.zero_shot import picture_recall
 
 
@@ -50,9 +53,15 @@ from pipelines.zero_shot import picture_recall
 class PretrainRecipe:
     cfg: PretrainConfig
     tokenizer: TextTokenizer
+    words_in_step: str = ""
+    """The image tokenizer that finds visual words in the step; empty: they are stored."""
 
     def build(self) -> nn.Module:
-        return MaskedDataModelling(self.cfg.model, self.cfg.objectives)
+        if not self.words_in_step:
+            return MaskedDataModelling(self.cfg.model, self.cfg.objectives)
+        with torch.random.fork_rng(devices=[]):  # the model begins as without it
+            images, _ = train_image_tokenizer.load(Store(self.cfg.store), self.words_in_step)
+        return WordsInStep(self.cfg.model, self.cfg.objectives, images)
 
     def layers(self) -> int:
         return self.cfg.model.layers
@@ -88,6 +97,8 @@ class PretrainRecipe:
             for key, value in module(batch).items():
                 totals.setdefault(key, []).append(float(value))
             if number == 0 and batch.hidden_patches.any():
+                if isinstance(module, WordsInStep):
+                    batch = module.with_words(batch)
                 sheet = masked_sheet(module, batch, cfg.model.patch_size)
                 logger.picture(f"masked/step-{step:07d}.png", sheet)
         return {key: sum(values) / len(values) for key, values in totals.items()}
@@ -140,7 +151,9 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
     store = Store(cfg.store)
     everything, tokenizer = token_checks.check_data(store, cfg)
     mark = fingerprint("pretrain", models.decisive(cfg), [d.commit().identity for d in everything])
-    recipe = PretrainRecipe(cfg, tokenizer)
+    pixels = cfg.objectives.image_target == "pixels"
+    in_step = "" if pixels else token_checks.words_in_step(everything)
+    recipe = PretrainRecipe(cfg, tokenizer, in_step)
     if cfg.inspect_step is not None:
         inspect_step.check(store, f"runs/{cfg.name}", mark)
         return inspect_step.write(
@@ -151,7 +164,6 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
             tokenizer,
             cfg.model.patch_size,
         )
-    pixels = cfg.objectives.image_target == "pixels"
     budget.check_machine(hollow(cfg.model, pixels=pixels), cfg.train)
     if cfg.train.workers:
         cluster.start()

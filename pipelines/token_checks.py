@@ -58,6 +58,17 @@ def check_kinds(datasets: dict[str, list[Dataset]]) -> None:
                 )
 
 
+def words_in_step(datasets: Sequence[Dataset]) -> str:
+    """The image tokenizer that the training step needs, since words are not stored with all of
+    these tokens; empty: they are."""
+    for dataset in datasets:
+        lineage = dataset.commit().lineage
+        tokenizers = lineage["inputs"][0]["tokenizers"]
+        if lineage["config"].get("in_step") and "image" in tokenizers:
+            return tokenizers["image"]["name"]
+    return ""
+
+
 def _has_captions(dataset: Dataset) -> bool:
     """Whether any row has, by what the files' footers count."""
     for path in dataset.paths():

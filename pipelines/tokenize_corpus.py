@@ -8,6 +8,9 @@ same number in its source, which holds the pictures; `image_row` says which row.
 The same commit, tokenizers and seed give the same bytes, however many workers there are. (Another
 batch size or device rounds otherwise: of two codes that are equally near, it may choose the other.)
 
+With `--in-step` the words are left to pretraining, which finds the same
+(`pipelines/words_in_step.py`).
+
 A worker's threads decode pictures while it encodes those before, and it holds the pixels of a few
 batches at most, however large the part is.
 """
@@ -42,9 +45,10 @@ GATHERED = 1024  # rows whose tokens are held as Python has them
 
 
 def image_tokens(patches: int) -> pa.Schema:
-    """Columns of a tokenized image dataset; a picture's words are a list of one fixed size."""
-    words = pa.list_(pa.uint16(), patches)
-    view = pa.struct([("box", pa.list_(pa.float64(), 4)), ("flip", pa.bool_()), ("words", words)])
+    """Columns of a tokenized image dataset; a picture's words are a list of one fixed size. With no
+    patches there are no words: the training step finds them."""
+    words = [("words", pa.list_(pa.uint16(), patches))] if patches else []
+    view = pa.struct([("box", pa.list_(pa.float64(), 4)), ("flip", pa.bool_()), *words])
     return pa.schema(
         [
             ("id", pa.string()),
@@ -78,6 +82,10 @@ class TokenizeConfig:
     views: int = 4
     """Views drawn of each image; epochs cycle through them."""
     view: ViewConfig = field(default_factory=ViewConfig)
+    in_step: bool = False
+    """Store the views without their visual words: each training step finds them, with the same
+    image tokenizer. So no GPU is needed here, and any number of views costs next to nothing, but
+    training pays each time that it sees one."""
     max_text_length: int = 512
     """Longest piece of a text in tokens, `<s>` and `</s>` included; longer texts become several."""
     max_caption_length: int = 64
@@ -104,6 +112,8 @@ class TokenizeConfig:
             raise ValueError(f"batch_size: expected 0 or more, got {self.batch_size}")
         if self.cpus_per_actor <= 0:
             raise ValueError(f"cpus_per_actor: expected more than 0, got {self.cpus_per_actor}")
+        if self.in_step and self.gpus_per_actor:
+            raise ValueError("gpus_per_actor: with in_step nothing is encoded here; set 0")
         if (self.gpus_per_actor or self.cpus_per_actor > 1) and not self.actors:
             raise ValueError("gpus_per_actor and cpus_per_actor need actors of at least 1")
 
@@ -154,6 +164,7 @@ def _tokenize(
     options = config.to_dict(cfg)
     where = {"store", "images", "texts", "held_out", "batch_size"}
     where |= {"actors", "gpus_per_actor", "cpus_per_actor"}
+    where |= set() if cfg.in_step else {"in_step"}
     options = {k: v for k, v in options.items() if k not in where}
     used = {"text": tokenizers["text"]} if is_text else tokenizers
 
@@ -174,7 +185,7 @@ def _tokenize(
         inputs=[{"dataset": source, "identity": commit.identity, "tokenizers": used}],
         units=units,
         make_worker=worker,
-        schema=TEXT_TOKENS if is_text else image_tokens(patches),
+        schema=TEXT_TOKENS if is_text else image_tokens(0 if cfg.in_step else patches),
         resources=pool if cfg.actors and not is_text else Resources(),
     )
 
@@ -222,11 +233,12 @@ class _Columns:
     def table(self) -> pa.Table:
         schema = image_tokens(self.patches)
         view = schema.field("views").type.value_type
-        words = np.concatenate([np.zeros(0, np.uint16), *(w.ravel() for w in self.words)])
         boxes = pa.array([list(v.box) for v in self.views], view.field("box").type)
-        flips = pa.array([v.flip for v in self.views], pa.bool_())
-        fixed = pa.FixedSizeListArray.from_arrays(pa.array(words), self.patches)
-        views = pa.StructArray.from_arrays([boxes, flips, fixed], fields=list(view))
+        columns = [boxes, pa.array([v.flip for v in self.views], pa.bool_())]
+        if self.patches:
+            words = np.concatenate([np.zeros(0, np.uint16), *(w.ravel() for w in self.words)])
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(words), self.patches))
+        views = pa.StructArray.from_arrays(columns, fields=list(view))
         each = len(self.views) // max(1, len(self.rows))
         starts = pa.array(np.arange(len(self.rows) + 1) * each, pa.int32())
         columns = [
@@ -245,15 +257,18 @@ class ImagePart:
         self.cfg, self.store = cfg, Store(cfg.store)
         self.dataset = self.store.dataset(source)
         self.device = cluster.device(cfg.gpus_per_actor)
-        self.images = _image_tokenizer(cfg.store, cfg.image_tokenizer, self.device)
         self.texts = _text_tokenizer(cfg.store, cfg.text_tokenizer)
-        share = min(1.0, cfg.gpus_per_actor) if cfg.gpus_per_actor else 1.0
-        self.batch = cfg.batch_size or batch_that_fits(self.images, share)
+        self.shape = train_image_tokenizer.shape(self.store, cfg.image_tokenizer)
+        self.batch = cfg.batch_size or PICTURES
+        if not cfg.in_step:
+            self.images = _image_tokenizer(cfg.store, cfg.image_tokenizer, self.device)
+            share = min(1.0, cfg.gpus_per_actor) if cfg.gpus_per_actor else 1.0
+            self.batch = cfg.batch_size or batch_that_fits(self.images, share)
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
-        columns, aside = _Columns(self.images.config.patches), []
+        columns, aside = _Columns(0 if self.cfg.in_step else self.shape.patches), []
         tables = [columns.table()]  # as Arrow holds them, tokens take a sixth of the memory
-        counts = np.zeros(self.images.config.codebook_size, np.int64)
+        counts = np.zeros(self.shape.codebook_size, np.int64)
         batch: list[_Picture] = []
 
         def encode() -> None:
@@ -318,9 +333,10 @@ class ImagePart:
             picture.broken = str(error)
             return picture
         rng = np.random.default_rng((self.cfg.seed, _number(part), number))
-        size = self.images.config.image_size
         picture.views = [self.cfg.view.draw(image, rng) for _ in range(self.cfg.views)]
-        picture.pixels = [apply_view(image, view, size) for view in picture.views]
+        if not self.cfg.in_step:
+            size = self.shape.image_size
+            picture.pixels = [apply_view(image, view, size) for view in picture.views]
         return picture
 
     def _encode(self, pixels: list[np.ndarray]) -> np.ndarray:

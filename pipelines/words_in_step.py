@@ -1,0 +1,39 @@
+"""Visual words found in the training step, for tokens that were stored without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from beit3.config import ModelConfig
+from beit3.objectives import MaskedBatch, MaskedDataModelling, ObjectiveWeights
+from beit3.vqkd import VQKD
+
+
+class WordsInStep(MaskedDataModelling):
+    """Masked data modelling of batches whose pictures a frozen tokenizer reads first.
+
+    It reads the views that the model reads, in fp32, and so finds the words that
+    `pipelines/tokenize_corpus.py` would have stored. It is no part of the module: neither trained,
+    nor saved, nor shared out among workers.
+    """
+
+    def __init__(self, config: ModelConfig, weights: ObjectiveWeights, tokenizer: VQKD) -> None:
+        super().__init__(config, weights)
+        self._tokenizer = (tokenizer.eval().requires_grad_(False),)  # a tuple is not registered
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> WordsInStep:
+        self._tokenizer[0]._apply(fn)  # so that it is where the model is
+        return super()._apply(fn, recurse)
+
+    def with_words(self, batch: MaskedBatch) -> MaskedBatch:
+        """The batch with its pictures' visual words."""
+        if not len(batch.images):
+            return batch
+        with torch.autocast(batch.images.device.type, enabled=False):
+            return batch.with_visual_words(self._tokenizer[0].encode(batch.images))
+
+    def forward(self, batch: MaskedBatch) -> dict[str, torch.Tensor]:
+        return super().forward(self.with_words(batch))

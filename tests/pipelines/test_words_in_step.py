@@ -1,0 +1,120 @@
+"""Tokens that were stored without visual words: the training step finds the same ones."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_corpus
+import torch
+
+from beit3 import weights
+from beit3.objectives import MaskedDataModelling, ObjectiveWeights
+from pipelines import bundles, pretrain, token_checks, tokenize_corpus, train_text_tokenizer
+from pipelines.pretrain import PretrainRecipe
+from pipelines.storage import Store
+from pipelines.tokenize_corpus import TokenizeConfig
+from pipelines.words_in_step import WordsInStep
+
+ROWS = ("id", "image_row", "captions")
+
+
+@pytest.fixture
+def wordless(copied: Callable[..., Store]) -> Store:
+    """The corpus, tokenized without visual words."""
+    store = copied("images", "tasks", "text", "tokenizers")
+    tokenize_corpus.run(small_corpus.tokens(store, in_step=True))
+    return store
+
+
+def _exported(store: Store, name: str) -> dict[str, torch.Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        bundles.load(store, name, Path(folder))
+        return weights.load_tensors(Path(folder))
+
+
+def test_views_are_stored_as_ever_but_for_their_words(wordless: Store, corpus: Store) -> None:
+    for name in ("pairs", "alone", "captioning/val"):
+        own, other = (store.dataset(f"tokens/{name}") for store in (wordless, corpus))
+        rows, wanted = own.read_table().to_pylist(), other.read_table().to_pylist()
+        for row in wanted:
+            for view in row["views"]:
+                del view["words"]
+        assert rows == wanted
+        assert own.read_set_aside() == other.read_set_aside()
+        stats = other.commit().stats
+        assert own.commit().stats == {**stats, "words": {}}
+
+
+def test_the_step_trains_as_if_words_had_been_stored(wordless: Store, corpus: Store) -> None:
+    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    stored = PretrainRecipe(small_corpus.pretraining(corpus), tokenizer)
+    found = PretrainRecipe(small_corpus.pretraining(wordless), tokenizer, "vqkd")
+    module = found.build()
+    assert isinstance(module, WordsInStep)
+    for step in range(3):
+        wanted = stored.batches(0, 1)(step)
+        batch = found.batches(0, 1)(step)
+        assert torch.equal(batch.images, wanted.images) and not batch.visual_words.any()
+        batch = module.with_words(batch)
+        assert torch.equal(batch.visual_words, wanted.visual_words)
+        for kind, masked in wanted.masked.items():
+            assert torch.equal(batch.masked[kind].targets, masked.targets)
+    for store in (wordless, corpus):
+        pretrain.run(small_corpus.pretraining(store, name="in-step"))
+    ours, theirs = (bundles.info(store, "models/in-step") for store in (wordless, corpus))
+    assert ours["metrics"] == theirs["metrics"]
+    ours, theirs = (_exported(store, "models/in-step") for store in (wordless, corpus))
+    assert ours.keys() == theirs.keys()  # the tokenizer is no part of the model
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_the_tokenizer_goes_with_the_model_and_learns_nothing(corpus: Store) -> None:
+    recipe = PretrainRecipe(
+        small_corpus.pretraining(corpus),
+        train_text_tokenizer.load(corpus, "sentencepiece"),
+        "vqkd",
+    )
+    module, plain = recipe.build(), MaskedDataModelling(small_corpus.SHAPE)
+    assert isinstance(module, WordsInStep)
+    assert module.state_dict().keys() == plain.state_dict().keys()
+    (tokenizer,) = module._tokenizer
+    module.train().to("meta")
+    assert not tokenizer.training
+    assert {p.device.type for p in tokenizer.parameters()} == {"meta"}
+    assert not any(p.requires_grad for p in tokenizer.parameters())
+
+
+def test_words_keep_their_precision_where_the_model_has_less(corpus: Store) -> None:
+    recipe = PretrainRecipe(
+        small_corpus.pretraining(corpus),
+        train_text_tokenizer.load(corpus, "sentencepiece"),
+        "vqkd",
+    )
+    module, batch = recipe.build(), recipe.batches(0, 1)(0)
+    assert isinstance(module, WordsInStep)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module.with_words(batch)
+    assert torch.equal(found.visual_words, batch.visual_words)
+
+
+def test_a_tokenizer_is_loaded_only_where_words_are_missing_and_wanted(
+    wordless: Store, corpus: Store
+) -> None:
+    datasets = [wordless.dataset("tokens/words"), corpus.dataset("tokens/pairs")]
+    assert token_checks.words_in_step(datasets) == ""
+    assert token_checks.words_in_step([*datasets, wordless.dataset("tokens/alone")]) == "vqkd"
+    wordless.delete("tokenizers/image/vqkd/" + weights.WEIGHTS)
+    pixels = ObjectiveWeights(image_target="pixels")
+    config = small_corpus.pretraining(wordless, name="pixels", objectives=pixels)
+    with pytest.raises(Exception, match="vqkd"):
+        pretrain.run(replace(config, name="codes", objectives=ObjectiveWeights()))
+    assert pretrain.run(config)["steps"] == 6
+
+
+def test_nothing_is_encoded_so_no_gpu_is_taken() -> None:
+    with pytest.raises(ValueError, match="gpus_per_actor: with in_step nothing is encoded"):
+        TokenizeConfig(images=("cc3m",), in_step=True, actors=1, gpus_per_actor=1.0)
