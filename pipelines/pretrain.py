@@ -151,9 +151,7 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
     store = Store(cfg.store)
     everything, tokenizer = token_checks.check_data(store, cfg)
     mark = fingerprint("pretrain", models.decisive(cfg), [d.commit().identity for d in everything])
-    pixels = cfg.objectives.image_target == "pixels"
-    in_step = "" if pixels else token_checks.words_in_step(everything)
-    recipe = PretrainRecipe(cfg, tokenizer, in_step)
+    recipe = PretrainRecipe(cfg, tokenizer, token_checks.words_in_step(cfg, everything))
     if cfg.inspect_step is not None:
         inspect_step.check(store, f"runs/{cfg.name}", mark)
         return inspect_step.write(
@@ -164,6 +162,7 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
             tokenizer,
             cfg.model.patch_size,
         )
+    pixels = cfg.objectives.image_target == "pixels"
     budget.check_machine(hollow(cfg.model, pixels=pixels), cfg.train)
     if cfg.train.workers:
         cluster.start()

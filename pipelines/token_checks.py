@@ -58,10 +58,10 @@ def check_kinds(datasets: dict[str, list[Dataset]]) -> None:
                 )
 
 
-def words_in_step(datasets: Sequence[Dataset]) -> str:
-    """The image tokenizer that the training step needs, since words are not stored with all of
-    these tokens; empty: they are."""
-    for dataset in datasets:
+def words_in_step(cfg: PretrainConfig, datasets: Sequence[Dataset]) -> str:
+    """The image tokenizer that the training step needs, since words are wanted and not stored with
+    all of these tokens; empty: it needs none."""
+    for dataset in datasets if cfg.objectives.image_target == "codes" else ():
         lineage = dataset.commit().lineage
         tokenizers = lineage["inputs"][0]["tokenizers"]
         if lineage["config"].get("in_step") and "image" in tokenizers:

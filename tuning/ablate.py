@@ -384,8 +384,9 @@ def _pretrain_seconds(cfg: AblateConfig, chosen: PretrainConfig) -> float:
         return 1 / cfg.speeds.pretrain
     if chosen.train.gpus_per_worker:
         return pretrain.plan(chosen)["hours"] * 3600 / chosen.train.steps
-    _, tokenizer = token_checks.check_data(Store(cfg.store), chosen)
-    return measured(PretrainRecipe(chosen, tokenizer), chosen.train)
+    datasets, tokenizer = token_checks.check_data(Store(cfg.store), chosen)
+    in_step = token_checks.words_in_step(chosen, datasets)
+    return measured(PretrainRecipe(chosen, tokenizer, in_step), chosen.train)
 
 
 def _finetune_seconds(cfg: AblateConfig, chosen: PretrainConfig, task: str) -> float:

@@ -15,7 +15,7 @@ from beit3 import weights
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
 from pipelines import bundles, pretrain, token_checks, tokenize_corpus, train_text_tokenizer
 from pipelines.pretrain import PretrainRecipe
-from pipelines.storage import Store
+from pipelines.storage import Store, StoreError
 from pipelines.tokenize_corpus import TokenizeConfig
 from pipelines.words_in_step import WordsInStep
 
@@ -104,15 +104,16 @@ def test_words_keep_their_precision_where_the_model_has_less(corpus: Store) -> N
 def test_a_tokenizer_is_loaded_only_where_words_are_missing_and_wanted(
     wordless: Store, corpus: Store
 ) -> None:
+    config = small_corpus.pretraining(wordless)
     datasets = [wordless.dataset("tokens/words"), corpus.dataset("tokens/pairs")]
-    assert token_checks.words_in_step(datasets) == ""
-    assert token_checks.words_in_step([*datasets, wordless.dataset("tokens/alone")]) == "vqkd"
+    assert token_checks.words_in_step(config, datasets) == ""
+    mixed = [*datasets, wordless.dataset("tokens/alone")]
+    assert token_checks.words_in_step(config, mixed) == "vqkd"
     wordless.delete("tokenizers/image/vqkd/" + weights.WEIGHTS)
     pixels = ObjectiveWeights(image_target="pixels")
-    config = small_corpus.pretraining(wordless, name="pixels", objectives=pixels)
-    with pytest.raises(Exception, match="vqkd"):
-        pretrain.run(replace(config, name="codes", objectives=ObjectiveWeights()))
-    assert pretrain.run(config)["steps"] == 6
+    with pytest.raises(StoreError, match="tokenizers/image/vqkd"):
+        pretrain.run(config)
+    assert pretrain.run(replace(config, name="pixels", objectives=pixels))["steps"] == 6
 
 
 def test_nothing_is_encoded_so_no_gpu_is_taken() -> None:

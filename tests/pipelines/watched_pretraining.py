@@ -100,7 +100,7 @@ def watching(witness: Witness) -> Iterator[None]:
     real = pretrain.fit
 
     def fit(store: Store, *, recipe: PretrainRecipe, **options: Any) -> dict[str, Any]:
-        watched = Watched(recipe.cfg, recipe.tokenizer, witness)
+        watched = Watched(recipe.cfg, recipe.tokenizer, recipe.words_in_step, witness)
         return real(store, recipe=watched, **options)
 
     with mock.patch.object(pretrain, "fit", fit):
