@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -146,24 +147,27 @@ class _Views:
         views = column.flatten()
         parts = dict(zip((field.name for field in views.type), views.flatten(), strict=True))
         self.flips = parts["flip"].to_pylist()
-        self.boxes, self.words = (
-            parts[name].flatten().to_numpy().reshape(len(views), parts[name].type.list_size)
-            if name in parts
-            else None
-            for name in ("box", "words")
+        self.boxes = _matrix(parts["box"])
+        stored = "words" in parts
+        self.words: Sequence[Any] | np.ndarray = (
+            _matrix(parts["words"]) if stored else [None] * len(views)
         )
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, list[bool], np.ndarray | None]:
+    def __getitem__(self, row: int) -> tuple[np.ndarray, list[bool], Sequence[Any] | np.ndarray]:
         own = slice(self.starts[row], self.starts[row + 1])
-        assert self.boxes is not None
-        return self.boxes[own], self.flips[own], None if self.words is None else self.words[own]
+        return self.boxes[own], self.flips[own], self.words[own]
+
+
+def _matrix(lists: pa.FixedSizeListArray) -> np.ndarray:
+    """Lists of one size, `[lists, size]`."""
+    return lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size)
 
 
 def _stored_view(sample: Sample) -> tuple[np.ndarray, bool, np.ndarray | None]:
     """Box, flip and words, if any are stored, of the view that is this epoch's."""
     boxes, flips, words = sample.row["views"]
     number = sample.epoch % len(flips)
-    return boxes[number], flips[number], None if words is None else words[number]
+    return boxes[number], flips[number], words[number]
 
 
 class _Encoded:

@@ -30,6 +30,13 @@ def wordless(copied: Callable[..., Store]) -> Store:
     return store
 
 
+@pytest.fixture
+def recipe(corpus: Store) -> PretrainRecipe:
+    """One that finds the words, though they are stored."""
+    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    return PretrainRecipe(small_corpus.pretraining(corpus), tokenizer, "vqkd")
+
+
 def _exported(store: Store, name: str) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         bundles.load(store, name, Path(folder))
@@ -72,12 +79,7 @@ def test_the_step_trains_as_if_words_had_been_stored(wordless: Store, corpus: St
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_the_tokenizer_goes_with_the_model_and_learns_nothing(corpus: Store) -> None:
-    recipe = PretrainRecipe(
-        small_corpus.pretraining(corpus),
-        train_text_tokenizer.load(corpus, "sentencepiece"),
-        "vqkd",
-    )
+def test_the_tokenizer_goes_with_the_model_and_learns_nothing(recipe: PretrainRecipe) -> None:
     module, plain = recipe.build(), MaskedDataModelling(small_corpus.SHAPE)
     assert isinstance(module, WordsInStep)
     assert module.state_dict().keys() == plain.state_dict().keys()
@@ -88,12 +90,7 @@ def test_the_tokenizer_goes_with_the_model_and_learns_nothing(corpus: Store) -> 
     assert not any(p.requires_grad for p in tokenizer.parameters())
 
 
-def test_words_keep_their_precision_where_the_model_has_less(corpus: Store) -> None:
-    recipe = PretrainRecipe(
-        small_corpus.pretraining(corpus),
-        train_text_tokenizer.load(corpus, "sentencepiece"),
-        "vqkd",
-    )
+def test_words_keep_their_precision_where_the_model_has_less(recipe: PretrainRecipe) -> None:
     module, batch = recipe.build(), recipe.batches(0, 1)(0)
     assert isinstance(module, WordsInStep)
     with torch.autocast("cpu", torch.bfloat16):
