@@ -21,8 +21,7 @@ import dacite
 from safetensors.torch import load_file
 
 from beit3 import released, weights
-from pipelines import bundles, checkpoints, config, console, model_card, token_checks
-from pipelines.pretrain import PretrainRecipe
+from pipelines import bundles, checkpoints, config, console, model_card, pretrain
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.storage import Store, StoreError
 
@@ -87,9 +86,7 @@ def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]
     if not bundles.exists(store, name):
         kept = ", ".join(store.list(f"{run_folder}/checkpoints")) or "none"
         raise StoreError(f"{store.uri}/{name}: missing. There are: {kept}")
-    cfg = _config(store, run_folder)
-    _, tokenizer = token_checks.check_data(store, cfg)
-    recipe = PretrainRecipe(cfg, tokenizer)
+    recipe, _ = pretrain.prepare(_config(store, run_folder))
     module = recipe.build()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -42,7 +42,7 @@ from pipelines import (
 )
 from pipelines.masked_batches import MaskedBatches, held_out_batches
 from pipelines.pretrain_config import OBJECTIVES, PRESETS, PretrainConfig
-from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.storage import Dataset, Store, StoreError, fingerprint
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
 from pipelines.words_in_step import WordsInStep
@@ -149,9 +149,8 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
     if cfg.dry_run:
         raise ValueError("dry_run is set: call plan() instead")
     store = Store(cfg.store)
-    everything, tokenizer = token_checks.check_data(store, cfg)
+    recipe, everything = prepare(cfg)
     mark = fingerprint("pretrain", models.decisive(cfg), [d.commit().identity for d in everything])
-    recipe = PretrainRecipe(cfg, tokenizer, token_checks.words_in_step(cfg, everything))
     if cfg.inspect_step is not None:
         inspect_step.check(store, f"runs/{cfg.name}", mark)
         return inspect_step.write(
@@ -159,7 +158,7 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
             f"runs/{cfg.name}/inspect/step-{cfg.inspect_step:08d}",
             cfg.inspect_step,
             batches_of_step(recipe, cfg.inspect_step),
-            tokenizer,
+            recipe.tokenizer,
             cfg.model.patch_size,
         )
     pixels = cfg.objectives.image_target == "pixels"
@@ -176,6 +175,16 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
         parameters=config.flatten(cfg),
         parent=parent,
     )
+
+
+def prepare(cfg: PretrainConfig) -> tuple[PretrainRecipe, list[Dataset]]:
+    """The recipe of a run, and its datasets, which it can be trained on.
+
+    Raises:
+        StoreError, ValueError: as `run`.
+    """
+    datasets, tokenizer = token_checks.check_data(Store(cfg.store), cfg)
+    return PretrainRecipe(cfg, tokenizer, token_checks.words_in_step(cfg, datasets)), datasets
 
 
 def plan(cfg: PretrainConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import os
 import posixpath
+import re
 import subprocess
 import tempfile
 import uuid
@@ -31,14 +32,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlparse
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pipelines import s3
+
 FORMAT_VERSION = 1
-S3_ATTEMPTS = 10
 PIECE_BYTES = 16 << 20  # of a large file on its way; S3 takes up to 10,000 of them
 PIECES_AT_ONCE = 4
 ROW_GROUP_ROWS = 256  # small enough to seek in: about 8 MB of 256-pixel JPEGs
@@ -122,9 +123,11 @@ class Store:
             text = Path(text).absolute().as_uri()
         self.uri = text.rstrip("/")
         try:
-            self.fs, self.root = _filesystem(self.uri)
+            connect = s3.connect if self.uri.startswith("s3://") else pafs.FileSystem.from_uri
+            self.fs, self.root = connect(self.uri)
         except (pa.ArrowInvalid, OSError) as error:
-            raise StoreError(f"store {uri!s}: {error}") from error
+            shown = re.sub("//.*@", "//", str(uri))  # without what should be kept secret
+            raise StoreError(f"store {shown}: {error}") from error
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)
@@ -224,7 +227,10 @@ class Store:
             finally:
                 draft.unlink(missing_ok=True)
         if isinstance(self.fs, pafs.S3FileSystem):
-            return _s3_put_if_absent(self.path(name), data)
+            try:
+                return s3.put_if_absent(self.path(name), data)
+            except OSError as error:
+                raise StoreError(f"{self.uri}/{name}: {error}") from error
         if self.exists(name):
             return False
         self.write(name, data)
@@ -541,48 +547,3 @@ def _leaves(field: pa.Field, path: str) -> Iterator[tuple[str, pa.DataType]]:
         yield from _leaves(field.type.value_field, f"{path}.list.element")
     else:
         yield path, field.type
-
-
-def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    return _s3(uri) if uri.startswith("s3://") else pafs.FileSystem.from_uri(uri)
-
-
-def _s3(uri: str) -> tuple[pafs.FileSystem, str]:
-    """S3 with patience: what fails with 5xx, throttling or a broken connection is tried again,
-    after longer and longer pauses. Large objects go up in several parts."""
-    parsed = urlparse(uri)
-    options = dict(parse_qsl(parsed.query))
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        # As it is, pyarrow would address buckets as virtual hosts of it.
-        at = urlparse(endpoint)
-        options = {"endpoint_override": at.netloc + at.path, "scheme": at.scheme} | options
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region:
-        options = {"region": region} | options
-    elif "region" not in options and "endpoint_override" not in options:
-        options["region"] = pafs.resolve_s3_region(parsed.netloc)
-    unknown = options.keys() - {"endpoint_override", "scheme", "region"}
-    if unknown:
-        raise pa.ArrowInvalid(f"unknown option {', '.join(sorted(unknown))} in the URI")
-    patience = pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)
-    return pafs.S3FileSystem(**options, retry_strategy=patience), parsed.netloc + parsed.path
-
-
-def _s3_put_if_absent(path: str, data: bytes) -> bool:
-    import boto3  # here, because most processes never commit
-    from botocore.config import Config
-    from botocore.exceptions import ClientError
-
-    patience = Config(retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS})
-
-    bucket, key = path.split("/", 1)
-    try:
-        boto3.client("s3", config=patience).put_object(
-            Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"
-        )
-        return True
-    except ClientError as error:
-        if error.response.get("Error", {}).get("Code") in {"PreconditionFailed", "412"}:
-            return False
-        raise StoreError(f"s3://{path}: {error}") from error

@@ -33,7 +33,6 @@ from beit3.vqkd import PRESETS as TOKENIZERS
 from pipelines import bundles, config, console, finetune, pretrain, token_checks
 from pipelines.finetune import FinetuneConfig, FinetuneRecipe
 from pipelines.prepare_task import labels
-from pipelines.pretrain import PretrainRecipe
 from pipelines.pretrain_config import PRESETS as PRETRAINING
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import Recipe, TrainConfig
@@ -384,9 +383,8 @@ def _pretrain_seconds(cfg: AblateConfig, chosen: PretrainConfig) -> float:
         return 1 / cfg.speeds.pretrain
     if chosen.train.gpus_per_worker:
         return pretrain.plan(chosen)["hours"] * 3600 / chosen.train.steps
-    datasets, tokenizer = token_checks.check_data(Store(cfg.store), chosen)
-    in_step = token_checks.words_in_step(chosen, datasets)
-    return measured(PretrainRecipe(chosen, tokenizer, in_step), chosen.train)
+    recipe, _ = pretrain.prepare(chosen)
+    return measured(recipe, chosen.train)
 
 
 def _finetune_seconds(cfg: AblateConfig, chosen: PretrainConfig, task: str) -> float:

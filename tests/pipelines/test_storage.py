@@ -473,3 +473,12 @@ def test_patience_travels_with_the_filesystem(s3_store: str) -> None:
 def test_an_unknown_option_of_a_bucket_is_named() -> None:
     with pytest.raises(StoreError, match="unknown option endpoint in the URI"):
         Store("s3://bucket/prefix?endpoint=http://127.0.0.1:1")
+
+
+def test_credentials_in_a_uri_are_refused_and_not_repeated() -> None:
+    with pytest.raises(StoreError, match="AWS_ACCESS_KEY_ID") as error:
+        Store("s3://KEY:hidden/word@bucket/prefix")
+    assert "hidden" not in str(error.value)
+    with pytest.raises(StoreError, match="store s3://bucket/prefix: ") as error:
+        Store("s3://KEY:hidden@bucket/prefix")
+    assert "hidden" not in str(error.value)

@@ -1,0 +1,65 @@
+"""Object stores that speak S3, with patience: what fails with 5xx, throttling or a broken
+connection is tried again, after longer and longer pauses."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import parse_qsl, urlparse
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+ATTEMPTS = 10
+
+
+def connect(uri: str) -> tuple[pafs.S3FileSystem, str]:
+    """The filesystem of an `s3://bucket/prefix`, and the prefix as it wants it.
+
+    Large objects go up in several parts.
+
+    Raises:
+        pa.ArrowInvalid: the URI says what it can't.
+        OSError: nobody knows the bucket's region.
+    """
+    parsed = urlparse(uri)
+    if set(":@") & set(parsed.netloc):  # no bucket has them
+        raise pa.ArrowInvalid("credentials don't belong in a URI: set AWS_ACCESS_KEY_ID and so on")
+    options = dict(parse_qsl(parsed.query))
+    unknown = options.keys() - {"endpoint_override", "scheme", "region"}
+    if unknown:
+        raise pa.ArrowInvalid(f"unknown option {', '.join(sorted(unknown))} in the URI")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        # As it is, pyarrow would address buckets as virtual hosts of it.
+        at = urlparse(endpoint)
+        options = {"endpoint_override": at.netloc + at.path, "scheme": at.scheme} | options
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region:
+        options = {"region": region} | options
+    elif "region" not in options and "endpoint_override" not in options:
+        options["region"] = pafs.resolve_s3_region(parsed.netloc)
+    patience = pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+    return pafs.S3FileSystem(**options, retry_strategy=patience), parsed.netloc + parsed.path
+
+
+def put_if_absent(path: str, data: bytes) -> bool:
+    """Create the object `bucket/key` unless there is one already; False when there was.
+
+    Raises:
+        OSError: the store did not do it.
+    """
+    import boto3  # here, because most processes never commit
+    from botocore.config import Config
+    from botocore.exceptions import ClientError
+
+    patience = Config(retries={"mode": "standard", "total_max_attempts": ATTEMPTS})
+    bucket, key = path.split("/", 1)
+    try:
+        boto3.client("s3", config=patience).put_object(
+            Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"
+        )
+        return True
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in {"PreconditionFailed", "412"}:
+            return False
+        raise OSError(str(error)) from error
