@@ -42,7 +42,8 @@ from benchmarks import _measure
 from benchmarks._photos import draw
 from benchmarks.tokenization import sentences
 from pipelines import evaluate, train_text_tokenizer
-from pipelines.evaluate import EvaluateConfig, Finetuned, Predictor
+from pipelines.evaluate import EvaluateConfig, Predictor
+from pipelines.finetuned import Finetuned
 from pipelines.parts import Resources
 from pipelines.prepare_task import SCHEMA
 from pipelines.storage import Store

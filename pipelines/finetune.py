@@ -27,7 +27,7 @@ from beit3.model import interpolate_positions
 from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
 from pipelines import bill, cluster, config, models
-from pipelines.evaluate import TASK_FILE, predict, row_sample
+from pipelines.finetuned import TASK_FILE, predict, row_sample
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import labels, read_examples
 from pipelines.recipe import TrainConfig

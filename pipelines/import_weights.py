@@ -26,7 +26,7 @@ from beit3 import released, tasks, teachers, vqkd, vqkd_released
 from beit3.tasks.imagenet import WNID
 from beit3.text import TextTokenizer
 from pipelines import bundles, config, console, models, train_text_tokenizer
-from pipelines.evaluate import TASK_FILE, task_notes
+from pipelines.finetuned import TASK_FILE, task_notes
 from pipelines.storage import Store, StoreError, fingerprint
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 

@@ -26,7 +26,7 @@ from PIL import UnidentifiedImageError
 from beit3.tasks import Example, Sample
 from beit3.tasks.retrieval import unpack
 from pipelines.config import cli, stop
-from pipelines.evaluate import Finetuned, evaluation_image, load
+from pipelines.finetuned import Finetuned, evaluation_image, load
 from pipelines.storage import Store, StoreError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}

@@ -22,7 +22,7 @@ from beit3 import released, tasks, weights
 from beit3.config import PRESETS as MODELS
 from beit3.objectives import DualEncoder
 from beit3.tasks import Example, _caption_metrics
-from pipelines import bundles, evaluate, import_weights, models, predict, prepare_task
+from pipelines import bundles, evaluate, finetuned, import_weights, models, predict, prepare_task
 from pipelines.evaluate import EvaluateConfig
 from pipelines.import_weights import ImportConfig
 from pipelines.prepare_task import PrepareConfig
@@ -83,9 +83,9 @@ def add_model(store: Store, task: str, labels: Sequence[str]) -> None:
     folder = Path(store.path("drafts", task))
     weights.save(folder, module, module.get_submodule("backbone").config, kind=task)  # type: ignore[arg-type]
     models.add_tokenizer(folder, TOKENIZER)
-    notes = evaluate.task_notes(task, labels, SMALL)
+    notes = finetuned.task_notes(task, labels, SMALL)
     notes["options"] |= {"beams": 1, "max_text_length": 8} if task == "captioning" else {}
-    (folder / evaluate.TASK_FILE).write_text(json.dumps(notes))
+    (folder / finetuned.TASK_FILE).write_text(json.dumps(notes))
     bundles.save(store, f"models/{task}", folder, {"kind": "finetuned", "task": task})
 
 
@@ -155,7 +155,7 @@ def test_examples_of_an_absent_image_are_counted_as_wrong(
 def test_a_record_that_breaks_the_model_is_tried_alone_and_lost_alone(
     task: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = evaluate.load(store, f"models/{task}")
+    model = finetuned.load(store, f"models/{task}")
     rows = store.dataset(f"tasks/{task}/val").read_table().to_pylist()[:4]
     sound, none = evaluate.predict_rows(model, rows)
     assert not none and all(row["prediction"] for row in sound)
@@ -221,7 +221,7 @@ def test_every_image_and_every_text_is_encoded_once(
 
 def test_pictures_are_decoded_ahead_and_stay_in_order(store: Store) -> None:
     config = config_of(store, "imagenet", batch_size=3)
-    worker = evaluate.Predictor(config, evaluate.load(store, "models/imagenet"))
+    worker = evaluate.Predictor(config, finetuned.load(store, "models/imagenet"))
     (unit,) = evaluate._units(config, store)
     rows = worker.rows_of(unit)
     found = list(worker.batches(rows))
@@ -282,7 +282,7 @@ def test_a_released_finetuned_model_is_imported_and_evaluated(
     info = import_weights.run(config)
     assert info["task"] == task and import_weights.run(config) == info
 
-    model = evaluate.load(store, f"models/released-{task}")
+    model = finetuned.load(store, f"models/released-{task}")
     assert model.task.labels == labels and model.image_size == 32
     options = {"beams": 1.0, "max_text_length": 8.0} if task == "captioning" else {}
     data = f"tasks/{task}/val"
@@ -295,8 +295,8 @@ def test_a_released_finetuned_model_is_imported_and_evaluated(
     module: nn.Module = plain.build(loaded.config).eval()
     weights.load_into(module, loaded.tensors)
     rows = store.dataset(f"tasks/{task}/val").read_table().to_pylist()[:4]
-    samples = [evaluate.row_sample(plain, row, 32) for row in rows]
-    expected = evaluate.predict(plain, module, TOKENIZER, samples)
+    samples = [finetuned.row_sample(plain, row, 32) for row in rows]
+    expected = finetuned.predict(plain, module, TOKENIZER, samples)
     assert model.predict(samples) == expected
     if task == "vqa":
         batch = plain.collate(samples, TOKENIZER)
@@ -316,7 +316,7 @@ def test_a_released_pretrained_model_is_imported_and_not_evaluated(
     info = import_weights.run(config)
     assert (info["kind"], info["steps"]) == ("pretrained", 0) and "task" not in info
     with pytest.raises(Exception, match="not finetuned for a task"):
-        evaluate.load(store, "models/theirs")
+        finetuned.load(store, "models/theirs")
     with pytest.raises(ValueError, match="labels: a checkpoint of pretrained has no classes"):
         import_weights.run(replace(config, name="other", labels=str(FIXTURE)))
 
@@ -348,7 +348,7 @@ def test_a_dual_encoder_retrieves_without_finetuning(store: Store, tmp_path: Pat
     result = evaluate.run(config)
     assert result["task"] == "retrieval" and result["failed"] == 0
     assert 0 < result["metrics"]["image_recall_10"] <= 1
-    loaded = evaluate.load(store, "models/contrast")
+    loaded = finetuned.load(store, "models/contrast")
     for name, value in loaded.module.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
 

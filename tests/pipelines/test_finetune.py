@@ -20,6 +20,7 @@ from beit3.config import PRESETS as MODELS
 from pipelines import evaluate, finetune, models, predict, prepare_task
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig, FinetuneRecipe
+from pipelines.finetuned import load
 from pipelines.prepare_task import PrepareConfig
 from pipelines.recipe import TrainConfig
 from pipelines.sample_world import World, WorldSize, generate
@@ -148,7 +149,7 @@ def test_finetuning_lowers_the_loss_and_leaves_a_model(
 ) -> None:
     recipe = recipe_of(store, finetune_config(store, task))
     batches = recipe.batches(0, 1)
-    before, after = recipe.build(), evaluate.load(store, f"models/{task}").module
+    before, after = recipe.build(), load(store, f"models/{task}").module
     with torch.no_grad():
         losses = [
             np.mean([float(m.eval()(batches(i))["loss"]) for i in range(4)])
@@ -261,7 +262,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(
 def test_a_broken_example_ends_nothing(
     store: Store, finetuned: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = evaluate.load(store, "models/vqa")
+    model = load(store, "models/vqa")
     rows = store.dataset("tasks/vqa/val").read_table().to_pylist()[:4]
     sound, none = evaluate.predict_rows(model, rows)
     assert not none
@@ -288,7 +289,7 @@ def test_a_broken_example_ends_nothing(
 
 def test_a_pretrained_model_can_t_be_evaluated(store: Store) -> None:
     with pytest.raises(StoreError, match="not finetuned"):
-        evaluate.load(store, "models/pretrained")
+        load(store, "models/pretrained")
 
 
 # -- trying a model -------------------------------------------------------------------------------

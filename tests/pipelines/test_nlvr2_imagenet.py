@@ -16,7 +16,7 @@ from small_models import save_random_model, small_tokenizer
 
 from beit3 import tasks, weights
 from beit3.config import PRESETS as MODELS
-from pipelines import evaluate, finetune, models, predict, prepare_task
+from pipelines import evaluate, finetune, finetuned, models, predict, prepare_task
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
 from pipelines.predict import PredictConfig
@@ -139,9 +139,9 @@ def test_training_augments_and_evaluation_sees_the_middle(store: Store) -> None:
     picture.paste((0, 255, 0), (40, 0, 80, 40))
     out = io.BytesIO()
     picture.save(out, "PNG")
-    seen = evaluate.evaluation_image(task, out.getvalue(), 32)
+    seen = finetuned.evaluation_image(task, out.getvalue(), 32)
     assert (seen[1] > 200).all() and (seen[0] < 50).all()  # the green square alone
-    whole = evaluate.evaluation_image(tasks.create("nlvr2"), out.getvalue(), 32)
+    whole = finetuned.evaluation_image(tasks.create("nlvr2"), out.getvalue(), 32)
     assert (whole[0, :, 0] == 255).all() and (whole[1, :, 16] == 255).all()
     for size in ("base", "large"):
         cfg = finetune.PRESETS[f"{size}-imagenet"]

@@ -24,9 +24,9 @@ from beit3.text import TextTokenizer
 from pipelines import (
     bundles,
     checkpoints,
-    evaluate,
     export,
     finetune,
+    finetuned,
     models,
     prepare_task,
     tracking,
@@ -151,7 +151,7 @@ def test_trials_that_went_to_the_end_leave_their_models(
 ) -> None:
     ended = [row for row in swept["trials"] if row["steps"] == STEPS]
     for row in ended:
-        model = evaluate.load(store, f"models/{name_of(store, row)}")
+        model = finetuned.load(store, f"models/{name_of(store, row)}")
         assert (model.task_name, model.info["steps"]) == ("retrieval", STEPS)
         assert model.info["metrics"]["mean_recall"] == row["score"]
     left = {f"small/{name}" for name in store.list("models/small")}
@@ -162,7 +162,7 @@ def test_the_best_is_a_model_with_its_card(
     store: Store, swept: dict[str, Any], tmp_path: Path
 ) -> None:
     assert swept["model"] == "models/small/best"
-    model = evaluate.load(store, "models/small/best")
+    model = finetuned.load(store, "models/small/best")
     assert model.info["metrics"]["mean_recall"] == swept["best"]["score"]
     own, trial = (weights.load_tensors(bundle(store, f"models/{n}", tmp_path / n))
                   for n in ("small/best", swept["best"]["name"]))  # fmt: skip
