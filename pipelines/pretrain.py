@@ -194,10 +194,12 @@ def plan(cfg: PretrainConfig) -> dict[str, Any]:
         StoreError, ValueError: the data are there and can't be used, as `run` has it.
     """
     store = Store(cfg.store)
-    datasets = token_checks.tokens(store, cfg)
+    datasets, tokenizer = token_checks.tokens(store, cfg), None
     if all(dataset.find_commit() for of_kind in datasets.values() for dataset in of_kind):
-        token_checks.check_data(store, cfg)
-    return pretrain_plan.plan(cfg, datasets)
+        recipe, _ = prepare(cfg)
+        if recipe.words_in_step:
+            tokenizer = train_image_tokenizer.shape(store, recipe.words_in_step)
+    return pretrain_plan.plan(cfg, datasets, tokenizer)
 
 
 def batches_of_step(

@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from beit3.flops import StepShape, masked_step
 from beit3.memory import activation_bytes, hollow
+from beit3.vqkd import VQKD, VQKDConfig
 from pipelines import budget, console
 from pipelines.budget import GIB
 from pipelines.loader import ParquetRows
@@ -19,7 +21,9 @@ from pipelines.storage import Dataset
 _TOKENS = {"texts": "ids", "pairs": "captions"}
 
 
-def plan(cfg: PretrainConfig, datasets: dict[str, list[Dataset]]) -> dict[str, Any]:
+def plan(
+    cfg: PretrainConfig, datasets: dict[str, list[Dataset]], tokenizer: VQKDConfig | None = None
+) -> dict[str, Any]:
     """Counts and estimates for a run, with what `cfg.assume` says.
 
     Operations are counted as in `beit3.flops`, activations estimated as in `beit3.memory`; both of
@@ -30,6 +34,8 @@ def plan(cfg: PretrainConfig, datasets: dict[str, list[Dataset]]) -> dict[str, A
     Args:
         datasets: Tokens by kind (images, texts, pairs); those that aren't there yet are named in
             `missing`.
+        tokenizer: That which finds visual words in each step, if one does. It does so in fp32,
+            whatever the run's precision, and its time is not in the hours.
 
     Returns:
         Numbers by name, memory in bytes of each worker; `problem` says why the run can't be.
@@ -38,7 +44,8 @@ def plan(cfg: PretrainConfig, datasets: dict[str, list[Dataset]]) -> dict[str, A
     workers = max(1, train.workers)
     shape = worker_shape(cfg, _lengths(cfg, datasets, "pairs"), _lengths(cfg, datasets, "texts"))
     count = sum(p.numel() for p in hollow(cfg.model, pixels=pixels).parameters())
-    memory = _memory(cfg, count, shape)
+    frozen = _parameters(tokenizer)
+    memory = _memory(cfg, count, shape, frozen)
     operations = masked_step(cfg.model, shape, pixels=pixels) * train.accumulate * workers
     seconds = operations * train.steps / workers / (cfg.assume.gpu_tflops * 1e12 * cfg.assume.mfu)
     hours = seconds / 3600
@@ -53,7 +60,8 @@ def plan(cfg: PretrainConfig, datasets: dict[str, list[Dataset]]) -> dict[str, A
         "flops_per_step": operations,
         "hours": hours,
         "cost": hours * workers * train.price_per_hour if train.price_per_hour else None,
-        "problem": _problem(cfg, count, shape, memory),
+        "words_in_step": tokenizer is not None,
+        "problem": _problem(cfg, count, shape, frozen, memory),
     }
 
 
@@ -107,6 +115,8 @@ def show(found: dict[str, Any]) -> None:
     width = max(len(label) for label, _ in lines)
     for label, value in lines:
         console.say(f"{label:{width}}  {value}".rstrip())
+    if found["words_in_step"]:
+        console.say("the time in which each step finds its visual words is not in these hours")
     if found["missing"]:
         console.say(
             f"not checked, since not all tokens are there: {', '.join(found['missing'])} missing. "
@@ -117,7 +127,15 @@ def show(found: dict[str, Any]) -> None:
         console.say("tokens, tokenizers and model fit together")
 
 
-def _memory(cfg: PretrainConfig, count: int, shape: StepShape) -> dict[str, int]:
+def _parameters(tokenizer: VQKDConfig | None) -> int:
+    """Of an image tokenizer, if there is one."""
+    if tokenizer is None:
+        return 0
+    with torch.device("meta"):
+        return sum(p.numel() for p in VQKD(tokenizer).parameters())
+
+
+def _memory(cfg: PretrainConfig, count: int, shape: StepShape, frozen: int) -> dict[str, int]:
     """Bytes of each worker, by what takes them; host memory only where something is offloaded."""
     state = budget.states(count, cfg.train)
     pixels = cfg.objectives.image_target == "pixels"
@@ -127,6 +145,7 @@ def _memory(cfg: PretrainConfig, count: int, shape: StepShape) -> dict[str, int]
         "optimizer": state.optimizer,
         "average_of_the_weights": state.average,
         "communication": state.buffers,
+        "image_tokenizer": 4 * frozen,
         "activations_estimated": activation_bytes(
             cfg.model, shape, cfg.train.precision, pixels=pixels
         ),
@@ -140,7 +159,9 @@ def _memory(cfg: PretrainConfig, count: int, shape: StepShape) -> dict[str, int]
     return found
 
 
-def _problem(cfg: PretrainConfig, count: int, shape: StepShape, memory: dict[str, int]) -> str:
+def _problem(
+    cfg: PretrainConfig, count: int, shape: StepShape, frozen: int, memory: dict[str, int]
+) -> str:
     """Why the run doesn't fit into its GPUs and what would; empty if it does."""
     there = memory.get("of_the_GPU")
     if there is None or memory["in_all"] <= there:
@@ -149,7 +170,10 @@ def _problem(cfg: PretrainConfig, count: int, shape: StepShape, memory: dict[str
     if cfg.model.checkpoint_activations != "blocks":
         model = replace(cfg.model, checkpoint_activations="blocks")
         others.append(("model.checkpoint_activations blocks", replace(cfg, model=model)))
-    ways = [f"{name}: {_memory(other, count, shape)['in_all'] / GIB:.1f}" for name, other in others]
+    ways = [
+        f"{name}: {_memory(other, count, shape, frozen)['in_all'] / GIB:.1f}"
+        for name, other in others
+    ]
     ways.append("or smaller batches, with as much larger train.accumulate")
     return (
         f"a worker needs {memory['in_all'] / GIB:.1f} GiB, by estimate, and its GPU has "

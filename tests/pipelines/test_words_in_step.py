@@ -13,7 +13,15 @@ import torch
 
 from beit3 import weights
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
-from pipelines import bundles, pretrain, token_checks, tokenize_corpus, train_text_tokenizer
+from pipelines import (
+    bundles,
+    pretrain,
+    pretrain_plan,
+    token_checks,
+    tokenize_corpus,
+    train_image_tokenizer,
+    train_text_tokenizer,
+)
 from pipelines.pretrain import PretrainRecipe
 from pipelines.storage import Store, StoreError
 from pipelines.tokenize_corpus import TokenizeConfig
@@ -111,6 +119,22 @@ def test_a_tokenizer_is_loaded_only_where_words_are_missing_and_wanted(
     with pytest.raises(StoreError, match="tokenizers/image/vqkd"):
         pretrain.run(config)
     assert pretrain.run(replace(config, name="pixels", objectives=pixels))["steps"] == 6
+
+
+def test_a_dry_run_counts_the_tokenizer(
+    wordless: Store, corpus: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored, found = (pretrain.plan(small_corpus.pretraining(store)) for store in (corpus, wordless))
+    tokenizer, _ = train_image_tokenizer.load(wordless, "vqkd")
+    size = 4 * sum(p.numel() for p in tokenizer.parameters())
+    assert found["memory"] == stored["memory"] | {
+        "image_tokenizer": size,
+        "in_all": stored["memory"]["in_all"] + size,
+    }
+    pretrain_plan.show(stored)
+    assert "visual words" not in capsys.readouterr().out
+    pretrain_plan.show(found)
+    assert "finds its visual words is not in these hours" in capsys.readouterr().out
 
 
 def test_nothing_is_encoded_so_no_gpu_is_taken() -> None:
