@@ -20,6 +20,7 @@ _MOST_POINTS = 400
 _SMOOTH_FROM = 60
 _WIDTH, _HEIGHT = 560, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 42
+_LETTER = 7.0  # width, about
 
 
 def line_chart(chart: Chart) -> Html:
@@ -49,9 +50,10 @@ def line_chart(chart: Chart) -> Html:
         label = f"{100 * tick:g} %" if chart.percent else f"{tick:g}"
         marks.append(el("text", label, x=_LEFT - 8, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
     for tick in (t for t in x_ticks if x_from <= t <= x_to):
-        place = f"{x(tick):.1f}"
+        label = f"{tick:,.0f}" if tick == int(tick) else f"{tick:g}"
+        place = min(x(tick), _WIDTH - len(label) * _LETTER / 2)  # the last must not be cut off
         marks.append(
-            el("text", f"{tick:,g}", x=place, y=_HEIGHT - _BOTTOM + 18, text_anchor="middle")
+            el("text", label, x=f"{place:.1f}", y=_HEIGHT - _BOTTOM + 18, text_anchor="middle")
         )
     marks.append(
         el(
@@ -160,7 +162,7 @@ def histogram(title: str, bars: Sequence[tuple[str, int]], *, note: str = "") ->
         label = f"{tick:,.0f}"
         marks.append(el("text", label, x=_LEFT - 8, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
     longest = max(len(label) for label, _ in bars)
-    every = math.ceil((7.0 * longest + 10) / width)  # letters of a label are about 7 wide
+    every = math.ceil((_LETTER * longest + 10) / width)
     for place, (label, count) in enumerate(bars):
         left = _LEFT + place * width
         marks.append(

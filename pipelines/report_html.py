@@ -279,10 +279,10 @@ overflow-wrap:anywhere}
 .strip img,.strip .missing,.pair img{width:100%;aspect-ratio:1;object-fit:cover;border-radius:4px;
 display:block}
 .codes{display:grid;grid-template-columns:repeat(auto-fill,minmax(260px,1fr));gap:12px 24px}
-.code{display:flex;align-items:center;gap:4px;flex-wrap:wrap}
-.code b{font-size:.78rem;font-weight:600;width:5.6em;white-space:nowrap;
-font-variant-numeric:tabular-nums}
-.code img{width:36px;height:36px;border-radius:3px}
+.code{display:grid;grid-template-columns:5.6em 1fr;align-items:center}
+.code b{font-size:.78rem;font-weight:600;white-space:nowrap;font-variant-numeric:tabular-nums}
+.code div{display:flex;flex-wrap:wrap;gap:4px}
+.code img{width:32px;height:32px;border-radius:3px}
 .query{margin:22px 0 0;padding-top:14px;border-top:1px solid var(--line)}
 .query>p{font-weight:600;margin-bottom:10px;unicode-bidi:isolate}
 .ranked{display:grid;grid-template-columns:repeat(5,minmax(0,1fr));gap:12px}

@@ -150,7 +150,8 @@ def _image_tokenizer(image: ImageTokenizer | None) -> Html | None:
     ]  # fmt: skip
     codes = [
         el("div", el("b", f"code {code}"),
-           *(img(p, f"patch of code {code}", side=48, exact=True) for p in patches), class_="code")
+           el("div", *(img(p, f"patch of code {code}", side=48, exact=True) for p in patches)),
+           class_="code")
         for code, patches in image.patches.items()
     ]  # fmt: skip
     return join(

@@ -240,6 +240,13 @@ def test_curves_lie_within_the_chart() -> None:
     assert "Strong lines: moving averages." in svg.words and "baseline (2)" in svg.words
 
 
+def test_the_label_of_the_last_step_lies_within_the_chart() -> None:
+    curve = Curve("loss", [(0.0, 1.0), (1_000_000.0, 2.0)])
+    drawn = report_charts.line_chart(Chart("Loss", [curve]))
+    found = re.search(r'<text x="([\d.]+)"[^>]*>1,000,000<', drawn) or pytest.fail("not there")
+    assert 500 < float(found[1]) <= 560 - 7 * len("1,000,000") / 2
+
+
 @pytest.mark.parametrize(
     "points",
     [[], [(1.0, math.nan)], [(5.0, 2.0)], [(1.0, 0.0), (2.0, 0.0)], [(1.0, -1e9), (2.0, 1e9)]],
