@@ -29,6 +29,9 @@ def start(*, cpus: int | None = None) -> None:
         else:
             # Ray Data would start 32 processes to read the footers of Parquet files.
             os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+            # Ray would give way to every other process, its own among them: with the cores all in
+            # use, the threads of an operator then wait for each other.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             # A process of each training, that looks whether its nodes are to be taken away.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             with _on_loopback():

@@ -153,9 +153,27 @@ def _launch(run: Run) -> None:
             storage_path=f"{run.store_uri}/{run.name}/ray",
             failure_config=FailureConfig(max_failures=config.max_failures),
             callbacks=_tune_callbacks(run),
+            worker_runtime_env={"env_vars": _environment(config)},
         ),
     )
     trainer.fit()
+
+
+def _environment(config: TrainConfig) -> dict[str, str]:
+    """Variables of the workers' processes, but where the job's own has others.
+
+    On a CPU, tensors are in the C library's memory. Left alone, glibc gives it back to the system
+    at every step, and gets it again page by page, each cleared anew: more so in a thread that is
+    not the main one, as a worker's of Ray Train.
+    """
+    if cluster.device(config.gpus_per_worker) == "cuda":
+        return {}
+    kept = {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    }
+    return {name: os.environ.get(name, value) for name, value in kept.items()}
 
 
 def _tune_callbacks(run: Run) -> list[Any]:

@@ -95,7 +95,8 @@ class Recipe:
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
         tensors = {k: v.clone() for k, v in module.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
-        return {"kind": "line"}
+        environment = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
+        return {"kind": "line", "niceness": os.nice(0), "environment": environment}
 
     def steps(self, rank: int = 0) -> list[int]:
         """The batches that a worker's forward has seen, in order."""
@@ -281,6 +282,16 @@ def test_a_killed_worker_is_replaced_and_nothing_else_changes(
     found = trained(corpus, "killed")
     assert all(torch.equal(found[k], undisturbed[k]) for k in undisturbed)
     assert list(history(corpus, result["mlflow_run"], "train/loss")) == list(range(1, 9))
+
+
+def test_a_worker_on_cpus_keeps_its_memory_and_gives_way_to_no_other_process(
+    corpus: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "3")  # a user's own stands
+    found = train(corpus, "kept", Recipe(str(tmp_path)), workers=1, steps=1, warmup=0)
+    assert found["niceness"] == os.nice(0)
+    assert found["environment"]["MALLOC_ARENA_MAX"] == "3"
+    assert found["environment"]["MALLOC_MMAP_MAX_"] == "0"
 
 
 @pytest.mark.slow
