@@ -51,7 +51,7 @@ class PredictConfig:
     right: str = ""
     """The right image of a statement."""
     top: int = 5
-    """How many of the ranked images to show."""
+    """How many to show of the ranked images, or of an image's likeliest classes, which are 5."""
     class_names: str = ""
     """For ImageNet: a file that says what its classes are called, a WordNet id and a name a line,
     such as Kaggle's LOC_synset_mapping.txt, or a JSON object of them, such as the sample world's
@@ -96,9 +96,11 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for start in range(0, len(files), config.batch_size):
         results += _predict(model, files[start : start + config.batch_size], text)
-    for result in results if names else ():
+    for result in results:
         if isinstance(result.get("prediction"), list):
-            result["names"] = [names.get(label, label) for label in result["prediction"]]
+            result["prediction"] = result["prediction"][: config.top]
+            if names:
+                result["names"] = [names.get(label, label) for label in result["prediction"]]
     return _rank(results, config.top) if model.task_name == "retrieval" else results
 
 

@@ -176,6 +176,8 @@ def test_predict(store: Store, world: World, tmp_path: Path) -> None:
     (called,) = predict.run(replace(base, model="models/imagenet", class_names=str(drawn)))
     known = json.loads(drawn.read_text())
     assert called["names"] == [known[label] for label in named["prediction"]]
+    (one,) = predict.run(replace(base, model="models/imagenet", class_names=str(drawn), top=1))
+    assert one["names"] == [known[label] for label in named["prediction"][:1]]
     names.write_text("n99999999 unicorn\n")
     for model in ("models/imagenet", "models/nlvr2"):  # the other has no classes at all
         with pytest.raises(ValueError, match=r"class_names: .* names none of the \d+ classes of"):
