@@ -18,7 +18,7 @@ def connect(uri: str) -> tuple[pafs.S3FileSystem, str]:
     Large objects go up in several parts.
 
     Raises:
-        pa.ArrowInvalid: the URI says what it can't.
+        pa.ArrowInvalid: the URI has credentials or an unknown option.
         OSError: nobody knows the bucket's region.
     """
     parsed = urlparse(uri)
@@ -50,7 +50,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
     """
     import boto3  # here, because most processes never commit
     from botocore.config import Config
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     patience = Config(retries={"mode": "standard", "total_max_attempts": ATTEMPTS})
     bucket, key = path.split("/", 1)
@@ -62,4 +62,6 @@ def put_if_absent(path: str, data: bytes) -> bool:
     except ClientError as error:
         if error.response.get("Error", {}).get("Code") in {"PreconditionFailed", "412"}:
             return False
+        raise OSError(str(error)) from error
+    except BotoCoreError as error:  # no connection, no credentials
         raise OSError(str(error)) from error

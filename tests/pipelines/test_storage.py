@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from faulty_proxy import faulty_proxy
 
-from pipelines import storage
+from pipelines import s3, storage
 from pipelines.storage import (
     ROW_GROUP_ROWS,
     Commit,
@@ -174,6 +174,15 @@ def test_a_bucket_that_may_only_be_read_is_named(
 
 
 # -- the atomic step -----------------------------------------------------------------------------
+
+
+def test_a_commit_to_a_server_that_is_gone_names_the_object(
+    s3_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "ATTEMPTS", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match=f"{s3_store}/a: Could not connect"):
+        Store(s3_store).put_if_absent("a", b"1")
 
 
 def test_put_if_absent_never_overwrites(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
