@@ -325,7 +325,8 @@ def test_a_sweep_without_a_score_is_an_error(store: Store, monkeypatch: pytest.M
 def test_a_poor_trial_goes_on_from_a_good_ones_checkpoint(store: Store) -> None:
     """Two trials take turns on one worker; the worse one takes the other's weights."""
     bred = {"name": "bred", "search": "random", "scheduler": "pbt", "exploit_share": 0.5}
-    outcome = run(config(store, **bred, concurrent=1, seed=1))
+    # Of this seed's trials the second is far worse: it, and not the first, finds whom to follow.
+    outcome = run(config(store, **bred, concurrent=1, seed=4))
     moved = [row for row in outcome["trials"] if len(row["runs"]) > 1]
     assert len(moved) == 1, outcome["trials"]
     donor, own = moved[0]["runs"]
