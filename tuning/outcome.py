@@ -29,9 +29,7 @@ def gather(cfg: SweepConfig, store: Store, folder: str) -> dict[str, Any]:
     trials.close(store, cfg.name, failed)
     rows = [_row(cfg, store, one, metric) for one in seen["trials"]]
     # A trial that was stopped early has no model, whatever it scored so far.
-    rows.sort(
-        key=lambda row: (row["status"] != FINISHED, row["score"] is None, -(row["score"] or 0))
-    )
+    rows.sort(key=_place)
     if not rows or rows[0]["status"] != FINISHED or rows[0]["score"] is None:
         errors = "; ".join(sorted({row["error"] for row in rows if row["error"]})) or "no score"
         raise RuntimeError(
@@ -54,8 +52,10 @@ def gather(cfg: SweepConfig, store: Store, folder: str) -> dict[str, Any]:
     }
 
 
-def _place(row: dict[str, Any]) -> tuple[bool, bool, float]:
-    return row["status"] != FINISHED, row["score"] is None, -(row["score"] or 0.0)
+def _place(row: dict[str, Any]) -> tuple[bool, bool, float, str]:
+    score = row["score"]
+    among_equals = trials.among_equals(row["parameters"])
+    return row["status"] != FINISHED, score is None, -(score or 0.0), among_equals
 
 
 def _row(cfg: SweepConfig, store: Store, seen: dict[str, Any], metric: str) -> dict[str, Any]:

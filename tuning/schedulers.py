@@ -165,7 +165,10 @@ class Population(Limited):
             if t.status not in ENDED and self._metric in t.last_result and heard(t)
         ]  # fmt: skip
         scored = [(_comparable(t.last_result[self._metric]), t) for t in living]
-        ranked = sorted([*scored, (_comparable(score), trial)], key=lambda pair: pair[0])
+        ranked = sorted(
+            [*scored, (_comparable(score), trial)],
+            key=lambda pair: (pair[0], trials.among_equals(pair[1].config)),
+        )
         count = min(math.ceil(self.share * len(ranked)), len(ranked) // 2)
         worst, best = ranked[:count], ranked[len(ranked) - count :]
         if not any(t is trial for _, t in worst):

@@ -41,6 +41,12 @@ def values(chosen: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if name not in (ORIGIN, HEARD)}
 
 
+def among_equals(chosen: Mapping[str, Any]) -> str:
+    """What trials of equal scores are ordered by: their values, since a sweep that was killed may
+    not have them in the order in which they were drawn."""
+    return json.dumps(values(chosen), sort_keys=True)
+
+
 def configured(sweep: str, common: FinetuneConfig, chosen: Mapping[str, Any]) -> FinetuneConfig:
     """A trial's configuration: the common one with the drawn values laid over it."""
     nested = config.unflatten(values(chosen)) | {"name": run_name(sweep, chosen)}
