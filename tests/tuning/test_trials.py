@@ -10,7 +10,7 @@ import pytest
 
 from pipelines import bundles, checkpoints, finetune, tracking
 from pipelines.storage import Store, StoreError
-from tuning import trials
+from tuning import outcome, trials
 from tuning.trials import HEARD, ORIGIN
 
 CHOSEN = {"train.learning_rate": 2e-3, "drop_path": 0.1}
@@ -147,3 +147,13 @@ def test_runs_that_tune_ended_are_closed(store: Store) -> None:
     assert found == {
         "stopped": "KILLED", "whole": "FINISHED", "broken": "FAILED", "failed": "FAILED",
     }  # fmt: skip
+
+
+def test_equals_are_ordered_by_their_drawn_values_alone() -> None:
+    """And so a sweep that was killed has the table of one that was not."""
+    low, high = {"rate": 0.1, "decay": 1.0}, {"rate": 0.2, "decay": 1.0}
+    assert trials.among_equals(low) < trials.among_equals(high)
+    resumed = {"decay": 1.0, "rate": 0.1, HEARD: 4, ORIGIN: {"run": "a/1", "step": 2}}
+    assert trials.among_equals(resumed) == trials.among_equals(low)
+    rows = [{"parameters": drawn, "status": "finished", "score": 0.5} for drawn in (high, low)]
+    assert sorted(rows, key=outcome._place) == rows[::-1]
