@@ -59,9 +59,8 @@ def put_if_absent(path: str, data: bytes) -> bool:
             Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"
         )
         return True
-    except ClientError as error:
-        if error.response.get("Error", {}).get("Code") in {"PreconditionFailed", "412"}:
+    except (ClientError, BotoCoreError) as error:  # the latter: no connection, no credentials
+        answer = error.response if isinstance(error, ClientError) else {}
+        if answer.get("Error", {}).get("Code") in {"PreconditionFailed", "412"}:
             return False
-        raise OSError(str(error)) from error
-    except BotoCoreError as error:  # no connection, no credentials
         raise OSError(str(error)) from error
