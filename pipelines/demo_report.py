@@ -457,4 +457,8 @@ def _spread(items: list[Any], count: int) -> list[Any]:
 def _where(cfg: DemoConfig, store: Store) -> list[page.Where]:
     uri = tracking.tracking_uri(store)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-    return [page.Where("MLflow", look), page.Where("store", store.uri)]
+    return [
+        page.Where("MLflow", look),
+        page.Where("the sweep's trials, step by step", f"{store.uri}/sweeps/retrieval.html"),
+        page.Where("store", store.uri),
+    ]

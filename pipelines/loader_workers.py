@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from beit3.device import pinned
 from pipelines import cluster
 from pipelines.loader import Prefetcher
 from pipelines.recipe import Recipe, TrainConfig
@@ -32,15 +33,26 @@ ATTEMPTS = 3  # to make a batch, if the process that makes it dies
 PATIENCE = 600.0  # seconds that a batch may take, the start of the process and of its node included
 
 
-def prefetch(recipe: Recipe, rank: int, world: int, steps: range, workers: int) -> Prefetcher[Any]:
+def prefetch(
+    recipe: Recipe,
+    rank: int,
+    world: int,
+    steps: range,
+    workers: int,
+    device: torch.device | str = "cpu",
+) -> Prefetcher[Any]:
     """A worker's batches of some steps, in order and made ahead.
 
-    By `workers` processes, or for 0 by a thread of this one; they are the same to the bit.
+    By `workers` processes, or for 0 by a thread of this one; they are the same to the bit. They are
+    in the CPU's memory, where a GPU as the `device` that they go to can copy them from by itself.
     """
-    if not workers:
-        return Prefetcher(recipe.batches(rank, world), steps)
-    makers = LoaderWorkers(recipe, rank, world, steps, workers)
-    return Prefetcher(makers, steps, close=makers.close)
+    makers = LoaderWorkers(recipe, rank, world, steps, workers) if workers else None
+    make, place = makers or recipe.batches(rank, world), torch.device(device)
+
+    def batch(step: int) -> Any:
+        return pinned(make(step), place) if place.type == "cuda" else make(step)
+
+    return Prefetcher(batch, steps, close=makers and makers.close)
 
 
 def check_room(config: TrainConfig) -> None:

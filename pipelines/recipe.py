@@ -50,6 +50,8 @@ class TrainConfig:
     workers: int = 1
     """Ray Train workers; 0 trains in the job's own process, without starting another."""
     gpus_per_worker: float = 0.0
+    """1 for a GPU of its own, 0 for none. Less than 1, of a worker alone: its share of a GPU on
+    which other trials train too."""
     cpus_per_worker: float = 1.0
     threads: int = 0
     """Torch threads of a worker on CPU; 0: the machine's CPUs shared by the workers."""
@@ -122,6 +124,16 @@ class TrainConfig:
             raise ValueError(f"train.keep_every: expected at least 0, got {self.keep_every}")
         if self.gpus_per_worker and not self.workers:
             raise ValueError("train.gpus_per_worker needs train.workers of at least 1")
+        if not 0 <= self.gpus_per_worker <= 1:
+            raise ValueError(
+                f"train.gpus_per_worker: a worker trains on one GPU, got {self.gpus_per_worker:g}: "
+                "for more GPUs set train.workers to their number"
+            )
+        if self.workers > 1 and 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"train.gpus_per_worker {self.gpus_per_worker:g}: of several workers each needs a "
+                "GPU of its own to reach the others (NCCL): set 1, or train.workers 1"
+            )
 
     @property
     def stage(self) -> int:

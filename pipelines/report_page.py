@@ -216,9 +216,7 @@ def _sweep(section: SweepSection) -> Html | None:
 def _parameter(value: float | int | str | bool | None) -> str:
     if value is None:
         return "–"
-    if isinstance(value, float):
-        return number(value)
-    return str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _where(places: Sequence[Where]) -> Html | None:

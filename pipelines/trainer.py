@@ -254,7 +254,7 @@ def _steps(
 ) -> dict[str, float]:
     config = run.config
     numbers = range(start * config.accumulate, config.steps * config.accumulate)
-    batches = prefetch(run.recipe, rank, world, numbers, config.loader_workers)
+    batches = prefetch(run.recipe, rank, world, numbers, config.loader_workers, device)
     metrics: dict[str, float] = {}
     try:
         for step in range(start, config.steps):
@@ -349,20 +349,22 @@ def _join(config: TrainConfig) -> tuple[int, int, torch.device]:
     import ray.train
     import ray.train.torch
 
-    rank, world, local_rank = 0, 1, 0
+    rank, world = 0, 1
     if config.workers:
         context = ray.train.get_context()
         rank, world = context.get_world_rank(), context.get_world_size()
-        local_rank = context.get_local_rank()
     if cluster.device(config.gpus_per_worker) == "cuda":
         device = ray.train.torch.get_device()
         assert isinstance(device, torch.device)
+        torch.cuda.set_device(device)
+        # DeepSpeed takes the GPU of this number, which need not be Ray's number of the worker.
+        os.environ["LOCAL_RANK"] = str(device.index)
     else:
         device = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
         threads = config.threads or max(1, (os.cpu_count() or 1) // max(1, config.workers))
         torch.set_num_threads(threads)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+        os.environ.setdefault("LOCAL_RANK", "0")  # of the job's own process; Ray has set workers'
     if not dist.is_initialized():  # in the job's own process there is no group yet
         meeting = Path(tempfile.mkdtemp()) / "group"
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)

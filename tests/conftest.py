@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,27 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _BUCKET = "beit3-tests"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not _has_gpu():
+        pytest.skip("needs a CUDA device; BEIT3_DEVICE=cpu rehearses it without one")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or os.environ.get("BEIT3_DEVICE") == "cpu"
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Any:
+    """The GPU as a `torch.device`; in a rehearsal the CPU."""
+    import torch
+
+    from pipelines import cluster
+
+    return torch.device(cluster.device(1.0))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,6 +112,8 @@ def ray_session(s3_server: str) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
+        if os.environ.get("BEIT3_DEVICE") == "cpu":
+            patch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 2}')
         cluster.start(cpus=2)
     yield
     ray.shutdown()

@@ -73,11 +73,18 @@ class Model(nn.Module):
         losses = smoothed_loss(logits, batch.words, self.task.label_smoothing)
         if self.training:
             self.passes += 1
-            if self.task.drop_worst and int(self.passes) > self.task.drop_worst_after:
-                keep = max(1, int(len(losses) * (1 - self.task.drop_worst)))
-                losses = losses.topk(keep, largest=False).values
         accuracy = (logits.argmax(-1) == batch.words).float().mean()
-        return {"loss": losses.mean(), "accuracy": accuracy}
+        return {"loss": self._mean(losses), "accuracy": accuracy}
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        """Of all, or later in training of all but the worst, `[masked] -> []`."""
+        share, after = self.task.drop_worst, self.task.drop_worst_after
+        if not (self.training and share):
+            return losses.mean()
+        keep = max(1, int(len(losses) * (1 - share)))
+        best = losses.topk(keep, largest=False).values
+        # Both, for to ask a GPU how often it was trained on would be to wait for it.
+        return torch.where(self.passes > after, best.mean(), losses.mean())
 
 
 def smoothed_loss(logits: Tensor, words: Tensor, smoothing: float) -> Tensor:

@@ -383,6 +383,8 @@ def test_precision_and_clipping_reach_the_engine(tmp_path: Path) -> None:
         ({"steps": 0}, "train.steps"),
         ({"steps": 10, "warmup": 10}, "train.warmup 10 is not below"),
         ({"workers": 0, "gpus_per_worker": 1.0}, "needs train.workers"),
+        ({"workers": 1, "gpus_per_worker": 2.0}, "got 2: for more GPUs set train.workers"),
+        ({"workers": 2, "gpus_per_worker": 0.5}, "each needs a GPU of its own"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], said: str) -> None:

@@ -37,9 +37,9 @@ def nodes(*cpus_gpus: tuple[float, float]) -> list[dict[str, float]]:
         ({"workers": 1, "gpus_per_worker": 0.5}, 1, nodes((16, 2)), 4),
         ({"workers": 1, "gpus_per_worker": 0.6}, 1, nodes((16, 2)), 2),
         ({"workers": 1, "gpus_per_worker": 0.1}, 0, nodes((99, 1)), 10),
-        # Several GPUs of one worker are on one node.
-        ({"workers": 1, "gpus_per_worker": 2}, 1, nodes((8, 1), (8, 1)), 0),
-        ({"workers": 1, "gpus_per_worker": 2}, 1, nodes((8, 1), (8, 2)), 1),
+        # What one worker takes is on one node.
+        ({"workers": 1, "cpus_per_worker": 6}, 1, nodes((4, 0), (4, 0)), 0),
+        ({"workers": 1, "cpus_per_worker": 6}, 1, nodes((4, 0), (6, 0)), 1),
         # Workers of one trial may be on two; the process without a GPU is where there is room.
         ({"workers": 2, "gpus_per_worker": 1}, 1, nodes((1, 1), (1, 1)), 0),
         ({"workers": 2, "gpus_per_worker": 1}, 1, nodes((1, 1), (1, 1), (1, 0)), 1),
@@ -55,11 +55,11 @@ def test_trials_that_fit(
     assert fitting(demand(train(**options), own), there, most=99) == count
 
 
-@pytest.mark.parametrize(("workers", "gpus"), [(1, 0.5), (4, 1.0), (2, 2.0)])
+@pytest.mark.parametrize(("workers", "gpus"), [(1, 0.5), (1, 1.0), (4, 1.0)])
 def test_a_trials_workers_get_what_was_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, gpus: float
 ) -> None:
-    """A share of a GPU, one or several: Ray Train asks the cluster for the same."""
+    """A share of a GPU, or one each: Ray Train asks the cluster for the same."""
     asked: list[ScalingConfig] = []
 
     class Trainer:
