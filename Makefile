@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= demo
 
-.PHONY: help demo test test-slow lint check lock clean
+.PHONY: help demo test test-slow test-gpu lint check lock clean
 help:
 	@echo "make demo       the whole road on a small drawn world: ends with $(DEMO)/report.html"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the exhaustive tests"
+	@echo "make test-gpu   those that need a GPU; BEIT3_DEVICE=cpu rehearses them without one"
 	@echo "make lint       ruff and pyright"
 	@echo "make lock       renew the lock files of infra/ from pyproject.toml"
 	@echo "make clean      remove the demo's folder (the environment stays)"
@@ -31,6 +32,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

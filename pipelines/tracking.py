@@ -329,7 +329,7 @@ class Machine:
     """Samples the use of CPUs, memory, disk, network and GPUs with MLflow's own monitors.
 
     MLflow would also send what they find, and end with the first request that fails; here it goes
-    through a `Logger`. GPUs are seen if nvidia-ml-py is installed.
+    through a `Logger`.
     """
 
     def __init__(self) -> None:
@@ -361,7 +361,7 @@ class Machine:
 
         interval = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or SAMPLING_SECONDS
         monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
+        with contextlib.suppress(RuntimeError):  # no GPU
             monitors.append(GPUMonitor())
         for monitor in monitors:  # the use of CPUs is told since the last time one asked
             monitor.collect_metrics()
