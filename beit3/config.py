@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Checkpointing = Literal["none", "blocks", "selective"]
+Precision = Literal["fp32", "bf16"]
+"""Of matrix products and attention; what they are added to stays fp32."""
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,14 @@ libraries' workspaces and kernels that keep something else; leave a GPU a tenth 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import nn
 
-from beit3.config import ModelConfig
+from beit3.config import ModelConfig, Precision
 from beit3.flops import StepShape, image_outputs
 from beit3.multiway import TEXT_GROUPS
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
 
-Precision = Literal["fp32", "bf16"]
 _FULL = 4  # bytes of a float: of the residual stream, of norms and of losses, in any precision
 
 

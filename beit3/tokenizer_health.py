@@ -202,6 +202,16 @@ def measure(
     )
 
 
+def same_in_bf16(model: VQKD, batches: Iterable[Tensor]) -> float:
+    """Share of the visual words in fp32 that are the same in bf16.
+
+    Args:
+        batches: uint8 `[n, 3, size, size]`, on the model's device.
+    """
+    same = [(model.encode(part) == model.encode(part, "bf16")).flatten() for part in batches]
+    return float(torch.cat(same).float().mean())
+
+
 def judge(health: Health, *, revived: bool = False, trained_on: int = 0) -> Judgement:
     """What a tokenizer's numbers mean, and what to try.
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beit3 import weights
-from beit3.config import ModelConfig
+from beit3.config import ModelConfig, Precision
 from beit3.device import to_device
 from beit3.model import PatchEmbedding
 from beit3.multiway import Encoder, Layout, Streams
@@ -247,9 +247,15 @@ class VQKD(nn.Module):
             return F.normalize(self.to_code(hidden.float()), dim=-1)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 `[n, 3, height, width]` to visual words `[n, patches]`."""
-        features = self.features(images)
+    def encode(self, images: Tensor, precision: Precision = "fp32") -> Tensor:
+        """uint8 `[n, 3, height, width]` to visual words `[n, patches]`.
+
+        In that precision whatever autocast it is called in. From the encoder's output on it is fp32
+        in either, as in BEiT v2.
+        """
+        half = precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            features = self.features(images)
         return self.codebook.nearest(features.flatten(0, 1)).view(features.shape[:2])
 
     @torch.no_grad()
@@ -329,7 +335,9 @@ def load(folder: Path) -> VQKD:
     return model.eval()
 
 
-def batch_that_fits(model: VQKD, share: float = 1.0, most: int = 1024) -> int:
+def batch_that_fits(
+    model: VQKD, share: float = 1.0, most: int = 1024, precision: Precision = "fp32"
+) -> int:
     """How many pictures `encode` may take at once: a power of two.
 
     On a GPU, most of the memory that is free, by what a few pictures take. On a CPU, where larger
@@ -337,6 +345,7 @@ def batch_that_fits(model: VQKD, share: float = 1.0, most: int = 1024) -> int:
 
     Args:
         share: Of the GPU that is this process's.
+        precision: That it will encode in.
     """
     config = model.config
     device = model.codebook.vectors.device
@@ -345,7 +354,7 @@ def batch_that_fits(model: VQKD, share: float = 1.0, most: int = 1024) -> int:
         few = few.to(device)
         torch.cuda.reset_peak_memory_stats(device)
         level = torch.cuda.memory_allocated(device)
-        model.encode(few)
+        model.encode(few, precision)
         each = max(1, (torch.cuda.max_memory_allocated(device) - level) // len(few))
         room = 0.7 * share * torch.cuda.mem_get_info(device)[0]
     else:

@@ -74,6 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64, help="0: by the device's memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=tuple(_measure.DTYPES), default="fp32")
     parser.add_argument("--decoders", type=int, default=1, help="threads that decode")
     parser.add_argument("--texts", type=int, default=60000, help="documents of a process's part")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of texts")
@@ -163,6 +164,7 @@ def config_of(options: argparse.Namespace) -> TokenizeConfig:
         images=("part-0",),
         views=options.views,
         batch_size=options.batch_size,
+        precision=options.precision,
         actors=1,
         gpus_per_actor=1.0 if gpu else 0.0,
         cpus_per_actor=options.decoders,
@@ -191,11 +193,11 @@ def image_encoder(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     batch = min(total, max(1, worker.batch // options.views) * options.views)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
-    worker.images.encode(images[:1])
+    worker.images.encode(images[:1], options.precision)
 
     def work() -> None:
         for start in range(0, total, batch):
-            worker.images.encode(images[: min(batch, total - start)]).cpu()
+            worker.images.encode(images[: min(batch, total - start)], options.precision).cpu()
 
     busy = time.process_time()
     took = _measure.seconds(work, device)
@@ -266,7 +268,7 @@ def step(options: argparse.Namespace, inside: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     if inside:
         tokenizer = VQKD(PRESETS["base"])
-        model = WordsInStep(MODELS["base"], ObjectiveWeights(), tokenizer)
+        model = WordsInStep(MODELS["base"], ObjectiveWeights(), tokenizer, options.precision)
     else:
         model = MaskedDataModelling(MODELS["base"])
     model = model.to(device).train()

@@ -2,8 +2,9 @@
 
     python pipelines/check_tokenizer.py --store store --name vqkd --images captioning/val
 
-Usage and perplexity of its codes, and its reconstruction of the teacher's features between those of
-one vector for all and of k-means (`beit3.tokenizer_health` says what is compared). Ends with exit
+Usage and perplexity of its codes, its reconstruction of the teacher's features between those of one
+vector for all and of k-means (`beit3.tokenizer_health` says what is compared), and how many of its
+words are the same in bf16. Ends with exit
 status 1 where the tokenizer is unusable.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from beit3.tokenizer_health import Judgement, judge
+from beit3.tokenizer_health import Judgement, judge, same_in_bf16
 from pipelines import bundles, config, console, pictures, train_image_tokenizer
 from pipelines.storage import Store
 
@@ -90,6 +91,9 @@ def run(cfg: CheckConfig) -> Judgement:
         trained_on=sum(store.dataset(n).commit().rows for n in own),
     )
     console.say(f"tokenizers/image/{cfg.name}: {judged.text}")
+    parts = (part.to(device) for part in images.split(train_image_tokenizer.EVALUATED))
+    same = same_in_bf16(tokenizer.eval(), parts)
+    console.say(f"{same:.1%} of the words stay the same in bf16 (tokenize_corpus: precision)")
     return judged
 
 

@@ -53,15 +53,16 @@ from pipelines.zero_shot import picture_recall
 class PretrainRecipe:
     cfg: PretrainConfig
     tokenizer: TextTokenizer
-    words_in_step: str = ""
-    """The image tokenizer that finds visual words in the step; empty: they are stored."""
+    words_in_step: token_checks.Words | None = None
+    """How visual words are found in the step; None: they are stored."""
 
     def build(self) -> nn.Module:
-        if not self.words_in_step:
+        found = self.words_in_step
+        if found is None:
             return MaskedDataModelling(self.cfg.model, self.cfg.objectives)
         with torch.random.fork_rng(devices=[]):  # the model begins as without it
-            images, _ = train_image_tokenizer.load(Store(self.cfg.store), self.words_in_step)
-        return WordsInStep(self.cfg.model, self.cfg.objectives, images)
+            images, _ = train_image_tokenizer.load(Store(self.cfg.store), found.tokenizer)
+        return WordsInStep(self.cfg.model, self.cfg.objectives, images, found.precision)
 
     def layers(self) -> int:
         return self.cfg.model.layers
@@ -198,7 +199,7 @@ def plan(cfg: PretrainConfig) -> dict[str, Any]:
     if all(dataset.find_commit() for of_kind in datasets.values() for dataset in of_kind):
         recipe, _ = prepare(cfg)
         if recipe.words_in_step:
-            tokenizer = train_image_tokenizer.shape(store, recipe.words_in_step)
+            tokenizer = train_image_tokenizer.shape(store, recipe.words_in_step.tokenizer)
     return pretrain_plan.plan(cfg, datasets, tokenizer)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
+from beit3.config import Precision
 from beit3.text import TextTokenizer
 from pipelines import bundles, models, train_image_tokenizer, train_text_tokenizer
 from pipelines.pretrain_config import OBJECTIVES, PretrainConfig
@@ -58,15 +60,36 @@ def check_kinds(datasets: dict[str, list[Dataset]]) -> None:
                 )
 
 
-def words_in_step(cfg: PretrainConfig, datasets: Sequence[Dataset]) -> str:
-    """The image tokenizer that the training step needs, since words are wanted and not stored with
-    all of these tokens; empty: it needs none."""
+class Words(NamedTuple):
+    """How a training step finds visual words."""
+
+    tokenizer: str
+    """`tokenizers/image/<name>`."""
+    precision: Precision
+
+
+def words_in_step(cfg: PretrainConfig, datasets: Sequence[Dataset]) -> Words | None:
+    """How the training step is to find visual words, since they are wanted and not stored with all
+    of these tokens; None: they are.
+
+    Raises:
+        StoreError: not alike for all.
+    """
+    found: dict[Precision, tuple[Words, str]] = {}
     for dataset in datasets if cfg.objectives.image_target == "codes" else ():
         lineage = dataset.commit().lineage
         tokenizers = lineage["inputs"][0]["tokenizers"]
         if lineage["config"].get("in_step") and "image" in tokenizers:
-            return tokenizers["image"]["name"]
-    return ""
+            precision: Precision = lineage["config"].get("precision", "fp32")
+            words = Words(tokenizers["image"]["name"], precision)
+            found.setdefault(precision, (words, dataset.name))
+    if len(found) > 1:
+        named = ", ".join(f"{name} in {words.precision}" for words, name in found.values())
+        raise StoreError(
+            f"the step would find visual words in different precisions ({named}): tokenize all of "
+            "these datasets with one"
+        )
+    return next((words for words, _ in found.values()), None)
 
 
 def _has_captions(dataset: Dataset) -> bool:

@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from beit3.config import Precision
 from beit3.text import TextTokenizer
 from beit3.transforms import View, apply_view, decode
 from beit3.vqkd import VQKD, batch_that_fits
@@ -86,6 +87,10 @@ class TokenizeConfig:
     """Store the views without their visual words: each training step finds them, with the same
     image tokenizer. So no GPU is needed here, and any number of views costs next to nothing, but
     training pays each time that it sees one."""
+    precision: Precision = "fp32"
+    """What the image tokenizer computes in, also in a training step. In bf16 a GPU is several times
+    as fast; a few words in a hundred then change, to codes that are as near
+    (`pipelines/check_tokenizer.py` says how many)."""
     max_text_length: int = 512
     """Longest piece of a text in tokens, `<s>` and `</s>` included; longer texts become several."""
     max_caption_length: int = 64
@@ -118,10 +123,18 @@ class TokenizeConfig:
             raise ValueError("gpus_per_actor and cpus_per_actor need actors of at least 1")
 
 
+_LATER = {"in_step": False, "precision": "fp32"}
+"""Options that came later, as tokens were made before, which are still found."""
+
 PRESETS = {
     "default": TokenizeConfig(images=("cc3m",)),
     "gpu": TokenizeConfig(
-        images=("cc3m",), actors=4, gpus_per_actor=1, cpus_per_actor=8, batch_size=0
+        images=("cc3m",),
+        precision="bf16",
+        actors=4,
+        gpus_per_actor=1,
+        cpus_per_actor=8,
+        batch_size=0,
     ),
 }
 
@@ -164,7 +177,7 @@ def _tokenize(
     options = config.to_dict(cfg)
     where = {"store", "images", "texts", "held_out", "batch_size"}
     where |= {"actors", "gpus_per_actor", "cpus_per_actor"}
-    where |= set() if cfg.in_step else {"in_step"}
+    where |= {name for name, before in _LATER.items() if options[name] == before}
     options = {k: v for k, v in options.items() if k not in where}
     used = {"text": tokenizers["text"]} if is_text else tokenizers
 
@@ -263,7 +276,9 @@ class ImagePart:
         if not cfg.in_step:
             self.images = _image_tokenizer(cfg.store, cfg.image_tokenizer, self.device)
             share = min(1.0, cfg.gpus_per_actor) if cfg.gpus_per_actor else 1.0
-            self.batch = cfg.batch_size or batch_that_fits(self.images, share)
+            self.batch = cfg.batch_size or batch_that_fits(
+                self.images, share, precision=cfg.precision
+            )
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         columns, aside = _Columns(0 if self.cfg.in_step else self.shape.patches), []
@@ -342,7 +357,7 @@ class ImagePart:
     def _encode(self, pixels: list[np.ndarray]) -> np.ndarray:
         """Visual words `[views, patches]`."""
         images = torch.from_numpy(np.stack(pixels)).to(self.device)
-        return self.images.encode(images).cpu().numpy().astype(np.uint16)
+        return self.images.encode(images, self.cfg.precision).cpu().numpy().astype(np.uint16)
 
     def _captions(self, captions: list[str]) -> list[list[int]]:
         ids = self.texts.encode_batch(captions) if captions else []

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from beit3.config import ModelConfig
+from beit3.config import ModelConfig, Precision
 from beit3.objectives import MaskedBatch, MaskedDataModelling, ObjectiveWeights
 from beit3.vqkd import VQKD
 
@@ -15,13 +15,16 @@ from beit3.vqkd import VQKD
 class WordsInStep(MaskedDataModelling):
     """Masked data modelling of batches whose pictures a frozen tokenizer reads first.
 
-    It reads the views that the model reads, in fp32, and so finds the words that
+    It reads the views that the model reads, in a precision of its own, and so finds the words that
     `pipelines/tokenize_corpus.py` would have stored. It is no part of the module: neither trained,
     nor saved, nor shared out among workers.
     """
 
-    def __init__(self, config: ModelConfig, weights: ObjectiveWeights, tokenizer: VQKD) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: ObjectiveWeights, tokenizer: VQKD, precision: Precision
+    ) -> None:
         super().__init__(config, weights)
+        self._precision: Precision = precision
         self._tokenizer = (tokenizer.eval().requires_grad_(False),)  # a tuple is not registered
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> WordsInStep:
@@ -32,8 +35,7 @@ class WordsInStep(MaskedDataModelling):
         """The batch with its pictures' visual words."""
         if not len(batch.images):
             return batch
-        with torch.autocast(batch.images.device.type, enabled=False):
-            return batch.with_visual_words(self._tokenizer[0].encode(batch.images))
+        return batch.with_visual_words(self._tokenizer[0].encode(batch.images, self._precision))
 
     def forward(self, batch: MaskedBatch) -> dict[str, torch.Tensor]:
         return super().forward(self.with_words(batch))

@@ -10,10 +10,10 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from beit3 import flops
-from beit3.config import PRESETS, Checkpointing, ModelConfig
+from beit3.config import PRESETS, Checkpointing, ModelConfig, Precision
 from beit3.flops import StepShape
 from beit3.masking import Masking, token_mask
-from beit3.memory import Precision, activation_bytes
+from beit3.memory import activation_bytes
 from beit3.objectives import DualEncoder, MaskedBatch, MaskedDataModelling
 from benchmarks._measure import counted_flops
 

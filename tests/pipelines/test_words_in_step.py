@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_corpus
 import torch
@@ -38,11 +39,14 @@ def wordless(copied: Callable[..., Store]) -> Store:
     return store
 
 
+FP32 = token_checks.Words("vqkd", "fp32")
+
+
 @pytest.fixture
 def recipe(corpus: Store) -> PretrainRecipe:
     """One that finds the words, though they are stored."""
     tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
-    return PretrainRecipe(small_corpus.pretraining(corpus), tokenizer, "vqkd")
+    return PretrainRecipe(small_corpus.pretraining(corpus), tokenizer, FP32)
 
 
 def _exported(store: Store, name: str) -> dict[str, torch.Tensor]:
@@ -67,7 +71,7 @@ def test_views_are_stored_as_ever_but_for_their_words(wordless: Store, corpus: S
 def test_the_step_trains_as_if_words_had_been_stored(wordless: Store, corpus: Store) -> None:
     tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
     stored = PretrainRecipe(small_corpus.pretraining(corpus), tokenizer)
-    found = PretrainRecipe(small_corpus.pretraining(wordless), tokenizer, "vqkd")
+    found = PretrainRecipe(small_corpus.pretraining(wordless), tokenizer, FP32)
     module = found.build()
     assert isinstance(module, WordsInStep)
     for step in range(3):
@@ -106,14 +110,47 @@ def test_words_keep_their_precision_where_the_model_has_less(recipe: PretrainRec
     assert torch.equal(found.visual_words, batch.visual_words)
 
 
+def test_words_in_bf16_are_the_same_stored_or_in_the_step(
+    recipe: PretrainRecipe, copied: Callable[..., Store], corpus: Store
+) -> None:
+    stored, found = copied("images", "tasks", "text", "tokenizers"), []
+    half = small_corpus.tokens(stored, precision="bf16", texts=(), batch_size=3)
+    tokenize_corpus.run(half)
+    wanted, full = (s.dataset("tokens/pairs").read_table(["views"]) for s in (stored, corpus))
+    wanted, full = (
+        np.array([view["words"] for views in table["views"].to_pylist() for view in views])
+        for table in (wanted, full)
+    )
+    assert 0.9 < (wanted == full).mean() < 1  # bf16 it is, and few words change
+    for store in (stored, corpus):
+        cfg = small_corpus.pretraining(store, images=(), texts=(), image_batch=0, text_batch=0)
+        words = token_checks.Words("vqkd", "bf16")
+        own = PretrainRecipe(cfg, recipe.tokenizer, None if store is stored else words)
+        found.append((own.build(), own.batches(0, 1)(0)))
+    (_, at_hand), (module, batch) = found
+    assert isinstance(module, WordsInStep) and torch.equal(at_hand.images, batch.images)
+    same = module.with_words(batch).visual_words == at_hand.visual_words
+    assert same.float().mean() > 0.99  # other pictures beside them round otherwise
+
+
+def test_words_of_two_precisions_are_not_mixed(copied: Callable[..., Store]) -> None:
+    store = copied("images", "tasks", "text", "tokenizers")
+    for name, precision in (("pairs", "bf16"), ("alone", "fp32")):
+        options = {"images": (name,), "texts": (), "held_out": (), "precision": precision}
+        tokenize_corpus.run(small_corpus.tokens(store, in_step=True, **options))
+    datasets = [store.dataset(f"tokens/{name}") for name in ("pairs", "alone")]
+    with pytest.raises(StoreError, match="tokens/pairs in bf16, tokens/alone in fp32"):
+        token_checks.words_in_step(small_corpus.pretraining(store), datasets)
+
+
 def test_a_tokenizer_is_loaded_only_where_words_are_missing_and_wanted(
     wordless: Store, corpus: Store
 ) -> None:
     config = small_corpus.pretraining(wordless)
     datasets = [wordless.dataset("tokens/words"), corpus.dataset("tokens/pairs")]
-    assert token_checks.words_in_step(config, datasets) == ""
+    assert token_checks.words_in_step(config, datasets) is None
     mixed = [*datasets, wordless.dataset("tokens/alone")]
-    assert token_checks.words_in_step(config, mixed) == "vqkd"
+    assert token_checks.words_in_step(config, mixed) == FP32
     wordless.delete("tokenizers/image/vqkd/" + weights.WEIGHTS)
     pixels = ObjectiveWeights(image_target="pixels")
     with pytest.raises(StoreError, match="tokenizers/image/vqkd"):
