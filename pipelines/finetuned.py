@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from beit3 import tasks, weights
-from beit3.config import ModelConfig
+from beit3.config import ModelConfig, Precision
 from beit3.device import to_device
 from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
@@ -34,6 +34,7 @@ class Finetuned:
     tokenizer: TextTokenizer
     image_size: int
     info: dict[str, Any]
+    precision: Precision = "fp32"
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +42,9 @@ class Finetuned:
 
     def predict(self, samples: Sequence[Sample]) -> list[Any]:
         """Predictions of every example of the samples, in order."""
-        return predict(self.task, self.module, self.tokenizer, samples)
+        half = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            return predict(self.task, self.module, self.tokenizer, samples)
 
 
 def task_notes(task: str, labels: Sequence[str], model: ModelConfig) -> dict[str, Any]:

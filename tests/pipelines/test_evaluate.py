@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from beit3 import released, tasks, weights
 from beit3.config import PRESETS as MODELS
 from beit3.objectives import DualEncoder
-from beit3.tasks import Example, _caption_metrics
+from beit3.tasks import Example, _caption_metrics, retrieval
 from pipelines import bundles, evaluate, finetuned, import_weights, models, predict, prepare_task
 from pipelines.evaluate import EvaluateConfig
 from pipelines.import_weights import ImportConfig
@@ -149,6 +150,23 @@ def test_examples_of_an_absent_image_are_counted_as_wrong(
         assert all(f"{identifier}" in text for identifier in lost)
     few = evaluate.run(config_of(poorer, task, limit=3, name="few"))
     assert (few["records"], few["set_aside"]) == (3, 0)
+
+
+@pytest.mark.parametrize("task", tasks.names())
+def test_bf16_predicts_nearly_the_same(task: str, store: Store) -> None:
+    found = []
+    for precision in ("fp32", "bf16"):
+        name = f"{task}-{precision}"
+        evaluate.run(config_of(store, task, precision=precision, name=name, limit=12))
+        table = store.dataset(f"predictions/{name}").read_table(["prediction"]).to_pylist()
+        found.append([json.loads(row["prediction"]) for row in table])
+    assert len(found[0]) == len(found[1]) >= 6
+    if task == "retrieval":  # a unit vector
+        vectors = [np.stack([retrieval.unpack(one["text"]) for one in rows]) for rows in found]
+        assert 0.99 < (vectors[0] * vectors[1]).sum(1).min() < 1
+        assert not np.array_equal(*vectors)
+    else:  # a model that has learned nothing is never sure
+        assert np.mean([one == other for one, other in zip(*found, strict=True)]) > 0.5
 
 
 @pytest.mark.parametrize("task", tasks.names())
