@@ -111,14 +111,22 @@ def start_run(
         for start in range(0, len(values), 100):
             tracker.log_batch(run.info.run_id, params=values[start : start + 100])
     except Exception as error:
-        raise StoreError(
-            f"tracking {uri}: {error}. Start that server, or unset MLFLOW_TRACKING_URI to track in "
-            "a local file."
-        ) from error
+        raise StoreError(f"tracking {uri}: {error}. {_advice(error)}") from error
     handle = RunHandle(uri, run.info.run_id, experiment_id)
     if note:
         store.write_json(note, asdict(handle))
     return handle
+
+
+def _advice(error: Exception) -> str:
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException) and error.error_code == "PERMISSION_DENIED":
+        return (
+            f"If it is there, the experiment {EXPERIMENT} is another user's: who made it, or an "
+            "administrator, can grant you EDIT (docs/operations.md)"
+        )
+    return "Start that server, or unset MLFLOW_TRACKING_URI to track in a local file."
 
 
 def finish_run(handle: RunHandle, status: str = "FINISHED") -> None:

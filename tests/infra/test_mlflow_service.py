@@ -14,35 +14,65 @@ from mlflow_service import Service
 from ports import listening
 
 from pipelines import pretrain, tracking
-from pipelines.storage import Store
+from pipelines.storage import Store, StoreError
 
 pytestmark = pytest.mark.slow
 
 
+PASSWORD = "a long enough password"
+
+
 @pytest.fixture
-def as_user(mlflow_service: Service, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A user for jobs, made as docs/operations.md has it; the environment of one who tracks."""
+def admin(mlflow_service: Service, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client with which to make users and grants; the environment is the administrator's."""
     from mlflow.server import get_app_client
 
-    for name, value in mlflow_service.environment().items():
+    be(mlflow_service, monkeypatch)
+    return get_app_client("basic-auth", mlflow_service.url)
+
+
+def be(service: Service, monkeypatch: pytest.MonkeyPatch, user: str | None = None) -> None:
+    """Go on as this user, or as the administrator."""
+    for name, value in service.environment(user, PASSWORD if user else None).items():
         monkeypatch.setenv(name, value)
-    client: Any = get_app_client("basic-auth", mlflow_service.url)
-    password = "a long enough password"
-    client.create_user("trainer", password)
-    for name, value in mlflow_service.environment("trainer", password).items():
-        monkeypatch.setenv(name, value)
-    return "trainer"
+
+
+def share(service: Service, admin: Any, user: str) -> None:
+    """Grant what docs/operations.md has, in the administrator's environment."""
+    experiment = tracking.client(service.url).get_experiment_by_name(tracking.EXPERIMENT)
+    if experiment:
+        admin.grant_user_permission(user, "experiment", experiment.experiment_id, "EDIT")
+
+
+def test_what_one_user_began_another_tracks_in_once_it_is_shared(
+    mlflow_service: Service, admin: Any, small_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking.start_run(small_store, "the administrator's", {})
+    admin.create_user("colleague", PASSWORD)
+    be(mlflow_service, monkeypatch, "colleague")
+    with pytest.raises(StoreError, match=r"is another user's: .* can grant you EDIT"):
+        tracking.start_run(small_store, "the colleague's", {})
+    be(mlflow_service, monkeypatch)
+    share(mlflow_service, admin, "colleague")
+    be(mlflow_service, monkeypatch, "colleague")
+    handle = tracking.start_run(small_store, "the colleague's", {})
+    tracking.finish_run(handle)
+    run = tracking.client(handle.uri).get_run(handle.run_id)
+    assert run.info.status == "FINISHED"
 
 
 def test_a_pretraining_is_tracked(
     mlflow_service: Service,
-    as_user: str,
+    admin: Any,
     small_corpus: Any,
     small_store: Store,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import boto3
 
+    admin.create_user("trainer", PASSWORD)
+    share(mlflow_service, admin, "trainer")  # where another test was the first to track
+    be(mlflow_service, monkeypatch, "trainer")
     monkeypatch.setenv("BEIT3_PRICES", "machine=3600")
     cfg = small_corpus.pretraining(small_store, name="tracked")
     result = pretrain.run(cfg)
