@@ -78,7 +78,7 @@ class EvaluateConfig:
     """Actors, and the CPUs and GPUs of each; one GPU each makes it run there. As many threads of an
     actor decode pictures as it has CPUs."""
     precision: Precision = "fp32"
-    """What the model computes in. In bf16 a GPU is several times as fast."""
+    """What the model computes in. GPUs have their tensor cores for bf16."""
     threads: int = 0
     """Torch threads of an actor on CPU; 0: as torch chooses. Small models want 1."""
     in_process: bool = False

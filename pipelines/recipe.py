@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
+from beit3.config import Precision
 from pipelines import tracking
 
 
@@ -32,7 +33,7 @@ class TrainConfig:
     """Learning-rate factor from each layer to the one below it."""
     head_scale: float = 1.0
     """Learning-rate multiplier of everything outside the backbone."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage: 1 shards the optimizer's state, 2 the gradients too, 3 the parameters
     too. None: 1, but 0 where one worker has no one to share with and would copy all for nothing."""

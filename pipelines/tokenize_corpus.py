@@ -88,9 +88,9 @@ class TokenizeConfig:
     image tokenizer. So no GPU is needed here, and any number of views costs next to nothing, but
     training pays each time that it sees one."""
     precision: Precision = "fp32"
-    """What the image tokenizer computes in, also in a training step. In bf16 a GPU is several times
-    as fast; a few words in a hundred then change, to codes that are as near
-    (`pipelines/check_tokenizer.py` says how many)."""
+    """What the image tokenizer computes in, also in a training step. GPUs have their tensor cores
+    for bf16; some words then change, to codes that are about as near:
+    `pipelines/check_tokenizer.py` says how many."""
     max_text_length: int = 512
     """Longest piece of a text in tokens, `<s>` and `</s>` included; longer texts become several."""
     max_caption_length: int = 64

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train.torch
 import small_corpus
 import torch
 import torch.distributed as dist
@@ -23,7 +24,16 @@ from two_workers import on_two_workers, run
 
 from beit3 import weights
 from beit3.objectives import MaskedDataModelling
-from pipelines import bundles, checkpoints, models, pretrain, token_checks, tracking, trainer
+from pipelines import (
+    bundles,
+    checkpoints,
+    cluster,
+    models,
+    pretrain,
+    token_checks,
+    tracking,
+    trainer,
+)
 from pipelines.progress import progress
 from pipelines.recipe import TrainConfig
 from pipelines.storage import Store, StoreError
@@ -292,6 +302,17 @@ def test_a_worker_on_cpus_keeps_its_memory_and_gives_way_to_no_other_process(
     assert found["niceness"] == os.nice(0)
     assert found["environment"]["MALLOC_ARENA_MAX"] == "3"
     assert found["environment"]["MALLOC_MMAP_MAX_"] == "0"
+
+
+def test_deepspeed_takes_the_gpu_that_ray_gave_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(cluster, "device", lambda gpus: "cuda")
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda:3"))
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert trainer._join(START) == (0, 1, torch.device("cuda:3"))
+    assert taken == [torch.device("cuda:3")] and os.environ["LOCAL_RANK"] == "3"
 
 
 @pytest.mark.slow
