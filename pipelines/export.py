@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]
         kept = ", ".join(store.list(f"{run_folder}/checkpoints")) or "none"
         raise StoreError(f"{store.uri}/{name}: missing. There are: {kept}")
     recipe, _ = pretrain.prepare(_config(store, run_folder))
-    module = recipe.build()
+    module = replace(recipe, words_in_step=None).build()  # no part of a model
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         bundles.load(store, name, folder)

@@ -16,6 +16,7 @@ from beit3 import weights
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
 from pipelines import (
     bundles,
+    export,
     pretrain,
     pretrain_plan,
     token_checks,
@@ -23,6 +24,7 @@ from pipelines import (
     train_image_tokenizer,
     train_text_tokenizer,
 )
+from pipelines.export import ExportConfig
 from pipelines.pretrain import PretrainRecipe
 from pipelines.storage import Store, StoreError
 from pipelines.tokenize_corpus import TokenizeConfig
@@ -156,6 +158,14 @@ def test_a_tokenizer_is_loaded_only_where_words_are_missing_and_wanted(
     with pytest.raises(StoreError, match="tokenizers/image/vqkd"):
         pretrain.run(config)
     assert pretrain.run(replace(config, name="pixels", objectives=pixels))["steps"] == 6
+
+
+def test_a_checkpoint_is_exported_without_the_tokenizer(wordless: Store, tmp_path: Path) -> None:
+    pretrain.run(small_corpus.pretraining(wordless, name="in-step"))
+    wordless.delete("tokenizers/image/vqkd/" + weights.WEIGHTS)
+    folder = export.run(ExportConfig("models/in-step", str(tmp_path / "out"), wordless.uri, 4))
+    own = weights.load_tensors(folder)
+    assert own.keys() == MaskedDataModelling(small_corpus.SHAPE).state_dict().keys()
 
 
 def test_a_dry_run_counts_the_tokenizer(
