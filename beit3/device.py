@@ -1,4 +1,4 @@
-"""Batches on their way to a device, and waiting for it."""
+"""Batches on their way to a device, the precision that it computes in, and waiting for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from beit3.config import Precision
+
 T = TypeVar("T")
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
+    """A context in which that is the precision, whatever it was outside."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def to_device(batch: T, device: torch.device | str) -> T:

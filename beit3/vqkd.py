@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from beit3 import weights
 from beit3.config import ModelConfig, Precision
-from beit3.device import to_device
+from beit3.device import computing_in, to_device
 from beit3.model import PatchEmbedding
 from beit3.multiway import Encoder, Layout, Streams
 from beit3.objectives import normalise
@@ -125,7 +125,7 @@ class Codebook(nn.Module):
 
     def nearest(self, features: Tensor) -> Tensor:
         """Unit features `[n, dim]` to codes `[n]`: largest cosine."""
-        with _full_precision(features):
+        with computing_in("fp32", features.device):
             return nearest(features.float(), self.vectors)
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class Codebook(nn.Module):
         """
         if bool(self.ready):
             return
-        with _full_precision(features):
+        with computing_in("fp32", features.device):
             vectors = kmeans(_gather(features.float()), len(self.vectors), iterations)
         # Sums on a GPU are added in any order: one worker's result holds for all.
         self.vectors.copy_(_of_first_worker(vectors))
@@ -163,7 +163,7 @@ class Codebook(nn.Module):
         self.vectors.copy_(torch.where(used[:, None], moved, self.vectors))
         self.usage.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         if self.revive_below > 0:
-            with _full_precision(features):
+            with computing_in("fp32", features.device):
                 self._revive(_gather(features))
 
     def _revive(self, features: Tensor) -> None:
@@ -243,7 +243,7 @@ class VQKD(nn.Module):
             )
         tokens = self.embedding(normalise(images).to(self.embedding.positions.dtype))
         hidden = _encode_pictures(self.encoder, tokens)[:, 1:]
-        with torch.autocast(images.device.type, enabled=False):
+        with computing_in("fp32", images.device):
             return F.normalize(self.to_code(hidden.float()), dim=-1)
 
     @torch.no_grad()
@@ -253,8 +253,7 @@ class VQKD(nn.Module):
         In that precision whatever autocast it is called in. From the encoder's output on it is fp32
         in either, as in BEiT v2.
         """
-        half = precision == "bf16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        with computing_in(precision, images.device):
             features = self.features(images)
         return self.codebook.nearest(features.flatten(0, 1)).view(features.shape[:2])
 
@@ -400,10 +399,6 @@ def _sums(features: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def nearest(features: Tensor, vectors: Tensor) -> Tensor:
     """Which of `vectors` `[m, dim]` has the largest cosine: unit features `[n, dim]` to `[n]`."""
     return torch.cat([(part @ vectors.T).argmax(-1) for part in features.split(_ROWS)])
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _workers() -> int:

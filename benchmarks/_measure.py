@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from beit3.device import synchronise
 
 ROOT = Path(__file__).resolve().parents[1]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SAMPLING_SECONDS = 0.005
 
 

@@ -44,7 +44,7 @@ import torch
 from torch import nn
 
 from beit3.config import PRESETS
-from beit3.device import to_device
+from beit3.device import DTYPES, computing_in, to_device
 from beit3.flops import StepShape, masked_step, matmul_peak
 from beit3.memory import activation_bytes
 from beit3.objectives import MaskedDataModelling
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="base")
     for kind in ("images", "texts", "pairs"):
         parser.add_argument(f"--{kind}", type=int, help="default: 4 on a CPU, 32 on a GPU")
-    parser.add_argument("--precision", choices=tuple(_measure.DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
     parser.add_argument("--compile", action="store_true", help="torch.compile both")
@@ -101,7 +101,6 @@ def samples_of(options: argparse.Namespace) -> Samples:
 def build(options: argparse.Namespace) -> Callable[[], float]:
     """The step of a formulation, model and batch on the device; it returns the loss."""
     device = torch.device(options.device)
-    dtype = _measure.DTYPES[options.precision]
     torch.manual_seed(options.seed)
     samples = samples_of(options)
     module: nn.Module = MaskedDataModelling(PRESETS[options.preset])
@@ -116,7 +115,7 @@ def build(options: argparse.Namespace) -> Callable[[], float]:
 
     def step() -> float:
         module.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with computing_in(options.precision, device):
             loss = module(batch)["loss"]
         loss.backward()
         return loss.item()
@@ -147,7 +146,7 @@ def inspect_step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_peak(options: argparse.Namespace) -> dict[str, Any]:
-    dtype = _measure.DTYPES[options.precision]
+    dtype = DTYPES[options.precision]
     device = torch.device(options.device)
     sides = (1024, 2048, 3072) if device.type == "cpu" else (4096, 8192, 12288)
     return {"peak": matmul_peak(device, dtype, sides, repeats=10)}

@@ -46,7 +46,7 @@ from PIL import Image
 
 from beit3 import vqkd
 from beit3.config import PRESETS as MODELS
-from beit3.device import to_device
+from beit3.device import DTYPES, to_device
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
 from beit3.text import TextTokenizer
 from beit3.vqkd import PRESETS, VQKD
@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64, help="0: by the device's memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=tuple(_measure.DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--decoders", type=int, default=1, help="threads that decode")
     parser.add_argument("--texts", type=int, default=60000, help="documents of a process's part")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of texts")

@@ -42,7 +42,7 @@ import torch
 from torch import nn
 
 from beit3.config import PRESETS
-from beit3.device import synchronise, to_device
+from beit3.device import DTYPES, computing_in, synchronise, to_device
 from beit3.objectives import MaskedBatch
 from beit3.optimisation import cosine_schedule, parameter_groups
 from benchmarks import _measure
@@ -189,7 +189,7 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
         eps=train.eps,
         fused=True,  # as the job's
     )
-    make, dtype = wanted.batches(0, 1), _measure.DTYPES[options.precision]
+    make = wanted.batches(0, 1)
     batches: list[MaskedBatch] = [to_device(make(step), device) for step in range(train.steps)]
     begun, loss = _now(), torch.zeros(())
     for step, batch in enumerate(batches[:-1]):
@@ -201,7 +201,7 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with computing_in(options.precision, device):
             loss = module(batch)["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -269,7 +269,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="base")
     parser.add_argument("--samples", type=int, help="of each kind in a step; default: 4, GPU 32")
-    parser.add_argument("--precision", choices=tuple(_measure.DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="default: one for each CPU")

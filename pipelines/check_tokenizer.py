@@ -4,8 +4,7 @@
 
 Usage and perplexity of its codes, its reconstruction of the teacher's features between those of one
 vector for all and of k-means (`beit3.tokenizer_health` says what is compared), and how many of its
-words are the same in bf16. Ends with exit
-status 1 where the tokenizer is unusable.
+words are the same in bf16. Ends with exit status 1 where the tokenizer is unusable.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import nn
 
 from beit3 import tasks, weights
 from beit3.config import ModelConfig, Precision
-from beit3.device import to_device
+from beit3.device import computing_in, to_device
 from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, centre_view, decode
@@ -42,8 +42,7 @@ class Finetuned:
 
     def predict(self, samples: Sequence[Sample]) -> list[Any]:
         """Predictions of every example of the samples, in order."""
-        half = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        with computing_in(self.precision, self.device):
             return predict(self.task, self.module, self.tokenizer, samples)
 
 

@@ -44,7 +44,7 @@ def prefetch(
     """A worker's batches of some steps, in order and made ahead.
 
     By `workers` processes, or for 0 by a thread of this one; they are the same to the bit. They are
-    in the CPU's memory, where a GPU as the `device` that they go to can copy them from by itself.
+    in the CPU's memory, page-locked if the `device` that they go to is a GPU.
     """
     makers = LoaderWorkers(recipe, rank, world, steps, workers) if workers else None
     make, place = makers or recipe.batches(rank, world), torch.device(device)

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
+from beit3.device import DTYPES
 from beit3.flops import matmul_peak
 from pipelines import console, tracking
 from pipelines.recipe import Run
 from pipelines.storage import Store
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Clock:
@@ -63,7 +62,7 @@ class Clock:
             "gradient_norm": float(gradient_norm),
         }
         if self.flops:
-            self.peak = self.peak or matmul_peak(self.device, _DTYPES[self.run.config.precision])
+            self.peak = self.peak or matmul_peak(self.device, DTYPES[self.run.config.precision])
             extra["tflops_per_worker"] = self.flops / seconds / 1e12
             extra["mfu"] = self.flops / seconds / self.peak
         if self.device.type == "cuda":

@@ -132,6 +132,15 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def agree(found: Store, wanted: Store, step: int) -> None:
+    """The checkpoints of that step are the same to rounding."""
+    where = checkpoints.folder("runs/run", step)
+    own, other = state(found, where), state(wanted, where)
+    assert own.keys() == other.keys()
+    for file, tensors in own.items():
+        close(tensors, other[file])
+
+
 def begun(unbroken: Store, folder: Path, step: int) -> Store:
     """A store with a run of that many steps, of which only the last checkpoint is there."""
     name = checkpoints.folder("runs/run", step)

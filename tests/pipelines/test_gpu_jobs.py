@@ -18,11 +18,10 @@ import small_corpus
 import small_net
 import torch
 from ray import cloudpickle
-from small_net import DECAY, STAGES, STEPS, begun, close, state, train
+from small_net import DECAY, STAGES, STEPS, agree, begun, close, state, train
 from torch import Tensor
 
 from pipelines import (
-    checkpoints,
     evaluate,
     finetune,
     prepare_task,
@@ -54,9 +53,7 @@ def on_cpu(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def assert_as(store: Store, wanted: Store, steps: range) -> None:
     """The checkpoints and the model are the same to rounding."""
     for step in steps:
-        where = checkpoints.folder("runs/run", step)
-        for file, tensors in state(store, where).items():
-            close(tensors, state(wanted, where)[file])
+        agree(store, wanted, step)
     close(state(store, "models/run")["model"], state(wanted, "models/run")["model"])
 
 

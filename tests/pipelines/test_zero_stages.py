@@ -19,6 +19,7 @@ from small_net import (
     STEPS,
     Net,
     Recipe,
+    agree,
     begun,
     close,
     evaluated,
@@ -226,10 +227,7 @@ def test_stages_agree_on_two_workers(name: str, pairs: dict[str, Store]) -> None
 
 @pytest.mark.parametrize("stage", cases("offload-{}", 1, 2, 3))
 def test_an_offloaded_optimizer_agrees(stage: int, pairs: dict[str, Store]) -> None:
-    where = checkpoints.folder("runs/run", STEPS - 1)
-    found, wanted = (state(pairs[f"{n}-{stage}"], where) for n in ("offload", "zero"))
-    for file, tensors in found.items():
-        close(tensors, wanted[file])
+    agree(pairs[f"offload-{stage}"], pairs[f"zero-{stage}"], STEPS - 1)
 
 
 @pytest.mark.parametrize("stage", cases("again-{}", "2", "3", "3-bf16"))
@@ -244,9 +242,7 @@ def test_two_workers_go_on_to_the_bit(stage: str, pairs: dict[str, Store]) -> No
 @pytest.mark.parametrize("name", cases("{}", "from-3-to-1", "from-1-to-3"))
 def test_two_workers_go_on_at_another_stage(name: str, pairs: dict[str, Store]) -> None:
     """And with the optimizer offloaded, which it was not before."""
-    where = checkpoints.folder("runs/run", STEPS - 1)
-    for file, tensors in state(pairs[name], where).items():
-        close(tensors, state(pairs["zero-0"], where)[file])
+    agree(pairs[name], pairs["zero-0"], STEPS - 1)
 
 
 def test_fewer_and_more_workers_go_on(pairs: dict[str, Store], tmp_path: Path) -> None:
@@ -329,10 +325,7 @@ def test_reducing_beside_the_backward_pass_changes_nothing(
     stage: int, pairs: dict[str, Store]
 ) -> None:
     for step in range(1, STEPS):
-        where = checkpoints.folder("runs/run", step)
-        wanted = state(pairs["accumulated"], where)
-        for file, tensors in state(pairs[f"overlapping-{stage}"], where).items():
-            close(tensors, wanted[file])
+        agree(pairs[f"overlapping-{stage}"], pairs["accumulated"], step)
 
 
 # -- the average of the weights --------------------------------------------------------------------
