@@ -237,10 +237,31 @@ def test_kustomize_names_every_file_and_object() -> None:
     assert used and used <= made
 
 
+def test_an_entrypoint_is_one_plain_command() -> None:
+    """KubeRay pastes it unquoted into the submitter's `bash -c "if ...; then ray job submit ... --
+    ENTRYPOINT ; fi ; ..."`: what a shell operator cuts off would run in that pod."""
+    for name, job in _of("RayJob").items():
+        entrypoint = job["spec"]["entrypoint"]
+        assert not re.search(r"[;&|<>()`$#!*?\\\n\"']", entrypoint), name
+        assert entrypoint.startswith("python "), name  # `cd`, `source`, ... end with their process
+
+
 def test_the_job_runs_a_command_that_there_is() -> None:
     from pipelines import config, pretrain
 
-    entrypoint = _of("RayJob")["pretrain"]["spec"]["entrypoint"]
-    command = entrypoint.partition("python pipelines/pretrain.py ")[2].split()
-    read = config.cli(pretrain.PRESETS, description="", args=command)
+    job = _of("RayJob")["pretrain"]["spec"]
+    _, script, *options = job["entrypoint"].split()
+    images = (ROOT / "infra" / "docker").glob("Dockerfile.*")
+    (folder,) = {re.findall(r"^WORKDIR (.*)$", image.read_text(), re.M)[-1] for image in images}
+    assert script == f"{folder}/pipelines/pretrain.py"
+    assert (ROOT / script.removeprefix(f"{folder}/")).is_file()
+    read = config.cli(pretrain.PRESETS, description="", args=options)
     assert read.train.workers == 8 and read.train.gpus_per_worker == 1
+    given = yaml.safe_load(job["runtimeEnvYAML"])
+    assert given == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}}
+
+
+def test_the_images_run_scripts_from_anywhere() -> None:
+    """The job's folder is Ray's own: the package must be installed, not found beside the script."""
+    for image in (ROOT / "infra" / "docker").glob("Dockerfile.*"):
+        assert re.search(r"^RUN pip install .*--editable \.$", image.read_text(), re.M), image.name
