@@ -1,4 +1,4 @@
-"""Pictures to model inputs: decoding, and views (crop and flip) that can be replayed exactly."""
+"""Pictures to model inputs: decoding, and views (crop, flip, colours) to be replayed exactly."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 
 @dataclass(frozen=True)
 class View:
-    """A crop of a picture and whether it is mirrored.
+    """A crop of a picture, whether it is mirrored, and how its colours are changed.
 
     box: left, top, right, bottom as shares of the picture's width and height (0..1), so that a view
     drawn for one copy of a picture holds for a resized one.
+    jitter: factors of brightness, contrast and saturation; None leaves the colours.
     """
 
     box: tuple[float, float, float, float]
     flip: bool = False
+    jitter: tuple[float, float, float] | None = None
 
 
 WHOLE = View((0.0, 0.0, 1.0, 1.0))
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -80,7 +83,12 @@ def centre_view(width: int, height: int) -> View:
 def apply_view(
     picture: Image.Image, view: View, size: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Crop, resize to a square (bicubic) and perhaps mirror: uint8 `[3, size, size]`.
+    """Crop, resize to a square (bicubic), perhaps change colours, mirror: uint8 `[3, size, size]`.
+
+    Colours change as torchvision's ColorJitter does it, but for two things. It takes brightness,
+    contrast and saturation in a random order; here they follow in this one. It changes the picture
+    before it is cropped; here the crop is changed, which has fewer pixels, and contrast is relative
+    to the crop's own mean.
 
     Args:
         out: Where to write it, such as a picture's place in a batch.
@@ -89,6 +97,9 @@ def apply_view(
     left, top, right, bottom = view.box
     box = (left * width, top * height, right * width, bottom * height)
     resized = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if view.jitter is not None:
+        for enhancer, factor in zip(_ENHANCERS, view.jitter, strict=True):
+            resized = enhancer(resized).enhance(factor)
     pixels = np.asarray(resized)
     if view.flip:
         pixels = pixels[:, ::-1]

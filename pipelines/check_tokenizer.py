@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from beit3.tokenizer_health import Judgement, judge, same_in_bf16
-from pipelines import bundles, config, console, pictures, train_image_tokenizer
+from pipelines import bundles, console, job, pictures, train_image_tokenizer
 from pipelines.storage import Store
 
 
@@ -97,8 +97,10 @@ def run(cfg: CheckConfig) -> Judgement:
 
 
 def main() -> None:
-    judged = run(config.cli(PRESETS, description=__doc__ or ""))
-    sys.exit(1 if judged.verdict == "unusable" else 0)
+    def judged(chosen: CheckConfig) -> None:
+        sys.exit(1 if run(chosen).verdict == "unusable" else 0)
+
+    job.main(PRESETS, __doc__, judged, billed=lambda chosen: False)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from beit3.objectives import DualEncoder
 from beit3.tasks.retrieval import recalls
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
-from pipelines import bill, cluster, config, models, train_text_tokenizer
+from pipelines import cluster, config, job, models, train_text_tokenizer
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import captions_of, check_captions
 from pipelines.recipe import TrainConfig
@@ -70,6 +70,7 @@ class ContrastConfig:
             raise ValueError("images: name at least one dataset")
         if self.held_out_images < 1:
             raise ValueError(f"held_out_images: expected at least 1, got {self.held_out_images}")
+        self.train.check_shared("batch_size", self.batch_size)
 
 
 PRESETS = {
@@ -262,9 +263,7 @@ def run(cfg: ContrastConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    with bill.printed():
-        run(chosen)
+    job.main(PRESETS, __doc__, run)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import cluster, console, tracking
-from pipelines.config import cli, stop
+from pipelines import cluster, console, job, tracking
 from pipelines.data_report_page import Shown, render
 from pipelines.parts import each
 from pipelines.records import SURE, detect
@@ -402,11 +401,7 @@ def _metric(name: str) -> str:
 
 
 def main() -> None:
-    config = cli(PRESETS, description="Report on a committed dataset of images or texts.")
-    try:
-        run(config)
-    except StoreError as error:
-        stop(str(error))
+    job.main(PRESETS, __doc__, run, billed=lambda chosen: False)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def run(cfg: DemoConfig) -> Path:
         with clock.stage("11/12 sweep"):
             sweep.run(stages.sweeping(cfg))
         with clock.stage("12/12 report"):
-            path = demo_report.write(cfg, store, world, clock.seconds)
-    demo_report.show(cfg, store, path, clock.seconds)
+            path = demo_report.write(cfg, store, clock.seconds)
+    demo_report.show(store, path)
     return path
 
 

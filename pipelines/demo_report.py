@@ -15,7 +15,7 @@ from beit3 import tasks, weights
 from beit3.objectives import MaskedDataModelling
 from beit3.tasks import Example
 from beit3.tasks.retrieval import unpack
-from beit3.transforms import View, apply_view, decode
+from beit3.transforms import apply_view, decode
 from pipelines import (
     bundles,
     console,
@@ -32,8 +32,8 @@ from pipelines.baselines import TEST_SPLITS, blind
 from pipelines.demo import DemoConfig
 from pipelines.masked_batches import held_out_batches
 from pipelines.pictures import to_image
-from pipelines.sample_world import World
 from pipelines.storage import Store
+from pipelines.tokenize_corpus import stored_view
 
 MAIN_METRICS = {
     "vqa": [("accuracy", "VQA accuracy", True)],
@@ -48,7 +48,7 @@ MAIN_METRICS = {
 SHOWN = 8
 
 
-def write(cfg: DemoConfig, store: Store, world: World, seconds: dict[str, float]) -> Path:
+def write(cfg: DemoConfig, store: Store, seconds: dict[str, float]) -> Path:
     """Write `report.html` below the demo's root, and log page and pictures to MLflow."""
     content = gather(cfg, store, seconds)
     path = report.write(content, cfg.root / "report.html")
@@ -64,21 +64,19 @@ def write(cfg: DemoConfig, store: Store, world: World, seconds: dict[str, float]
     return path
 
 
-def show(cfg: DemoConfig, store: Store, path: Path, seconds: dict[str, float]) -> None:
+def show(store: Store, path: Path) -> None:
     """Print the score table and where to look."""
     console.say("")
     console.say(f"{'task':<12} {'metric':<16} {'blind':>8} {'scratch':>8} {'pretrained':>11}")
     for score in scores(store):
-        values = [score.blind, score.scratch, score.pretrained]
-        shown = [
-            "-" if v is None else f"{100 * v:.1f}%" if score.percent else f"{v:.3f}" for v in values
-        ]
+        values = (score.blind, score.scratch, score.pretrained)
+        shown = [_shown(value, percent=score.percent) for value in values]
         console.say(
             f"{score.task:<12} {score.metric:<16} {shown[0]:>8} {shown[1]:>8} {shown[2]:>11}"
         )
     console.say("")
     console.say(f"report:  {path.absolute()}")
-    for place in _where(cfg, store):
+    for place in _where(store):
         console.say(f"{place.label + ':':<8} {place.what}")
 
 
@@ -119,13 +117,13 @@ def gather(cfg: DemoConfig, store: Store, seconds: dict[str, float]) -> page.Rep
         ingestion=report.gather_ingestion(
             store, [*names, *(f"text/{n}" for n in demo_stages.TEXTS)]
         ),
-        tokenizers=tokenizers(cfg, store),
+        tokenizers=tokenizers(store),
         pretraining=pretraining(cfg, store),
         captions=captions(store),
         answers=[answers(store)],
         retrieval=retrieval(store),
         sweeps=[sweep(store)],
-        where=_where(cfg, store),
+        where=_where(store),
     )
 
 
@@ -175,7 +173,7 @@ def task_rows(store: Store, task: str) -> dict[str, dict[str, Any]]:
 # -- tokenizers and pretraining -------------------------------------------------------------------
 
 
-def tokenizers(cfg: DemoConfig, store: Store) -> page.TokenizerSection:
+def tokenizers(store: Store) -> page.TokenizerSection:
     """Both vocabularies, with examples of what they do to text and pictures."""
     text = train_text_tokenizer.load(store, "sentencepiece")
     info = bundles.info(store, "tokenizers/text/sentencepiece")
@@ -215,8 +213,7 @@ def _views(store: Store, name: str, count: int) -> list[tuple[np.ndarray, np.nda
         for row in rows.slice(0, count - len(found)).to_pylist():
             view = row["views"][0]
             data = pictures["image"][row["image_row"]].as_py()["bytes"]
-            box = View(tuple(view["box"]), view["flip"])
-            pixels = apply_view(decode(data), box, tokenizer.config.image_size)
+            pixels = apply_view(decode(data), stored_view(view), tokenizer.config.image_size)
             words = np.asarray(view["words"]).reshape(tokenizer.grid, tokenizer.grid)
             found.append((pixels, words))
         if len(found) >= count:
@@ -454,7 +451,7 @@ def _spread(items: list[Any], count: int) -> list[Any]:
     return items[::step][:count]
 
 
-def _where(cfg: DemoConfig, store: Store) -> list[page.Where]:
+def _where(store: Store) -> list[page.Where]:
     uri = tracking.tracking_uri(store)
     look = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     return [

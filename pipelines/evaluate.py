@@ -32,13 +32,13 @@ import torch
 from beit3 import tasks
 from beit3.config import Precision
 from beit3.tasks import Example, Sample, Task
-from pipelines import bill, bundles, cluster, console, tracking
-from pipelines.config import cli, flatten, stop, to_dict
+from pipelines import bill, bundles, cluster, console, job, tracking
+from pipelines.config import flatten, to_dict
 from pipelines.finetuned import Finetuned, load, read_notes, row_sample
 from pipelines.loader import ParquetRows
 from pipelines.parts import PartOutput, Resources, make_dataset
 from pipelines.prepare_task import lost_examples
-from pipelines.storage import Commit, Store, StoreError, fingerprint
+from pipelines.storage import Commit, Store, fingerprint
 
 AHEAD = 2  # batches whose pictures are decoded while one is predicted
 SCHEMA = pa.schema(
@@ -395,12 +395,7 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    chosen = cli(PRESETS, description=__doc__ or "")
-    try:
-        with bill.printed():
-            run(chosen)
-    except (FileNotFoundError, StoreError, ValueError) as error:
-        stop(str(error))
+    job.main(PRESETS, __doc__, run)
 
 
 if __name__ == "__main__":

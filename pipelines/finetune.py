@@ -26,7 +26,7 @@ from beit3.config import Checkpointing, ModelConfig
 from beit3.model import interpolate_positions
 from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
-from pipelines import bill, cluster, config, models
+from pipelines import cluster, config, job, models
 from pipelines.finetuned import TASK_FILE, predict, row_sample
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import labels, read_examples
@@ -87,6 +87,7 @@ class FinetuneConfig:
         for name in ("batch_size", "eval_batch_size", "eval_records"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, not {getattr(self, name)}")
+        self.train.check_shared("batch_size", self.batch_size)
 
     @property
     def output(self) -> str:
@@ -373,12 +374,7 @@ def _commits(store: Store, cfg: FinetuneConfig) -> Sequence[str]:
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    try:
-        with bill.printed():
-            run(chosen)
-    except (FileNotFoundError, StoreError, ValueError) as error:
-        config.stop(str(error))
+    job.main(PRESETS, __doc__, run)
 
 
 if __name__ == "__main__":

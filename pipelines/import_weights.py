@@ -25,9 +25,9 @@ from typing import Any, Literal
 from beit3 import released, tasks, teachers, vqkd, vqkd_released
 from beit3.tasks.imagenet import WNID
 from beit3.text import TextTokenizer
-from pipelines import bundles, config, console, models, train_text_tokenizer
+from pipelines import bundles, config, console, job, models, train_text_tokenizer
 from pipelines.finetuned import TASK_FILE, task_notes
-from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.storage import Store, fingerprint
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
 FOLDERS = {
@@ -250,11 +250,7 @@ def _checksums(path: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    try:
-        run(chosen)
-    except (FileNotFoundError, StoreError, ValueError) as error:
-        config.stop(str(error))
+    job.main(PRESETS, __doc__, run, billed=lambda chosen: False)
 
 
 if __name__ == "__main__":

@@ -21,18 +21,18 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipelines import (
-    bill,
     cluster,
     console,
     data_report,
     drop_duplicates,
     duplicates,
+    job,
     leaks,
     published_images,
     retry,
     sources,
 )
-from pipelines.config import cli, stop, to_dict
+from pipelines.config import to_dict
 from pipelines.ingest_config import PRESETS, IngestConfig
 from pipelines.ingest_plan import plan, show
 from pipelines.ingest_units import describe_local, records, unit_files, url_shards
@@ -162,15 +162,13 @@ def _fingerprint(
 
 
 def main() -> None:
-    config = cli(PRESETS, description="Ingest a published dataset into the store.")
-    try:
-        if config.dry_run:
-            show(plan(config))
+    def run_or_plan(chosen: IngestConfig) -> None:
+        if chosen.dry_run:
+            show(plan(chosen))
         else:
-            with bill.printed():
-                run(config)
-    except (FileNotFoundError, StoreError, ValueError) as error:
-        stop(str(error))
+            run(chosen)
+
+    job.main(PRESETS, __doc__, run_or_plan, billed=lambda chosen: not chosen.dry_run)
 
 
 if __name__ == "__main__":

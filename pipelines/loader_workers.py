@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from beit3.device import pinned
-from pipelines import cluster
-from pipelines.loader import Prefetcher
+from pipelines import cluster, console
+from pipelines.loader import CACHES, Prefetcher
 from pipelines.recipe import Recipe, TrainConfig
 
 AHEAD = 2  # batches that each process has been asked for and that nobody has taken
@@ -46,6 +46,8 @@ def prefetch(
     By `workers` processes, or for 0 by a thread of this one; they are the same to the bit. They are
     in the CPU's memory, page-locked if the `device` that they go to is a GPU.
     """
+    if not workers:
+        CACHES.share(_beside())
     makers = LoaderWorkers(recipe, rank, world, steps, workers) if workers else None
     make, place = makers or recipe.batches(rank, world), torch.device(device)
 
@@ -56,25 +58,39 @@ def prefetch(
 
 
 def check_room(config: TrainConfig) -> None:
-    """
+    """See to it that the workers and their loader workers have where to run: Ray lets them wait.
+
+    Any other cluster than this machine's own may grow; what it lacks as yet is said.
+
     Raises:
-        ValueError: this machine's own Ray cluster, which doesn't grow, lacks CPUs for the workers
-            and their loader workers: they would wait for each other forever.
+        ValueError: this machine's own Ray cluster lacks CPUs or GPUs.
     """
-    if not config.loader_workers or os.environ.get("RAY_ADDRESS"):
+    if not config.workers and not config.loader_workers:
         return
     import ray
 
     cluster.start()
+    there, loading = ray.cluster_resources(), max(1, config.workers) * config.loader_workers
     training = config.workers * config.cpus_per_worker
-    loading = max(1, config.workers) * config.loader_workers
-    there = ray.cluster_resources().get("CPU", 0)
-    if training + loading > there:
-        raise ValueError(
-            f"train.loader_workers {config.loader_workers}: they want {loading} CPUs in all, the "
-            f"training workers {training:g}, and there are {there:g}: set fewer; 0 makes batches "
-            "in the training workers themselves"
+    gpus = config.workers * config.gpus_per_worker
+    lacking = []
+    if gpus > there.get("GPU", 0):
+        lacking.append(
+            f"train.workers {config.workers}: they want {gpus:g} GPUs, and there are "
+            f"{there.get('GPU', 0):g}: set fewer workers"
+            + ("" if there.get("GPU") else ", or train.gpus_per_worker 0 to train on CPUs")
         )
+    if training + loading > there.get("CPU", 0):
+        fewer = "fewer of either; no loader workers make batches in the training workers themselves"
+        lacking.append(
+            f"train.loader_workers {config.loader_workers}: they want {loading} CPUs in all, the "
+            f"training workers {training:g}, and there are {there.get('CPU', 0):g}: set "
+            f"{fewer if loading else 'fewer train.workers or train.cpus_per_worker'}"
+        )
+    if lacking and not os.environ.get("RAY_ADDRESS"):
+        raise ValueError("; ".join(lacking))
+    for lack in lacking:
+        console.say(f"waiting until the cluster has grown ({lack})")
 
 
 class LoaderWorkers:
@@ -94,11 +110,12 @@ class LoaderWorkers:
             cluster.start()
         self._actor: Any = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_Maker)
         self._job = ray.put((recipe, rank, world))
+        self._processes = workers * _beside()
         self._unasked = iter(steps)
         self._pending: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._closed = False
-        self.actors: list[Any] = [self._actor.remote(self._job) for _ in range(workers)]
+        self.actors: list[Any] = [self._start() for _ in range(workers)]
 
     def __call__(self, step: int) -> Any:
         import ray
@@ -132,6 +149,9 @@ class LoaderWorkers:
             for actor in self.actors:
                 ray.kill(actor)
 
+    def _start(self) -> Any:
+        return self._actor.remote(self._job, self._processes)
+
     def _ask(self) -> None:
         """See that each actor has work ahead, and no more than that."""
         while len(self._pending) < AHEAD * len(self.actors):
@@ -147,7 +167,7 @@ class LoaderWorkers:
             if self._closed:
                 return
             ray.kill(self.actors[number])
-            self.actors[number] = self._actor.remote(self._job)
+            self.actors[number] = self._start()
         for step in self._pending:
             if step % len(self.actors) == number:
                 self._pending[step] = self._actor_of(step).batch.remote(step)
@@ -169,7 +189,8 @@ class LoaderWorkers:
 class _Maker:
     """The actor."""
 
-    def __init__(self, job: tuple[Recipe, int, int]) -> None:
+    def __init__(self, job: tuple[Recipe, int, int], processes: int) -> None:
+        """`processes`: how many such a machine may have, which share its memory."""
         import ray.util
 
         torch.set_num_threads(1)
@@ -177,6 +198,7 @@ class _Maker:
         ray.util.register_serializer(
             torch.Tensor, serializer=torch.Tensor.numpy, deserializer=_tensor
         )
+        CACHES.share(processes)
         self._job = job
         self._make: Callable[[int], Any] | None = None
 
@@ -185,6 +207,11 @@ class _Maker:
             recipe, rank, world = self._job
             self._make = recipe.batches(rank, world)
         return self._make(step)
+
+
+def _beside() -> int:
+    """Training workers on this machine, as Ray Train counts them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

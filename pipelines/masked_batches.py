@@ -15,7 +15,7 @@ from beit3.masking import token_mask
 from beit3.objectives import MaskedBatch, ObjectiveWeights
 from beit3.text import BOS, EOS, TextTokenizer
 from beit3.transforms import View, apply_view
-from pipelines.loader import ParquetRows
+from pipelines.loader import ParquetRows, rows_at_hand
 from pipelines.pretrain_config import HELD_OUT_PAIRS, OBJECTIVES, PretrainConfig
 from pipelines.samples import Pictures, Sample, Samples
 from pipelines.storage import ROW_GROUP_ROWS, Store
@@ -56,7 +56,12 @@ class MaskedBatches:
             for number, kind in enumerate(OBJECTIVES)
             if cfg.drawn(kind)
         }
-        self.pictures = {kind: PictureSource(store, cfg.used(kind)) for kind in ("images", "pairs")}
+        self.pictures = {
+            kind: PictureSource(
+                store, cfg.used(kind), rows_at_hand(world, len(cfg.weights(kind)) or 1)
+            )
+            for kind in ("images", "pairs")
+        }
 
     def __call__(self, step: int) -> MaskedBatch:
         drawn = {kind: samples(step) for kind, samples in self.samples.items()}
@@ -84,8 +89,8 @@ class MaskedBatches:
         side = self.cfg.model.image_size
         pixels = np.empty((len(shown), 3, side, side), np.uint8)
         for (kind, sample), into in zip(shown, pixels, strict=True):
-            box, flip, _ = _stored_view(sample)
-            self.pictures[kind].draw(sample, View(tuple(box.tolist()), flip), into)
+            box, flip, jitter, _ = _stored_view(sample)
+            self.pictures[kind].draw(sample, View(tuple(box.tolist()), flip, jitter), into)
         return pixels
 
     def _alone(self, kind: str, sample: Sample) -> _Corrupted:
@@ -106,7 +111,7 @@ class MaskedBatches:
         return _Corrupted(sample.row["id"], source, text=text, masked=masked)
 
     def _picture(self, kind: str, sample: Sample, hidden: np.ndarray) -> _Corrupted:
-        _, _, words = _stored_view(sample)
+        *_, words = _stored_view(sample)
         source = self.cfg.used(kind)[sample.group.dataset]
         return _Corrupted(sample.row["id"], source, words=words, hidden=hidden)
 
@@ -136,7 +141,7 @@ class MaskedBatches:
 
 
 class _Views:
-    """The views of a row group: of a row boxes, flips, and words where they are stored.
+    """The views of a row group: of a row boxes, flips, and jitters and words where they are stored.
 
     Of several one is wanted, and Arrow's scalars of nested values take long to make.
     """
@@ -148,14 +153,21 @@ class _Views:
         parts = dict(zip((field.name for field in views.type), views.flatten(), strict=True))
         self.flips = parts["flip"].to_pylist()
         self.boxes = _matrix(parts["box"])
-        stored = "words" in parts
+        none = [None] * len(views)
+        self.jitters: Sequence[Any] = (
+            [tuple(factors) for factors in _matrix(parts["jitter"]).tolist()]
+            if "jitter" in parts
+            else none
+        )
         self.words: Sequence[Any] | np.ndarray = (
-            _matrix(parts["words"]) if stored else [None] * len(views)
+            _matrix(parts["words"]) if "words" in parts else none
         )
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, list[bool], Sequence[Any] | np.ndarray]:
+    def __getitem__(
+        self, row: int
+    ) -> tuple[np.ndarray, list[bool], Sequence[Any], Sequence[Any] | np.ndarray]:
         own = slice(self.starts[row], self.starts[row + 1])
-        return self.boxes[own], self.flips[own], self.words[own]
+        return self.boxes[own], self.flips[own], self.jitters[own], self.words[own]
 
 
 def _matrix(lists: pa.FixedSizeListArray) -> np.ndarray:
@@ -163,11 +175,13 @@ def _matrix(lists: pa.FixedSizeListArray) -> np.ndarray:
     return lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size)
 
 
-def _stored_view(sample: Sample) -> tuple[np.ndarray, bool, np.ndarray | None]:
-    """Box, flip and words, if any are stored, of the view that is this epoch's."""
-    boxes, flips, words = sample.row["views"]
+def _stored_view(
+    sample: Sample,
+) -> tuple[np.ndarray, bool, tuple[float, float, float] | None, np.ndarray | None]:
+    """Box, flip, jitter and words, if any are stored, of the view that is this epoch's."""
+    boxes, flips, jitters, words = sample.row["views"]
     number = sample.epoch % len(flips)
-    return boxes[number], flips[number], words[number]
+    return boxes[number], flips[number], jitters[number], words[number]
 
 
 class _Encoded:
@@ -186,11 +200,14 @@ class _Encoded:
 class PictureSource:
     """The pictures that belong to tokenized datasets, found by part and row."""
 
-    def __init__(self, store: Store, names: Sequence[str]) -> None:
+    def __init__(self, store: Store, names: Sequence[str], kept: int) -> None:
+        """`kept`: as of `ParquetRows`; as many as of the tokens, whose order is theirs."""
         commits = [store.dataset(f"tokens/{name}").commit() for name in names]
         self.datasets = [store.dataset(c.lineage["inputs"][0]["dataset"]) for c in commits]
         readers = {"image": _Encoded, "images": _Encoded}
-        self.rows = ParquetRows(self.datasets, list(readers), readers=readers) if names else None
+        self.rows = (
+            ParquetRows(self.datasets, list(readers), readers=readers, kept=kept) if names else None
+        )
         # A part of tokens/x holds the tokens of the part of the same number of its source.
         self.paths = [
             {posixpath.basename(f.path): f.path for f in dataset.commit().files}

@@ -14,7 +14,7 @@ from beit3 import weights
 from beit3.config import ModelConfig
 from beit3.text import TextTokenizer
 from pipelines import bundles, config
-from pipelines.samples import SEEDING
+from pipelines.samples import SEEDING, without_later
 from pipelines.storage import Store, code_version
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
@@ -92,7 +92,7 @@ def check_vocabulary(tokenizer: TextTokenizer, model: ModelConfig) -> None:
 def decisive(cfg: Any) -> dict[str, Any]:
     """What a run's outcome depends on beside its data: a job's configuration without what only says
     where and how fast it runs, and how random numbers come from its seed."""
-    plain = config.to_dict(cfg)
+    plain = without_later(config.to_dict(cfg))
     for part in (plain, plain.get("train", {})):
         part.update({k: v for k, v in INDIFFERENT.items() if k in part})
     return plain | {"seeding": SEEDING}

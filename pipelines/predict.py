@@ -25,9 +25,9 @@ from PIL import UnidentifiedImageError
 
 from beit3.tasks import Example, Sample
 from beit3.tasks.retrieval import unpack
-from pipelines.config import cli, stop
+from pipelines import job
 from pipelines.finetuned import Finetuned, evaluation_image, load
-from pipelines.storage import Store, StoreError
+from pipelines.storage import Store
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
@@ -213,16 +213,15 @@ def lines(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    config = cli(PRESETS, description=__doc__ or "")
-    try:
-        results = run(config)
-    except (FileNotFoundError, StoreError, ValueError) as error:
-        stop(str(error))
-    if config.json:
-        json.dump(results, sys.stdout, indent=1)
-        print()
-    else:
-        print("\n".join(lines(results)))
+    def shown(chosen: PredictConfig) -> None:
+        results = run(chosen)
+        if chosen.json:
+            json.dump(results, sys.stdout, indent=1)
+            print()
+        else:
+            print("\n".join(lines(results)))
+
+    job.main(PRESETS, __doc__, shown, billed=lambda chosen: False)
 
 
 if __name__ == "__main__":

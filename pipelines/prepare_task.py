@@ -30,8 +30,8 @@ import pyarrow as pa
 
 from beit3 import tasks
 from beit3.tasks import Example, Problem, Record
-from pipelines import bill, cluster, console
-from pipelines.config import cli, stop, to_dict
+from pipelines import cluster, console, job
+from pipelines.config import to_dict
 from pipelines.images import ImagePolicy, Rejected, clean_image
 from pipelines.parts import PartOutput, make_dataset
 from pipelines.storage import (
@@ -319,12 +319,7 @@ class _ImageWorker:
 
 
 def main() -> None:
-    chosen = cli(PRESETS, description=__doc__ or "")
-    try:
-        with bill.printed():
-            run(chosen)
-    except (FileNotFoundError, StoreError, ValueError) as error:
-        stop(str(error))
+    job.main(PRESETS, __doc__, run)
 
 
 if __name__ == "__main__":

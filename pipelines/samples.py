@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -14,12 +14,12 @@ from numpy.random.bit_generator import ISeedSequence
 from PIL import Image
 
 from beit3.transforms import View, apply_view, decode, sample_view
-from pipelines.loader import Mix, Order, ParquetRows, RowGroup, share
+from pipelines.loader import Mix, Order, ParquetRows, RowGroup, rows_at_hand, share
 from pipelines.storage import Dataset
 
 SEEDING = 2
-"""Raised when a seed no longer gives the same samples, views and masks as before. A run begun with
-others is not gone on with, and is no run of the same options."""
+"""Incremented when a seed no longer gives the same samples, views and masks as before. It is part
+of a run's fingerprint, so a run started under another value can't be resumed."""
 PICTURE_CACHE_BYTES = 256 << 20  # decoded pictures kept by a worker; a small dataset fits whole
 
 
@@ -55,7 +55,8 @@ class Samples:
             weights: How often each dataset is drawn; without them, by its number of rows.
             readers: Of columns, as `ParquetRows` takes them.
         """
-        self.rows = ParquetRows(datasets, columns, readers=readers)
+        kept = rows_at_hand(world, len(weights) or 1)
+        self.rows = ParquetRows(datasets, columns, readers=readers, kept=kept)
         self.order: Order | Mix = Order(self.rows.groups, seed)
         if weights:
             of = [[g for g in self.rows.groups if g.dataset == i] for i in range(len(datasets))]
@@ -114,9 +115,13 @@ class Pictures:
         return picture
 
 
+_LATER = {"jitter": 0.0}
+"""Options of a view that came later, as runs and tokens were made before, which are still found."""
+
+
 @dataclass(frozen=True)
 class ViewConfig:
-    """How a view (crop and flip) of a picture is drawn."""
+    """How a view (crop, flip and colours) of a picture is drawn."""
 
     scale: tuple[float, float] = (0.2, 1.0)
     """Least and largest share of the picture's area."""
@@ -124,15 +129,20 @@ class ViewConfig:
     """Least and largest ratio of the crop's width to its height."""
     flip: float = 0.5
     """Probability of mirroring. Captions that say left and right want 0."""
+    jitter: float = 0.0
+    """How far brightness, contrast and saturation vary: factors from 1 minus this to 1 plus this.
+    The paper pretrains with 0.4."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"view.scale: expected 0 < least <= largest <= 1, got {self.scale}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"view.flip: expected a probability, got {self.flip}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"view.jitter: expected 0 <= jitter < 1, got {self.jitter}")
 
     def draw(self, picture: Image.Image, rng: np.random.Generator) -> View:
-        return sample_view(
+        view = sample_view(
             rng,
             picture.width,
             picture.height,
@@ -140,7 +150,19 @@ class ViewConfig:
             aspect=self.aspect,
             flip=self.flip,
         )
+        if not self.jitter:
+            return view
+        drawn = rng.uniform(1 - self.jitter, 1 + self.jitter, 3)
+        brightness, contrast, saturation = drawn.astype(np.float32).tolist()  # as tokens store them
+        return replace(view, jitter=(brightness, contrast, saturation))
 
     def pixels(self, picture: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
         """A random view as uint8 `[3, size, size]`."""
         return apply_view(picture, self.draw(picture, rng), size)
+
+
+def without_later(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's options, without those of a view that came later and are not used."""
+    view = options.get("view", {}).items()
+    used = {k: v for k, v in view if k not in _LATER or v != _LATER[k]}
+    return {**options, "view": used} if view else dict(options)

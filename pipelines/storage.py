@@ -331,17 +331,19 @@ class Dataset:
 
     def find_commit(self) -> Commit | None:
         """The newest commit, or None."""
-        versions = self._versions()
-        if not versions:
-            return None
-        raw = self.store.read_json(f"{self.name}/_commits/{versions[-1]}")
-        if raw["format_version"] > FORMAT_VERSION:
-            raise StoreError(
-                f"{self.uri}: written by a newer beit3-ray; update this one to read it"
-            )
-        raw["files"] = [FileRecord(**f) for f in raw["files"]]
-        raw["set_aside"] = [FileRecord(**f) for f in raw["set_aside"]]
-        return Commit(**raw)
+        return next(self.commits(), None)
+
+    def commits(self) -> Iterator[Commit]:
+        """All commits, the newest first; each amends the one that comes next."""
+        for version in reversed(self._versions()):
+            raw = self.store.read_json(f"{self.name}/_commits/{version}")
+            if raw["format_version"] > FORMAT_VERSION:
+                raise StoreError(
+                    f"{self.uri}: written by a newer beit3-ray; update this one to read it"
+                )
+            raw["files"] = [FileRecord(**f) for f in raw["files"]]
+            raw["set_aside"] = [FileRecord(**f) for f in raw["set_aside"]]
+            yield Commit(**raw)
 
     def _versions(self) -> list[str]:
         names = self.store.list(f"{self.name}/_commits")

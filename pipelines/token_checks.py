@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from beit3.config import Precision
 from beit3.text import TextTokenizer
 from pipelines import bundles, models, train_image_tokenizer, train_text_tokenizer
 from pipelines.pretrain_config import OBJECTIVES, PretrainConfig
-from pipelines.storage import Dataset, Store, StoreError
+from pipelines.storage import Commit, Dataset, Store, StoreError
 
 
 def tokens(store: Store, cfg: PretrainConfig) -> dict[str, list[Dataset]]:
@@ -158,3 +159,34 @@ def check_tokens(store: Store, cfg: PretrainConfig, datasets: Sequence[Dataset])
             f"tokenizers/text/{name} is not the one that made these tokens: tokenize again"
         )
     return tokenizer
+
+
+def check_pictures(datasets: Sequence[Dataset]) -> None:
+    """The pictures are still those that were tokenized: tokens name them by part and row alone.
+
+    Raises:
+        StoreError: they are gone, or others came under their name.
+    """
+    for dataset in datasets:
+        origin = dataset.commit().lineage["inputs"][0]
+        if origin["dataset"].startswith("text/"):
+            continue  # training reads nothing but their tokens
+        source = dataset.store.dataset(origin["dataset"])
+        versions = list(source.commits())
+        if not versions:
+            raise StoreError(
+                f"{dataset.uri} was made of {source.uri}, whose pictures training needs, and that "
+                f"is not there: restore it, or ingest it, delete {dataset.name} and tokenize again"
+            )
+        # Pictures that came after they were tokenized do no harm.
+        there = _parts(versions[0])
+        if not any(v.identity == origin["identity"] and _parts(v) <= there for v in versions):
+            raise StoreError(
+                f"{dataset.uri} was made of other pictures than {source.uri} has now: delete "
+                f"{dataset.name} and tokenize again, or restore those pictures"
+            )
+
+
+def _parts(commit: Commit) -> set[tuple[str, str]]:
+    """Name and content of each file."""
+    return {(posixpath.basename(file.path), file.sha256) for file in commit.files}

@@ -2,9 +2,9 @@
 
     python pipelines/tokenize_corpus.py --store store --images cc3m cc12m --texts wiki --views 4
 
-Of each image, `views` crops are drawn and their boxes stored beside their visual words, so that
-pretraining replays exactly what was tokenized. A part of `tokens/<name>` belongs to the part of the
-same number in its source, which holds the pictures; `image_row` says which row.
+Of each image, `views` views (crop, flip, colours) are drawn and stored beside their visual words,
+so that pretraining replays exactly what was tokenized. A part of `tokens/<name>` belongs to the
+part of the same number in its source, which holds the pictures; `image_row` says which row.
 The same commit, tokenizers and seed give the same bytes, however many workers there are. (Another
 batch size or device rounds otherwise: of two codes that are equally near, it may choose the other.)
 
@@ -21,7 +21,7 @@ import ctypes
 import functools
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +34,17 @@ from beit3.config import Precision
 from beit3.text import TextTokenizer
 from beit3.transforms import View, apply_view, decode
 from beit3.vqkd import VQKD, batch_that_fits
-from pipelines import bill, bundles, cluster, config, train_image_tokenizer, train_text_tokenizer
+from pipelines import (
+    bundles,
+    cluster,
+    config,
+    job,
+    train_image_tokenizer,
+    train_text_tokenizer,
+)
 from pipelines.parts import PartOutput, Resources, make_dataset
 from pipelines.prepare_task import captions_of, check_captions
-from pipelines.samples import ViewConfig, picture_of
+from pipelines.samples import ViewConfig, picture_of, without_later
 from pipelines.storage import Commit, Store, fingerprint
 
 AHEAD = 2  # batches that are decoded while one is encoded
@@ -45,11 +52,12 @@ PICTURES, DOCUMENTS = 32, 256  # rows read at once
 GATHERED = 1024  # rows whose tokens are held as Python has them
 
 
-def image_tokens(patches: int) -> pa.Schema:
+def image_tokens(patches: int, *, jitter: bool = False) -> pa.Schema:
     """Columns of a tokenized image dataset; a picture's words are a list of one fixed size. With no
-    patches there are no words: the training step finds them."""
+    patches there are no words: the training step finds them. Without `jitter`, colours stay."""
+    colours = [("jitter", pa.list_(pa.float32(), 3))] if jitter else []
     words = [("words", pa.list_(pa.uint16(), patches))] if patches else []
-    view = pa.struct([("box", pa.list_(pa.float64(), 4)), ("flip", pa.bool_()), *words])
+    view = pa.struct([("box", pa.list_(pa.float64(), 4)), ("flip", pa.bool_()), *colours, *words])
     return pa.schema(
         [
             ("id", pa.string()),
@@ -58,6 +66,12 @@ def image_tokens(patches: int) -> pa.Schema:
             ("captions", pa.list_(pa.list_(pa.int32()))),
         ]
     )
+
+
+def stored_view(row: Mapping[str, Any]) -> View:
+    """The view in an element of the column `views`."""
+    jitter = row.get("jitter")
+    return View(tuple(row["box"]), row["flip"], None if jitter is None else tuple(jitter))
 
 
 TEXT_TOKENS = pa.schema([("id", pa.string()), ("ids", pa.list_(pa.int32()))])
@@ -130,6 +144,7 @@ PRESETS = {
     "default": TokenizeConfig(images=("cc3m",)),
     "gpu": TokenizeConfig(
         images=("cc3m",),
+        view=ViewConfig(jitter=0.4),
         precision="bf16",
         actors=4,
         gpus_per_actor=1,
@@ -178,7 +193,7 @@ def _tokenize(
     where = {"store", "images", "texts", "held_out", "batch_size"}
     where |= {"actors", "gpus_per_actor", "cpus_per_actor"}
     where |= {name for name, before in _LATER.items() if options[name] == before}
-    options = {k: v for k, v in options.items() if k not in where}
+    options = without_later({k: v for k, v in options.items() if k not in where})
     used = {"text": tokenizers["text"]} if is_text else tokenizers
 
     def units() -> list[dict[str, Any]]:
@@ -198,9 +213,13 @@ def _tokenize(
         inputs=[{"dataset": source, "identity": commit.identity, "tokenizers": used}],
         units=units,
         make_worker=worker,
-        schema=TEXT_TOKENS if is_text else image_tokens(0 if cfg.in_step else patches),
+        schema=TEXT_TOKENS if is_text else _schema(cfg, patches),
         resources=pool if cfg.actors and not is_text else Resources(),
     )
+
+
+def _schema(cfg: TokenizeConfig, patches: int) -> pa.Schema:
+    return image_tokens(0 if cfg.in_step else patches, jitter=cfg.view.jitter > 0)
 
 
 @functools.cache
@@ -232,7 +251,7 @@ class _Picture:
 class _Columns:
     """The tokens of a part so far, without pixels."""
 
-    patches: int
+    schema: pa.Schema
     ids: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     views: list[View] = field(default_factory=list)
@@ -244,23 +263,26 @@ class _Columns:
             rows.clear()
 
     def table(self) -> pa.Table:
-        schema = image_tokens(self.patches)
-        view = schema.field("views").type.value_type
+        views_type = self.schema.field("views").type
+        view = views_type.value_type
         boxes = pa.array([list(v.box) for v in self.views], view.field("box").type)
         columns = [boxes, pa.array([v.flip for v in self.views], pa.bool_())]
-        if self.patches:
+        if view.get_field_index("jitter") >= 0:
+            columns.append(pa.array([v.jitter for v in self.views], view.field("jitter").type))
+        if view.get_field_index("words") >= 0:
             words = np.concatenate([np.zeros(0, np.uint16), *(w.ravel() for w in self.words)])
-            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(words), self.patches))
+            patches = view.field("words").type.list_size
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(words), patches))
         views = pa.StructArray.from_arrays(columns, fields=list(view))
         each = len(self.views) // max(1, len(self.rows))
         starts = pa.array(np.arange(len(self.rows) + 1) * each, pa.int32())
         columns = [
             pa.array(self.ids, pa.string()),
             pa.array(self.rows, pa.int32()),
-            pa.ListArray.from_arrays(starts, views).cast(schema.field("views").type),
-            pa.array(self.captions, schema.field("captions").type),
+            pa.ListArray.from_arrays(starts, views).cast(views_type),
+            pa.array(self.captions, self.schema.field("captions").type),
         ]
-        return pa.Table.from_arrays(columns, schema=schema)
+        return pa.Table.from_arrays(columns, schema=self.schema)
 
 
 class ImagePart:
@@ -281,7 +303,7 @@ class ImagePart:
             )
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
-        columns, aside = _Columns(0 if self.cfg.in_step else self.shape.patches), []
+        columns, aside = _Columns(_schema(self.cfg, self.shape.patches)), []
         tables = [columns.table()]  # as Arrow holds them, tokens take a sixth of the memory
         counts = np.zeros(self.shape.codebook_size, np.int64)
         batch: list[_Picture] = []
@@ -418,9 +440,7 @@ class TextPart:
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    with bill.printed():
-        run(chosen)
+    job.main(PRESETS, __doc__, run)
 
 
 if __name__ == "__main__":

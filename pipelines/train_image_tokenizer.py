@@ -24,9 +24,8 @@ from beit3 import vqkd
 from beit3.teachers import PixelTeacher, Teacher, load_teacher
 from beit3.tokenizer_health import Baseline, Health, judge, measure
 from beit3.vqkd import PRESETS as SHAPES
-from beit3.vqkd import SHAPE_FILE as SHAPE_FILE
-from beit3.vqkd import VQKD, VQKDConfig, codebook_health, usage_health
-from pipelines import bill, bundles, cluster, config, console, models, pictures
+from beit3.vqkd import SHAPE_FILE, VQKD, VQKDConfig, codebook_health, usage_health
+from pipelines import bundles, cluster, config, console, job, models, pictures
 from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.storage import Dataset, Store, StoreError, fingerprint
@@ -67,9 +66,10 @@ class ImageTokenizerConfig:
     def __post_init__(self) -> None:
         if not self.images:
             raise ValueError("images: name at least one dataset")
-        for name in ("evaluate_images", "baseline_images"):
+        for name in ("batch_size", "evaluate_images", "baseline_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        self.train.check_shared("batch_size", self.batch_size)
 
 
 # BEiT v2's recipe: 100 epochs of ImageNet-1K at batch 512 (microsoft/unilm beit2 TOKENIZER.md).
@@ -341,9 +341,7 @@ def run(cfg: ImageTokenizerConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    with bill.printed():
-        run(chosen)
+    job.main(PRESETS, __doc__, run)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import pyarrow as pa
 
 from beit3.text import TextTokenizer
-from pipelines import bill, bundles, cluster, config, console
+from pipelines import bundles, cluster, config, console, job
 from pipelines.storage import Dataset, Store, fingerprint
 
 TOKENIZER_FILE = "tokenizer.spm"
@@ -176,9 +176,7 @@ def _lines(table: pa.Table, column: str, share: float) -> pa.Table:
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    with bill.printed():
-        run(chosen)
+    job.main(PRESETS, __doc__, run)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ from beit3.config import PRESETS as MODELS
 from beit3.device import to_device
 from beit3.masking import Masking
 from beit3.vqkd import PRESETS as TOKENIZERS
-from pipelines import bundles, config, console, finetune, pretrain, token_checks
+from pipelines import bundles, config, console, finetune, job, pretrain, token_checks
 from pipelines.finetune import FinetuneConfig, FinetuneRecipe
 from pipelines.prepare_task import labels
 from pipelines.pretrain_config import PRESETS as PRETRAINING
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.side_by_side import side_by_side, steps_of
-from pipelines.storage import Store, StoreError
+from pipelines.storage import Store
 from tuning.ablations import ABLATIONS, DEFAULT, PAPER_TASKS, VARIANTS, check_default, variant
 from tuning.downstream import (
     MEASURES,
@@ -452,14 +452,13 @@ def show_plan(rows: Sequence[Mapping[str, Any]], cpus: int = 0) -> None:
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    try:
+    def run_or_plan(chosen: AblateConfig) -> None:
         if chosen.dry_run:
             show_plan(plan(chosen), chosen.cpus)
         else:
             run(chosen)
-    except (FileNotFoundError, StoreError, ValueError) as error:
-        config.stop(str(error))
+
+    job.main(PRESETS, __doc__, run_or_plan, billed=lambda chosen: not chosen.dry_run)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines import config, console, finetune
+from pipelines import config, console, finetune, job
 from pipelines.baselines import TEST_SPLITS, blind
 from pipelines.finetune import FinetuneConfig
 from pipelines.prepare_task import labels
 from pipelines.sample_world.ceiling import ceiling
 from pipelines.side_by_side import side_by_side, steps_of
-from pipelines.storage import Store, StoreError
+from pipelines.storage import Store
 from tuning.downstream import (
     MEASURES,
     TasksConfig,
@@ -209,11 +209,7 @@ def _line(task: str, scores: Mapping[str, Any]) -> Sequence[str]:
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    try:
-        run(chosen)
-    except (FileNotFoundError, StoreError, ValueError) as error:
-        config.stop(str(error))
+    job.main(PRESETS, __doc__, run)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines import bill, cluster, config, console, finetune, models, tracking
+from pipelines import cluster, config, console, finetune, job, models, tracking
 from pipelines.finetune import FinetuneConfig
 from pipelines.storage import Store, StoreError, fingerprint
 from tuning import outcome, room, schedulers, spaces, sweep_page, trials, watch
@@ -291,12 +291,7 @@ def trial_config(cfg: SweepConfig, chosen: dict[str, Any]) -> FinetuneConfig:
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    try:
-        with bill.printed():
-            run(chosen)
-    except (FileNotFoundError, StoreError, ValueError) as error:
-        config.stop(str(error))
+    job.main(PRESETS, __doc__, run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -201,9 +202,46 @@ def test_a_picture_too_narrow_for_the_aspect_is_seen_whole() -> None:
     assert view == WHOLE
 
 
+def jittered(pixels: np.ndarray, brightness: float, contrast: float, saturation: float) -> Any:
+    """`[3, height, width]`, by the formulas of torchvision's ColorJitter for tensors."""
+
+    def grey(rgb: np.ndarray) -> np.ndarray:
+        return np.floor(np.tensordot([0.2989, 0.587, 0.114], rgb, 1))
+
+    def blend(factor: float, one: np.ndarray, other: Any) -> np.ndarray:
+        return np.floor((factor * one + (1 - factor) * other).clip(0, 255))
+
+    pixels = blend(brightness, pixels.astype(float), 0.0)
+    pixels = blend(contrast, pixels, grey(pixels).mean())
+    return blend(saturation, pixels, grey(pixels))
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [(1.4, 1.0, 1.0), (1.0, 0.6, 1.0), (1.0, 1.0, 1.4), (0.6, 1.4, 0.6), (1.3, 0.7, 1.2)],
+)
+def test_colours_change_as_torchvision_changes_them(factors: tuple[float, float, float]) -> None:
+    box = (0.1, 0.2, 0.8, 0.9)
+    plain = apply_view(picture(), View(box), 20)
+    pixels = apply_view(picture(), View(box, jitter=factors), 20)
+    assert pixels.shape == plain.shape and pixels.dtype == np.uint8
+    assert np.abs(pixels - jittered(plain, *factors)).max() <= 2
+    assert np.abs(pixels - plain.astype(float)).mean() > 5
+    mirrored = apply_view(picture(), View(box, True, factors), 20)
+    assert (mirrored == pixels[:, :, ::-1]).all()
+
+
+def test_factors_of_one_leave_the_colours() -> None:
+    plain, same = (
+        apply_view(picture(), View(WHOLE.box, jitter=jitter), 16) for jitter in (None, (1, 1, 1))
+    )
+    assert (plain == same).all()
+
+
 def test_views_of_extreme_pictures_can_be_applied() -> None:
     rng = np.random.default_rng(0)
     for size in ((1, 1), (2, 500), (500, 2)):
         for _ in range(20):
             view = sample_view(rng, *size, scale=(0.01, 1.0), flip=0.5)
-            assert apply_view(Image.new("RGB", size), view, 8).shape == (3, 8, 8)
+            for one in (view, replace(view, jitter=(0.6, 1.4, 1.4))):
+                assert apply_view(Image.new("RGB", size), one, 8).shape == (3, 8, 8)

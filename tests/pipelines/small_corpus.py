@@ -167,4 +167,6 @@ def pretraining(store: Store, **changes: Any) -> PretrainConfig:
         text_batch=4, pair_batch=8, held_out="captioning/val", held_out_batches=1, model=SHAPE,
         held_out_ranked=4, masking=Masking(min_block=1),
     )  # fmt: skip
+    if not changes.get("held_out", start.held_out):
+        changes["held_out_ranked"] = 0
     return replace(start, train=train_config(**train), **changes)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,27 @@ import pyarrow.parquet as pq
 import pytest
 from small_corpus import picture, publish
 
+from beit3.transforms import sample_view
+from pipelines import config
 from pipelines import samples as sampling
 from pipelines.loader import (
+    LEAST_CACHED,
     STREAMS,
     TURNS,
     WINDOW,
+    CacheBudget,
     Mix,
     Order,
     ParquetRows,
     Prefetcher,
     RowGroup,
+    memory,
+    rows_at_hand,
     share,
 )
-from pipelines.samples import Pictures, Samples, ViewConfig
+from pipelines.samples import Pictures, Samples, ViewConfig, without_later
 from pipelines.storage import ROW_GROUP_ROWS, Store, StoreError
+from pipelines.tokenize_corpus import TokenizeConfig
 
 SCHEMA = pa.schema([("id", pa.string()), ("words", pa.list_(pa.int32()))])
 
@@ -180,25 +189,121 @@ def test_columns_can_be_read_in_another_way(store: Store) -> None:
     assert len(seen[0]) == 88
 
 
-def test_row_groups_are_kept_up_to_their_bytes(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = store.dataset("one")
-    source = ParquetRows([one])
-    size = source.table(0, source.groups[0].path, 0).nbytes
-    monkeypatch.setattr("pipelines.loader.CACHED_BYTES", int(1.9 * size))
-    read: list[int] = []
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The row groups' numbers in their files, as they are read."""
+    indices: list[int] = []
     real = pq.ParquetFile.read_row_group
 
     def counted(file: pq.ParquetFile, index: int, **options: Any) -> pa.Table:
-        read.append(index)
+        indices.append(index)
         return real(file, index, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    source = ParquetRows([one])
+    return indices
+
+
+@pytest.fixture
+def budget(monkeypatch: pytest.MonkeyPatch) -> CacheBudget:
+    budget = CacheBudget()
+    monkeypatch.setattr("pipelines.loader.CACHES", budget)
+    return budget
+
+
+def test_a_container_may_use_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    paths = [tmp_path / "memory.max", tmp_path / "limit_in_bytes"]
+    monkeypatch.setattr("pipelines.loader.MEMORY_LIMITS", [str(path) for path in paths])
+    assert memory() == machine
+    paths[0].write_text("max\n")
+    paths[1].write_text(f"{(1 << 63) - 4096}\n")  # none, as version 1 says it
+    assert memory() == machine
+    for path, limit in zip(paths, (machine // 2, machine // 3), strict=True):
+        path.write_text(f"{limit}\n")
+        assert memory() == limit
+    budget = CacheBudget()
+    budget.share(1 << 40)
+    assert budget.bytes == LEAST_CACHED
+
+
+def test_row_groups_are_kept_up_to_their_rows(store: Store, read: list[int]) -> None:
+    source = ParquetRows([store.dataset("one")], kept=400)
     for index in (0, 2, 0, 2, 1, 2, 0):  # 256, 88 and 256 rows; 2 and one of the others fit
         source.row(source.groups[index], 3)
     assert read == [0, 2, 1, 0]
+
+
+def test_row_groups_are_kept_up_to_their_bytes(
+    store: Store, read: list[int], budget: CacheBudget
+) -> None:
+    source = ParquetRows([store.dataset("one")])
+    size = source.table(0, source.groups[0].path, 0).nbytes
+    read.clear()
+    budget.bytes = int(1.9 * size)
+    source = ParquetRows([store.dataset("one")])
+    for index in (0, 2, 0, 2, 1, 2, 0):
+        source.row(source.groups[index], 3)
+    assert read == [0, 2, 1, 0]
+
+
+def test_row_groups_of_all_kinds_share_a_budget(
+    store: Store, read: list[int], budget: CacheBudget
+) -> None:
+    """What holds more than its share makes room, be it for what holds less."""
+    large, small = ParquetRows([store.dataset("one")]), ParquetRows([store.dataset("two")], ["id"])
+
+    def look(source: ParquetRows, *indices: int) -> int:
+        read.clear()
+        for index in indices:
+            source.row(source.groups[index], 0)
+        return len(read)
+
+    assert look(large, 0, 1, 2) + look(small, 0, 1) == 5
+    assert look(large, 0, 1, 2) + look(small, 0, 1) == 0
+    budget.bytes = large.table(0, large.groups[0].path, 0).nbytes * 2
+    assert look(large, 3) == 1  # in the place of others
+    assert look(small, 0, 1) == 0
+    assert look(large, 3) == 0 and look(large, 0, 1) == 2
+    del large, small  # who is gone holds nothing
+    alone = ParquetRows([store.dataset("one")])
+    assert look(alone, 0, 2) == 2 and look(alone, 0, 2) == 0
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("weights", [(), (9, 1)], ids=["plain", "weighted"])
+def test_a_row_group_is_read_about_once_in_an_epoch(
+    weights: Sequence[float], world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a 32nd of the size, in windows that begin anywhere in a row group."""
+    for name in ("loader", "storage"):
+        monkeypatch.setattr(f"pipelines.{name}.ROW_GROUP_ROWS", ROW_GROUP_ROWS // 32)
+    monkeypatch.setattr("pipelines.loader.WINDOW", WINDOW // 32)
+    store = Store(tmp_path)
+    publish(store, "large", SCHEMA, *(rows(f"{i}", 509) for i in range(28)))
+    publish(store, "small", SCHEMA, *(rows(f"{i}", 509) for i in range(3)))
+    samples = drawn(store, batch=64, world=world, names=("large", "small"), weights=weights)
+    wanted, most = len(samples.rows.groups) / world, rows_at_hand(world, len(weights) or 1)
+    read: list[tuple[Any, ...]] = []
+    real, held = samples.rows._read, samples.rows._cache
+
+    def counted(*key: Any) -> Any:
+        if key not in held:
+            read.append(key)
+        return real(*key)
+
+    monkeypatch.setattr(samples.rows, "_read", counted)
+    epoch = samples.rows.rows // 64
+    # A row group in which one stream ends and the next begins is read by both.
+    ends = STREAMS / world * (len(weights) or 1)
+    for steps in (range(epoch), range(epoch, 2 * epoch)):
+        read.clear()
+        rows_held = []
+        for step in steps:
+            samples(step)
+            rows_held.append(sum(one.table.num_rows for one in held.values()))
+        assert len(read) <= 1.05 * wanted + ends
+        assert 0.9 * most < max(rows_held) <= most
+        assert steps.start or len(set(read)) >= 0.9 * wanted
 
 
 # -- a mix by weight -------------------------------------------------------------------------------
@@ -359,3 +464,41 @@ def test_views_are_drawn_from_the_samples_own_numbers() -> None:
         ViewConfig(scale=(0.5, 1.5))
     with pytest.raises(ValueError, match=r"view\.flip"):
         ViewConfig(flip=2.0)
+    for jitter in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=rf"view\.jitter: .* got {jitter}"):
+            ViewConfig(jitter=jitter)
+
+
+def test_without_jitter_views_are_drawn_as_ever() -> None:
+    image, views = Pictures()("one", picture(1)), ViewConfig(scale=(0.3, 0.6))
+    drawing, again = np.random.default_rng(0), np.random.default_rng(0)
+    for _ in range(20):
+        view = views.draw(image, drawing)
+        assert view == sample_view(again, *image.size, scale=(0.3, 0.6), flip=0.5)
+        assert view.jitter is None
+
+
+def test_jitter_is_drawn_after_the_crop() -> None:
+    image, plain = Pictures()("one", picture(1)), ViewConfig()
+    views = ViewConfig(jitter=0.4)
+    drawn = [views.draw(image, np.random.default_rng(n)) for n in range(200)]
+    for number, view in enumerate(drawn):
+        assert replace(view, jitter=None) == plain.draw(image, np.random.default_rng(number))
+    factors = np.array([view.jitter for view in drawn])
+    assert np.array_equal(factors, factors.astype(np.float32))  # so tokens store the very factors
+    assert (factors.min(0) < 0.62).all() and (factors.max(0) > 1.38).all()
+    assert factors.min() > 0.6 - 1e-6 and factors.max() < 1.4 + 1e-6
+    assert np.abs(factors.mean(0) - 1).max() < 0.06
+    assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.2
+    one, other = (v.pixels(image, np.random.default_rng(0), 16) for v in (plain, views))
+    assert not np.array_equal(one, other)
+
+
+def test_what_was_made_before_jitter_is_still_found() -> None:
+    plain = config.to_dict(TokenizeConfig(images=("a",)))
+    assert without_later(plain) == {
+        **plain,
+        "view": {"scale": [0.2, 1.0], "aspect": [3 / 4, 4 / 3], "flip": 0.5},
+    }
+    jittered = config.to_dict(TokenizeConfig(images=("a",), view=ViewConfig(jitter=0.4)))
+    assert without_later(jittered) == jittered

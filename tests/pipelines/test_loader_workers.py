@@ -20,7 +20,7 @@ from ray import cloudpickle
 from torch import Tensor, nn
 
 from beit3 import weights
-from pipelines import loader_workers, models, pretrain, train_text_tokenizer
+from pipelines import loader, loader_workers, models, pretrain, train_text_tokenizer
 from pipelines.loader_workers import LoaderWorkers, check_room, prefetch
 from pipelines.pretrain import PretrainRecipe
 from pipelines.recipe import TrainConfig
@@ -48,7 +48,8 @@ class Numbers:
                 time.sleep(3600)
             random = torch.Generator().manual_seed(step)
             data = torch.randn(4, 3, generator=random)
-            return {"step": step, "rank": (rank, world), "data": data, "pid": os.getpid()}
+            who = {"rank": (rank, world), "pid": os.getpid(), "cached": loader.CACHES.bytes}
+            return {"step": step, "data": data, **who}
 
         return make
 
@@ -164,6 +165,19 @@ def test_no_more_is_made_than_may_wait_and_closing_ends_the_processes() -> None:
     process = psutil.Process(batch["pid"])
     makers.close()
     process.wait(30)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_who_makes_batches_on_a_machine_shares_its_memory(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader.CACHES, "bytes", loader.CACHES.bytes)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    batches = prefetch(Numbers(), 0, 2, range(1), workers)
+    try:
+        assert next(batches)["cached"] == max(loader.LEAST_CACHED, loader.memory() // 8)
+    finally:
+        batches.close()
 
 
 def test_closing_frees_who_waits_for_a_batch() -> None:

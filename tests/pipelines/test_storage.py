@@ -436,6 +436,8 @@ def test_a_dataset_grows_by_a_further_commit(store: Store) -> None:
     assert [a["why"] for a in second.lineage["amendments"]] == ["more"]
     assert dataset.read_table().num_rows == 5
     assert store.list("d/_commits") == ["00000000.json", "00000001.json"]
+    assert list(dataset.commits()) == [second, first]
+    assert not list(store.dataset("nothing").commits())
     # A job that listed the commits before another amended can't commit what it made of them.
     stale = Dataset(store, "d")
     stale._versions = lambda: ["00000000.json"]  # type: ignore[method-assign]

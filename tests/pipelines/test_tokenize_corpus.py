@@ -26,7 +26,7 @@ from pipelines import tokenize_corpus, train_image_tokenizer, train_text_tokeniz
 from pipelines.ingest import IMAGE_SCHEMA
 from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
 from pipelines.storage import Commit, Store, StoreError
-from pipelines.tokenize_corpus import ImagePart, TokenizeConfig, image_tokens, run
+from pipelines.tokenize_corpus import ImagePart, TokenizeConfig, image_tokens, run, stored_view
 
 SOURCES = ("images", "text", "tasks", "tokenizers")
 NAMES = ("pairs", "alone", "words", "captioning/val")
@@ -43,28 +43,57 @@ def files(commit: Commit) -> list[Any]:
 # -- what is made ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pairs", "alone", "captioning/val"])
-def test_words_are_those_of_the_view_that_is_replayed(name: str, corpus: Store) -> None:
-    """Picture of the row, box and flip as stored, encoded here: the very words that are stored."""
-    tokenizer, _ = train_image_tokenizer.load(corpus, "vqkd")
+def replayed(store: Store, name: str) -> list[View]:
+    """Stored views, which give the very words that are stored when encoded here."""
+    tokenizer, _ = train_image_tokenizer.load(store, "vqkd")
     kind = "tasks" if "/" in name else "images"
-    tokens, source = corpus.dataset(f"tokens/{name}"), corpus.dataset(f"{kind}/{name}")
-    seen, flips = 0, set()
+    tokens, source = store.dataset(f"tokens/{name}"), store.dataset(f"{kind}/{name}")
+    found = []
     for file, origin in zip(tokens.commit().files, source.commit().files, strict=True):
-        rows = pq.read_table(corpus.path(tokens.name, file.path)).to_pylist()
-        pictures = pq.read_table(corpus.path(source.name, origin.path)).to_pylist()
+        rows = pq.read_table(store.path(tokens.name, file.path)).to_pylist()
+        pictures = pq.read_table(store.path(source.name, origin.path)).to_pylist()
         for row in rows:
             owner = pictures[row["image_row"]]
             assert owner["id"] == row["id"] and len(row["views"]) == 2
             cell = owner["images"][0] if "images" in owner else owner["image"]
-            views = [View(tuple(v["box"]), v["flip"]) for v in row["views"]]
+            views = [stored_view(v) for v in row["views"]]
             assert views[0] != views[1]
             pixels = [apply_view(decode(cell["bytes"]), v, small_corpus.SIZE) for v in views]
             words = tokenizer.encode(torch.from_numpy(np.stack(pixels))).numpy()
             assert np.array_equal(words, [v["words"] for v in row["views"]])
-            flips |= {v.flip for v in views}
-            seen += 1
-    assert seen == tokens.commit().rows and flips == {True, False}
+            found += views
+    assert len(found) == 2 * tokens.commit().rows
+    return found
+
+
+@pytest.mark.parametrize("name", ["pairs", "alone", "captioning/val"])
+def test_words_are_those_of_the_view_that_is_replayed(name: str, corpus: Store) -> None:
+    views = replayed(corpus, name)
+    assert {view.flip for view in views} == {True, False}
+    assert {view.jitter for view in views} == {None}
+
+
+def test_words_are_those_of_the_colours_that_are_replayed(copied: Callable[..., Store]) -> None:
+    store = copied(*SOURCES)
+    view = replace(small_corpus.VIEW, jitter=0.4)
+    cfg = small_corpus.tokens(store, images=("pairs",), texts=(), view=view)
+    run(cfg)
+    for name, rows in (("pairs", 34), ("captioning/val", 9)):
+        factors = np.array([view.jitter for view in replayed(store, name)])
+        assert len(np.unique(factors)) == factors.size == 2 * rows * 3
+        assert factors.min() < 0.65 and factors.max() > 1.35
+        tokens = store.dataset(f"tokens/{name}").read_table()
+        assert tokens.schema.equals(image_tokens(9, jitter=True))
+        of_view = tokens.schema.field("views").type.value_type
+        assert [field.name for field in of_view.fields] == ["box", "flip", "jitter", "words"]
+        assert of_view.field("jitter").type == pa.list_(pa.float32(), 3)
+    wanted = tokens["views"].to_pylist()
+    store.delete("tokens")
+    run(replace(cfg, in_step=True))
+    made = store.dataset("tokens/captioning/val").read_table()
+    assert made.schema.equals(image_tokens(0, jitter=True))
+    for ours, theirs in zip(made["views"].to_pylist(), wanted, strict=True):
+        assert [stored_view(v) for v in ours] == [stored_view(v) for v in theirs]
 
 
 def test_each_picture_has_views_of_its_own(corpus: Store) -> None:
@@ -154,6 +183,7 @@ def test_words_are_lists_of_one_size(corpus: Store) -> None:
         view = dataset.read_table().schema.field("views").type.value_type
         assert view.field("words").type == pa.list_(pa.uint16(), 9)
         assert dataset.read_table().schema.equals(image_tokens(9))
+        assert [field.name for field in view.fields] == ["box", "flip", "words"]
         assert "fixed_size_list<" in dataset.commit().schema
 
 
@@ -227,7 +257,8 @@ def test_what_is_there_is_skipped_and_other_options_are_refused(
     again = run(small_corpus.tokens(corpus, actors=3, batch_size=99))
     assert {c.dataset: c for c in again} == {c.dataset: c for c in before.values()}
     assert capsys.readouterr().out.count("skipped") == len(NAMES)
-    for change in ({"views": 3}, {"seed": 1}, {"max_caption_length": 9}):
+    jitter = {"view": replace(small_corpus.VIEW, jitter=0.4)}
+    for change in ({"views": 3}, {"seed": 1}, {"max_caption_length": 9}, jitter):
         with pytest.raises(StoreError, match="other inputs or options"):
             run(small_corpus.tokens(corpus, texts=(), held_out=(), **change))
 

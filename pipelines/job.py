@@ -1,0 +1,47 @@
+"""What all jobs' programs share: their options, their bill, and errors in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pipelines import bill, config
+from pipelines.storage import StoreError
+
+T = TypeVar("T")
+
+
+def main(
+    presets: Mapping[str, T],
+    description: str | None,
+    run: Callable[[T], object],
+    *,
+    billed: Callable[[T], bool] = lambda chosen: True,
+) -> None:
+    """Read the options, run the job and say what it used of machines.
+
+    Input or options that a job can't use end it with exit code 2 and the error in one line.
+
+    Args:
+        presets, description: As `config.cli` takes them.
+        billed: Whether a job with these options uses machines worth a word.
+    """
+    chosen = located(config.cli(presets, description=description or ""))
+    try:
+        if billed(chosen):
+            with bill.printed():
+                run(chosen)
+        else:
+            run(chosen)
+    except (FileNotFoundError, StoreError, ValueError) as error:
+        config.stop(str(error))
+
+
+def located(chosen: T) -> T:
+    """With the whole path of a store in a folder, since workers may run in other folders."""
+    store = getattr(chosen, "store", None)
+    if not isinstance(store, str) or "://" in store:
+        return chosen
+    return dataclasses.replace(cast(Any, chosen), store=str(Path(store).absolute()))
