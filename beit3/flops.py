@@ -1,8 +1,9 @@
 """What a step costs in floating-point operations, by formula, and what a device can do.
 
-Counted is what the losses need: matrix products and attention of real tokens, heads at masked
-positions. Padding, and what activation checkpointing computes again, is not. Over time and over the
-device's peak it is the model FLOPs utilisation (MFU; "PaLM", arXiv 2204.02311, appendix B).
+Counts only what the losses need: matrix products and attention of real tokens, heads at masked
+positions. Padding and the recomputation of activation checkpointing are not counted. Divided by
+time and by the device's peak, this is the model FLOPs utilisation (MFU; "PaLM", arXiv 2204.02311,
+appendix B).
 """
 
 from __future__ import annotations

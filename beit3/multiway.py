@@ -39,7 +39,7 @@ are sorted by length pads little."""
 
 
 class Streams(NamedTuple):
-    """The same of either modality; None where the batch has no tokens of it."""
+    """One tensor for each modality; None if the batch has no tokens of it."""
 
     vision: Tensor | None
     language: Tensor | None

@@ -90,7 +90,7 @@ def measure_saves(options: argparse.Namespace) -> dict[str, Any]:
     found["parameters"] = sum(p.numel() for p in engine.module.parameters())
     store = Store(options.store)
     number = 0
-    with checkpoints.Writer(store, NAME, train_config(options)) as writer:
+    with checkpoints.Writer(store, NAME, train_config(options), print) as writer:
 
         def save() -> None:
             writer.save(number, engine)

@@ -1,9 +1,9 @@
-"""What a job used of machines: hours of each type of node, and their price where it is known.
+"""Node-hours that a job used, by type of node, and their cost where prices are known.
 
-Nodes are looked at every few seconds, and each counts from one look to the next for as long as Ray
-has it alive, whatever it does; nodes that come and go count while they are there. So two jobs at
-once on one cluster count the same nodes twice. A machine that starts up, or shuts down, costs and
-isn't counted: Ray doesn't see it yet, or no longer.
+Every few seconds, each node that Ray has alive is counted for the time since the last look, whether
+it works or not; nodes that come and go count while they are there. So two jobs on one cluster at
+once count the same nodes twice. A machine that starts up or shuts down costs money but isn't
+counted: Ray doesn't see it yet, or no longer.
 
     BEIT3_PRICES="head=1 cpu=0.5 gpu=20"
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipelines.loader import memory
 from pipelines.recipe import TrainConfig
 
 GIB = 1 << 30
@@ -30,13 +31,15 @@ class Assumptions:
     H100 SXM 989."""
     mfu: float = 0.35
     """Share of that peak that the training reaches; runs log theirs as train/mfu."""
+    decoded_per_second: float = 300.0
+    """Pictures that one process reads, decodes and crops in a second (`benchmarks/loader.py`)."""
     text_tokens: int = 300
     """Tokens of a text alone, where there are no tokens to count."""
     caption_tokens: int = 16
     """Tokens of a caption, where there are none to count."""
 
     def __post_init__(self) -> None:
-        for name in ("gpu_gib", "gpu_tflops", "mfu"):
+        for name in ("gpu_gib", "gpu_tflops", "mfu", "decoded_per_second"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"assume.{name}: expected more than 0, got {getattr(self, name)}")
         for name in ("text_tokens", "caption_tokens"):
@@ -68,6 +71,17 @@ class States:
     def total(self) -> int:
         """On the GPU."""
         return self.parameters + self.gradients + self.optimizer + self.average + self.buffers
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a step takes of a worker's GPU beside the state, by estimate.
+
+    checkpointed: the same with `model.checkpoint_activations` blocks.
+    """
+
+    configured: int
+    checkpointed: int
 
 
 def bucket(count: int) -> int:
@@ -112,24 +126,75 @@ def states(count: int, config: TrainConfig, *, frozen: int = 0) -> States:
     return States(parameters, whole if stage == 1 else 0, 0, 0, buffers, host)
 
 
-def check_device(module: nn.Module, config: TrainConfig, device: torch.device) -> None:
-    """See to it that the state of a run fits into the GPU, before it is put there.
+def check_device(
+    module: nn.Module, config: TrainConfig, device: torch.device, step: StepMemory | None = None
+) -> None:
+    """See to it that a run fits into the GPU, before it is put there.
+
+    Args:
+        step: What a step takes beside the state, where somebody reckons it.
 
     Raises:
-        ValueError: it does not, even without any activations.
+        ValueError: it doesn't fit into the whole GPU, the state by itself or, by estimate, with a
+            step.
+        RuntimeError: the state doesn't fit into the memory that is free for now.
     """
     if device.type != "cuda":
         return
-    counts = _counts(module)
-    needed = states(counts[1], config, frozen=counts[0]).total
-    free, _ = torch.cuda.mem_get_info(device)
+    frozen, trained = _counts(module)
+    needed = states(trained, config, frozen=frozen).total
+    free, there = torch.cuda.mem_get_info(device)
+    name = torch.cuda.get_device_name(device)
     if needed > free:
-        ways = ", ".join(name for name, _ in lighter(config))
-        raise ValueError(
-            f"{sum(counts):,} parameters with gradients and optimizer state take "
-            f"{needed / GIB:.1f} GiB of each GPU, and {torch.cuda.get_device_name(device)} has "
-            f"{free / GIB:.1f} GiB free: {ways or 'train on more workers, or a smaller model'}"
+        ways = ", ".join(way for way, _ in lighter(config))
+        raise (ValueError if needed > there else RuntimeError)(
+            f"{frozen + trained:,} parameters with gradients and optimizer state take "
+            f"{needed / GIB:.1f} GiB of each GPU, and {name} has {free / GIB:.1f} GiB free: "
+            f"{ways or 'train on more workers, or a smaller model'}"
         )
+    problem = step and too_much(trained, config, step, there, name, frozen=frozen)
+    if problem:
+        raise ValueError(problem)
+
+
+def too_much(
+    count: int, config: TrainConfig, step: StepMemory, there: int, gpu: str, *, frozen: int = 0
+) -> str:
+    """Why a worker needs more than the `there` bytes of its GPU, and what would need less; empty if
+    it doesn't.
+
+    Args:
+        count, frozen: As `states` takes them.
+        gpu: What it is called.
+    """
+    needed = states(count, config, frozen=frozen).total + step.configured
+    if needed <= there:
+        return ""
+    others = [
+        (way, states(count, other, frozen=frozen).total + step.configured)
+        for way, other in lighter(config)
+    ]
+    if step.checkpointed < step.configured:
+        saved = step.configured - step.checkpointed
+        others.append(("model.checkpoint_activations blocks", needed - saved))
+    ways = [f"{way}: {taken / GIB:.1f}" for way, taken in others]
+    ways.append("or smaller batches, with as much larger train.accumulate")
+    return (
+        f"a worker needs {needed / GIB:.1f} GiB, by estimate, and its GPU has {there / GIB:.1f} "
+        f"({gpu}). In GiB it would need with {'; '.join(ways)}"
+    )
+
+
+def limit(config: TrainConfig) -> tuple[float, str] | None:
+    """Hours after which a run stops, and the option, with its value, that has it stop; None if it
+    goes on to its end."""
+    limits = []
+    if config.max_hours:
+        limits.append((config.max_hours, f"train.max_hours {config.max_hours:g}"))
+    if config.max_cost:
+        hours = config.max_cost / (config.price_per_hour * max(1, config.workers))
+        limits.append((hours, f"train.max_cost {config.max_cost:g}"))
+    return min(limits, default=None)
 
 
 def check_machine(module: nn.Module, config: TrainConfig) -> None:
@@ -148,7 +213,7 @@ def check_machine(module: nn.Module, config: TrainConfig) -> None:
     counts, workers = _counts(module), max(1, config.workers)
     found = states(counts[1], config, frozen=counts[0])
     needed = workers * (found.total + found.host)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = memory()
     if needed > there:
         raise ValueError(
             f"train.workers {config.workers}: {sum(counts):,} parameters with gradients and "

@@ -16,6 +16,10 @@ from pipelines.storage import Store, StoreError
 MANIFEST = "_bundle.json"
 
 
+class Damaged(StoreError):
+    """A file of a bundle is not what was written: it is lost, cut off or changed."""
+
+
 def save(store: Store, name: str, folder: Path, info: dict[str, Any]) -> None:
     """Upload every file of a local folder, then the manifest with `info`."""
     store.delete(f"{name}/{MANIFEST}")
@@ -73,14 +77,20 @@ def load(store: Store, name: str, to: Path) -> dict[str, Any]:
     """Copy a bundle to a local folder, verified; returns its info.
 
     Raises:
-        StoreError: it is missing, or a file is missing or damaged.
+        StoreError: it is missing, or the store doesn't answer.
+        Damaged: a file is missing or is another.
     """
     manifest = _manifest(store, name)
     for relative, expected in manifest["files"].items():
-        found = store.download(f"{name}/{relative}", to / relative)
+        try:
+            found = store.download(f"{name}/{relative}", to / relative)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise Damaged(f"{store.uri}/{name}/{relative}: missing") from error
+            raise
         if found.sha256 != expected["sha256"]:
             (to / relative).unlink()
-            raise StoreError(f"{store.uri}/{name}/{relative}: damaged (checksum differs)")
+            raise Damaged(f"{store.uri}/{name}/{relative}: damaged (checksum differs)")
     return manifest["info"]
 
 
@@ -92,4 +102,4 @@ def _manifest(store: Store, name: str) -> dict[str, Any]:
     try:
         return store.read_json(f"{name}/{MANIFEST}")
     except ValueError as error:
-        raise StoreError(f"{store.uri}/{name}/{MANIFEST}: damaged ({error})") from error
+        raise Damaged(f"{store.uri}/{name}/{MANIFEST}: damaged ({error})") from error

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,12 @@ from pipelines.recipe import TrainConfig
 from pipelines.storage import Store, StoreError
 from pipelines.zero import AVERAGE, MOMENTS
 
+T = TypeVar("T")
+
 FORMAT = 1
 """Of a checkpoint's files, as its manifest says; one that says nothing is of the first."""
+EVALUATION_DUE = "evaluation_due"  # in the manifest: a step was saved before it was evaluated
+FAILURES = 3  # checkpoints in a row that could not be written, and then the run ends
 
 
 def folder(run: str, step: int) -> str:
@@ -36,25 +40,45 @@ def folder(run: str, step: int) -> str:
 class Writer:
     """Writes a run's checkpoints beside the training, one at a time; every worker has one.
 
-    As a context it ends when the last one is written. What went wrong in writing one is raised by
-    the next `save`, by `wait` or at the end, on rank 0.
+    As a context it ends when the last one is written. One that can't be written is said, and the
+    next is tried: a run need not fall back to an older one for it. After `FAILURES` in a row `save`
+    raises what went wrong, and so do `wait` and the end after one, on rank 0.
     """
 
-    def __init__(self, store: Store, run: str, config: TrainConfig) -> None:
-        self.store, self.run, self.config = store, run, config
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        config: TrainConfig,
+        say: Callable[[str], None],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`notes` go into each manifest: what the run comes from."""
+        self.store, self.run, self.config, self.say = store, run, config, say
+        self.notes = dict(notes or {})
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self._failed = 0  # in a row
 
-    def save(self, step: int, engine: Any) -> None:
+    def save(self, step: int, engine: Any, *, due: bool = False) -> None:
         """Copy the state after `step` steps to CPU memory, and begin to write it.
+
+        `due`: the step's evaluation is still to come, also for a run that goes on from here.
 
         Every worker must call this; rank 0 writes. It waits until the one before is written. Older
         checkpoints are deleted then, but `keep_checkpoints` and each `keep_every`-th step's.
+
+        Raises:
+            StoreError, OSError: the last `FAILURES` could not be written.
         """
-        self.wait()
+        try:
+            self.wait()
+        except (StoreError, OSError):
+            if self._failed >= FAILURES:
+                raise
         files = _copy(engine)
         if dist.get_rank() == 0:
-            self._pending = self._thread.submit(self._write, step, files)
+            self._pending = self._thread.submit(self._write, step, files, due)
 
     @property
     def writing(self) -> bool:
@@ -83,14 +107,23 @@ class Writer:
         finally:
             self._thread.shutdown()
 
-    def _write(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
-        with tempfile.TemporaryDirectory() as temporary:
-            for name, tensors in files.items():
-                save_file(tensors, Path(temporary) / name)
-            info = {"step": step, "format": FORMAT}
-            bundles.save(self.store, folder(self.run, step), Path(temporary), info)
-        for old in self._superfluous(step):
-            self.store.delete(folder(self.run, old))
+    def _write(self, step: int, files: dict[str, dict[str, Tensor]], due: bool) -> None:
+        try:
+            with tempfile.TemporaryDirectory() as temporary:
+                for name, tensors in files.items():
+                    save_file(tensors, Path(temporary) / name)
+                info = {**self.notes, "step": step, "format": FORMAT, EVALUATION_DUE: due}
+                bundles.save(self.store, folder(self.run, step), Path(temporary), info)
+        except (StoreError, OSError) as error:
+            self._failed += 1
+            self.say(f"{self.run}: the checkpoint of step {step} could not be written: {error}")
+            raise
+        self._failed = 0
+        try:
+            for old in self._superfluous(step):
+                self.store.delete(folder(self.run, old))
+        except OSError as error:  # the next one deletes them
+            self.say(f"{self.run}: checkpoints before step {step} could not be deleted: {error}")
 
     def _superfluous(self, newest: int) -> list[int]:
         """Steps whose checkpoints may go; of later ones, which a run passed by, it says nothing."""
@@ -103,29 +136,34 @@ class Writer:
         return [s for s in before if s not in kept]
 
 
-def restore(store: Store, run: str, engine: Any, say: Callable[[str], None]) -> int:
-    """Load the newest sound checkpoint into an engine that hasn't stepped yet; returns its step.
+def restore(
+    store: Store, run: str, engine: Any, say: Callable[[str], None], fingerprint: str = ""
+) -> tuple[int, bool]:
+    """Load the newest sound checkpoint into an engine that hasn't stepped yet.
 
-    0 if there is none. Every worker must call this; rank 0 reads. A damaged checkpoint is named to
-    `say` and the one before it is taken.
+    Returns its step, 0 if there is none, and whether that step's evaluation is still to come. Every
+    worker must call this; rank 0 reads. A damaged checkpoint is named to `say` and the one before
+    it is taken.
+
+    Args:
+        fingerprint: That of the run, if it is to be compared with what a checkpoint has noted.
 
     Raises:
-        StoreError: the checkpoint is sound, but of a later format or of another model.
+        StoreError: the checkpoint is sound, but of a later format, another model or another run; or
+            there are some, and none is sound. Or, caused by an OSError, and on rank 0 alone: the
+            store doesn't answer.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        step, wrong = 0, ""
+        step, due, wrong = 0, False, ""
         if dist.get_rank() == 0:
-            step, kind = _fetch(store, run, Path(temporary), say)
-            wrong = _unfit(Path(temporary) / str(step), kind, engine.module) if step else ""
+            step, due, wrong = _chosen(store, run, Path(temporary), engine.module, fingerprint, say)
         local = Path(temporary) / str(step)
-        step, averaged, wrong = _agreed(step, (local / "average.safetensors").exists(), wrong)
+        averaged = (local / "average.safetensors").exists()
+        step, due, averaged, wrong = _agreed((step, due, averaged, wrong))
         if wrong:
-            raise StoreError(
-                f"{store.uri}/{folder(run, step)}/{wrong}. Finish this run with the version of the "
-                f"code that wrote it, or train anew under another name, or delete {run} first"
-            )
+            raise StoreError(wrong)
         if not step:
-            return 0
+            return 0, False
         with _reader(local / "model.safetensors") as read:
             for name, tensor in engine.module.state_dict(keep_vars=True).items():
                 zero.set_weight(tensor, read(name, tensor))
@@ -140,7 +178,7 @@ def restore(store: Store, run: str, engine: Any, say: Callable[[str], None]) -> 
             with _reader(local / "average.safetensors") as read:
                 for name, parameter in zero.trainable(engine.module):
                     zero.set_state(engine, parameter, AVERAGE, read(name, parameter))
-    return step
+    return step, due
 
 
 def newest(store: Store, run: str) -> int:
@@ -159,10 +197,10 @@ def inherit(store: Store, run: str, donor: str) -> int:
     if own:
         return own
     for _ in range(3):  # the other run may delete what is being read
-        with tempfile.TemporaryDirectory() as temporary:
-            step, kind = _fetch(store, donor, Path(temporary), lambda said: None)
+        with tempfile.TemporaryDirectory() as temporary, contextlib.suppress(bundles.Damaged):
+            step, info = _fetch(store, donor, Path(temporary), lambda said: None)
             if step:
-                info = {"step": step, "format": kind, "from": donor}
+                info = {"step": step, "format": info.get("format", 1), "from": donor}
                 bundles.save(store, folder(run, step), Path(temporary) / str(step), info)
                 return step
     raise StoreError(f"{store.uri}/{donor}: has no sound checkpoint that {run} could go on from")
@@ -190,25 +228,65 @@ def _copy(engine: Any) -> dict[str, dict[str, Tensor]]:
     return files | ({"average.safetensors": average} if averaged else {})
 
 
-def _fetch(store: Store, run: str, to: Path, say: Callable[[str], None]) -> tuple[int, int]:
+def _fetch(
+    store: Store, run: str, to: Path, say: Callable[[str], None]
+) -> tuple[int, dict[str, Any]]:
     """Copy the newest sound checkpoint to `to/<step>`; returns its step, 0 if there is none, and
-    its format."""
+    what its manifest notes.
+
+    Raises:
+        Damaged: there are some, and none is sound.
+        StoreError, OSError: the store doesn't answer. That is no damage: nothing is passed over.
+    """
+    damaged = []
     for step in reversed(_begun(store, run)):
         name = folder(run, step)
         if not bundles.exists(store, name):
             continue
         try:
-            info = bundles.load(store, name, to / str(step))
-            return step, info.get("format", 1)
-        except StoreError as error:
+            return step, bundles.load(store, name, to / str(step))
+        except bundles.Damaged as error:
             say(f"checkpoint of step {step} is damaged, trying an older: {error}")
-    return 0, FORMAT
+            damaged.append(error)
+    if damaged:
+        raise bundles.Damaged(
+            f"{store.uri}/{run}: none of its checkpoints is sound ({damaged[0]}). Bring one back "
+            f"from a copy, or delete {run}/checkpoints to begin anew"
+        )
+    return 0, {}
 
 
-def _unfit(local: Path, kind: int, module: nn.Module) -> str:
-    """Why a checkpoint is none of this model's, with the file's name; empty if it is."""
+def _chosen(
+    store: Store,
+    run: str,
+    to: Path,
+    module: nn.Module,
+    fingerprint: str,
+    say: Callable[[str], None],
+) -> tuple[int, bool, str]:
+    """As `_fetch`: the step; whether it is to be evaluated; and why it can't be loaded, if so."""
+    try:
+        step, info = _fetch(store, run, to, say)
+    except StoreError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return 0, False, str(error)
+    wrong = _unfit(to / str(step), info, module, fingerprint) if step else ""
+    if wrong:
+        wrong = (
+            f"{store.uri}/{folder(run, step)}/{wrong}. Finish this run with the version of the "
+            f"code that wrote it, or train anew under another name, or delete {run} first"
+        )
+    return step, info.get(EVALUATION_DUE, False), wrong
+
+
+def _unfit(local: Path, info: Mapping[str, Any], module: nn.Module, fingerprint: str) -> str:
+    """Why a checkpoint is none of this run's, with the file's name; empty if it is."""
+    kind = info.get("format", 1)
     if kind > FORMAT:
         return f"{bundles.MANIFEST}: the format is {kind}, and this version reads up to {FORMAT}"
+    if fingerprint and info.get("fingerprint", fingerprint) != fingerprint:
+        return f"{bundles.MANIFEST}: it was written by a run of other inputs or options"
     trained = zero.trainable(module)
     files = {
         "model.safetensors": module.state_dict(keep_vars=True),
@@ -242,11 +320,11 @@ def _begun(store: Store, run: str) -> list[int]:
     return sorted(int(n.removeprefix("step-")) for n in names)
 
 
-def _agreed(step: int, averaged: bool, wrong: str) -> tuple[int, bool, str]:
+def _agreed(found: T) -> T:
     """What rank 0 found."""
-    found = [(step, averaged, wrong)]
-    dist.broadcast_object_list(found, 0)
-    return found[0]
+    told = [found]
+    dist.broadcast_object_list(told, 0)
+    return told[0]
 
 
 @contextlib.contextmanager

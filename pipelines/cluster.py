@@ -18,6 +18,7 @@ def start(*, cpus: int | None = None) -> None:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # img2dataset's resizer phones home
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # the jobs show their own
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's tables
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths are of where the job was started
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see pipelines/demo.py; workers inherit it
     import ray
     import ray.data

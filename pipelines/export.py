@@ -21,7 +21,17 @@ import dacite
 from safetensors.torch import load_file
 
 from beit3 import released, weights
-from pipelines import bundles, checkpoints, config, console, model_card, pretrain
+from pipelines import (
+    bundles,
+    checkpoints,
+    config,
+    console,
+    job,
+    model_card,
+    pretrain,
+    report,
+    tracking,
+)
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.storage import Store, StoreError
 
@@ -47,6 +57,7 @@ class ExportConfig:
 
 
 PRESETS = {"default": ExportConfig()}
+PREFIX = "eval/"  # of an evaluation's metrics
 
 
 def run(cfg: ExportConfig) -> Path:
@@ -86,7 +97,21 @@ def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]
     if not bundles.exists(store, name):
         kept = ", ".join(store.list(f"{run_folder}/checkpoints")) or "none"
         raise StoreError(f"{store.uri}/{name}: missing. There are: {kept}")
-    recipe, _ = pretrain.prepare(_config(store, run_folder))
+    note = f"{run_folder}/run.json"
+    # What a checkpoint doesn't say of its run, as older ones do not, that says itself.
+    made = (store.read_json(note) if store.exists(note) else {}) | bundles.info(store, name)
+    if "fingerprint" not in made:
+        raise StoreError(f"{store.uri}/{note}: missing, and without it {name} is of no known run")
+    cfg = _config(store, note, made["parameters"])
+    recipe, datasets = pretrain.prepare(cfg)
+    mark = pretrain.run_mark(cfg, datasets)
+    if mark != made["fingerprint"]:
+        raise StoreError(
+            f"{store.uri}/{name} is of a run of the fingerprint {made['fingerprint']}, and its "
+            f"options with the data that are there now have {mark}: the datasets were made anew "
+            "since, or this version reads options otherwise. Export with the version of the code "
+            "that wrote it, and bring back its data"
+        )
     module = replace(recipe, words_in_step=None).build()  # no part of a model
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -94,14 +119,18 @@ def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]
         tensors = load_file(folder / "model.safetensors")
         average = folder / "average.safetensors"
         weights.load_into(module, tensors | (load_file(average) if average.exists() else {}))
-    return {"steps": step, "run": run_folder, "metrics": {}, **recipe.export(module, to)}
+    return {
+        **recipe.export(module, to),
+        "steps": step,
+        "run": run_folder,
+        "code": made.get("code", {}),
+        **(_measured(store, run_folder, step) if cfg.held_out else {"metrics": {}}),
+    }
 
 
-def _config(store: Store, run_folder: str) -> PretrainConfig:
+def _config(store: Store, note: str, parameters: dict[str, Any]) -> PretrainConfig:
     """What a pretraining run was begun with, with this store's place."""
-    note = f"{run_folder}/run.json"
-    found = store.read_json(note).get("parameters", {}) if store.exists(note) else {}
-    chosen = config.unflatten(found) | {"store": store.uri}
+    chosen = config.unflatten(parameters) | {"store": store.uri}
     try:
         return config.from_dict(PretrainConfig, chosen)
     except (ValueError, dacite.DaciteError) as error:
@@ -111,13 +140,42 @@ def _config(store: Store, run_folder: str) -> PretrainConfig:
         ) from error
 
 
-def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
+def _measured(store: Store, run_folder: str, step: int) -> dict[str, Any]:
+    """The scores of a run's last evaluation up to a step, and its step, as the tracker has them.
+
+    `metrics` is None where it doesn't answer, or knows of none.
+    """
+    unknown = {"metrics": None}
+    note = f"{run_folder}/mlflow.json"
+    if not store.exists(note):
+        return unknown
+    run = tracking.RunHandle(**store.read_json(note))
+    file = Path(run.uri.removeprefix("sqlite:///"))
+    if run.uri.startswith("sqlite:") and not file.exists():  # MLflow would make it
+        return unknown
     try:
+        names = tracking.client(run.uri).get_run(run.run_id).data.metrics
+        wanted = {name: name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)}
+        curves = report.gather_curves(run, run.run_id, wanted)
+    except Exception as error:
+        console.say(f"tracking {run.uri}: {error}; the card has no scores")
+        return unknown
+    points = [(at, curve.label, value) for curve in curves for at, value in curve.points]
+    last = max((at for at, _, _ in points if at <= step), default=None)
+    if last is None:
+        return unknown
+    return {
+        "metrics": {label: value for at, label, value in points if at == last},
+        "evaluated": last,
+    }
+
+
+def main() -> None:
+    def shown(chosen: ExportConfig) -> None:
         folder = run(chosen)
-    except (StoreError, ValueError) as error:
-        config.stop(str(error))
-    console.say(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+        console.say(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+
+    job.main(PRESETS, __doc__, shown, billed=lambda chosen: False)
 
 
 if __name__ == "__main__":

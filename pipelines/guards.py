@@ -1,4 +1,4 @@
-"""Steps that would spoil a run: noticed by all workers at once, then its end or left out.
+"""Detects steps that would spoil a run; all workers agree, and skip the step or stop the run.
 
 A step is bad if its loss, the mean over its batches and the workers, is no number, infinite or a
 spike, or if its gradient is not finite. This is known before the optimizer steps, at the price of

@@ -112,12 +112,14 @@ def _training(info: dict[str, Any]) -> Iterator[str]:
     options["code"] = " ".join(f"{k} {v}" for k, v in info.get("code", {}).items()) or None
     options["text tokenizer, SHA-256 begins"] = info.get("text_tokenizer")
     yield from _table({key: value for key, value in options.items() if value is not None})
-    metrics = info.get("metrics") or {}
+    metrics = info.get("metrics", {})
     if not metrics:
-        yield "\nNothing was measured on held-out data."
+        known = "Nothing was measured" if metrics == {} else "It is not known what was measured"
+        yield f"\n{known} on held-out data."
         return
     measured = chosen.get("held_out") or chosen.get("eval_split") or "held-out data"
-    yield f"\nAt the end, on {measured}:\n"
+    when = f"After step {info['evaluated']:,}" if "evaluated" in info else "At the end"
+    yield f"\n{when}, on {measured}:\n"
     yield from _table({key: f"{value:.4f}" for key, value in metrics.items()})
 
 

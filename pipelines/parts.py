@@ -51,7 +51,6 @@ def run_parts(
     *,
     resources: Resources = Resources(),  # noqa: B008 (frozen)
     here: bool = False,
-    label: str | None = None,
 ) -> list[PartRecord]:
     """Make the parts that are not there yet; return the records of all, in the units' order.
 
@@ -64,7 +63,7 @@ def run_parts(
         raise ValueError(f"{dataset.name}: unit names are not unique")
     records = {k: v for k, v in dataset.finished_parts(fingerprint).items() if k in set(names)}
     todo = [unit for unit in units if unit["name"] not in records]
-    with console.bar(label or dataset.name, total=len(units), done=len(records)) as bar:
+    with console.bar(dataset.name, total=len(units), done=len(records)) as bar:
         if todo and here:
             worker = make_worker()
             made = (_make(dataset, fingerprint, worker, unit) for unit in todo)

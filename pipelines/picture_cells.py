@@ -1,4 +1,4 @@
-"""Cells of pictures: such as look nearly the same share one, so that only those are compared.
+"""Locality-sensitive hashing: only pictures that share a cell, as those alike do, are compared.
 
 Each of `TABLES` tables cuts ten sums of mean colours, with fixed signs, into cells. Two pictures
 are near if they share a cell in any table, which depends on their two signatures alone.

@@ -1,4 +1,4 @@
-"""The room that a run's workers hold, so that what ends the run from outside can give it back.
+"""Records a run's Ray placement group, so that it can be removed after Tune has ended the run.
 
 Tune ends a trial's process, and with it Ray Train's controller and workers; their placement group
 stays until the whole job ends. Ray Train has an actor that removes it, but one that asks Ray's

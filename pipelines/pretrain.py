@@ -14,8 +14,8 @@ and masks as pages in `runs/<name>/inspect/`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ from beit3 import weights
 from beit3.device import to_device
 from beit3.flops import StepShape, masked_step
 from beit3.memory import hollow
-from beit3.objectives import MaskedBatch, MaskedDataModelling
+from beit3.objectives import MaskedBatch, MaskedDataModelling, ObjectiveWeights
 from beit3.text import TextTokenizer
+from beit3.vqkd import VQKDConfig
 from pipelines import (
-    bill,
     budget,
+    bundles,
     cluster,
     config,
     inspect_step,
+    job,
     models,
     pictures,
     pretrain_plan,
@@ -42,11 +44,13 @@ from pipelines import (
 )
 from pipelines.masked_batches import MaskedBatches, held_out_batches
 from pipelines.pretrain_config import OBJECTIVES, PRESETS, PretrainConfig
-from pipelines.storage import Dataset, Store, StoreError, fingerprint
+from pipelines.storage import Dataset, Store, fingerprint
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
 from pipelines.words_in_step import WordsInStep
 from pipelines.zero_shot import picture_recall
+
+SHOWN = 10  # pictures of a sheet
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,16 @@ class PretrainRecipe:
 
     def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
         """Masked accuracies and zero-shot retrieval on held-out pairs; a picture of masked inputs
-        and predictions."""
+        and predictions, without such pairs of the first samples that are trained on."""
         assert isinstance(module, MaskedDataModelling)
         cfg = self.cfg
+        device = module.text_head.weight.device
         if not cfg.held_out:
+            if cfg.predicted:
+                batch = training_pictures(cfg, self.tokenizer)
+                self._draw(module, to_device(batch, device), step, logger)
             return {}
         batches = held_out_batches(cfg, self.tokenizer)
-        device = module.text_head.weight.device
         totals: dict[str, list[float]] = {}
         for number in range(cfg.held_out_batches):
             on_cpu = batches(number)
@@ -97,12 +104,20 @@ class PretrainRecipe:
                 totals |= {f"zero_shot/{key}": [value] for key, value in found.items()}
             for key, value in module(batch).items():
                 totals.setdefault(key, []).append(float(value))
-            if number == 0 and batch.hidden_patches.any():
-                if isinstance(module, WordsInStep):
-                    batch = module.with_words(batch)
-                sheet = masked_sheet(module, batch, cfg.model.patch_size)
-                logger.picture(f"masked/step-{step:07d}.png", sheet)
+            if number == 0:
+                self._draw(module, batch, step, logger)
         return {key: sum(values) / len(values) for key, values in totals.items()}
+
+    def _draw(
+        self, module: MaskedDataModelling, batch: MaskedBatch, step: int, logger: Logger
+    ) -> None:
+        """Log a picture of some of a batch, if any of it is hidden."""
+        if not batch.hidden_patches.any():
+            return
+        if isinstance(module, WordsInStep):
+            batch = module.with_words(batch)
+        sheet = masked_sheet(module, batch, self.cfg.model.patch_size)
+        logger.picture(f"masked/step-{step:07d}.png", sheet)
 
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
         target = self.cfg.objectives.image_target
@@ -116,10 +131,28 @@ class PretrainRecipe:
         }
 
 
+def training_pictures(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBatch:
+    """The first pictures that a run trains on, of the kind of which it predicts hidden patches."""
+    alone: dict[str, Any] = {}
+    for kind in OBJECTIVES:
+        mine = kind == cfg.predicted
+        alone[kind] = getattr(cfg, kind) if mine else ()
+        alone[f"{kind[:-1]}_weights"] = cfg.weights(kind) if mine else ()
+        alone[f"{kind[:-1]}_batch"] = SHOWN if mine else 0
+    few = replace(
+        cfg,
+        **alone,
+        # Of every pair the picture is hidden, and not the caption.
+        objectives=ObjectiveWeights(pair_text=0.0, image_target=cfg.objectives.image_target),
+        train=replace(cfg.train, workers=0, gpus_per_worker=0.0),
+    )
+    return MaskedBatches(few, tokenizer, 0, 1)(0)
+
+
 def masked_sheet(module: MaskedDataModelling, batch: MaskedBatch, patch: int) -> Any:
     """Pictures, what the model saw, the true visual words, and those it predicted; with pixels as
     the target, pictures, what the model saw, and the picture that it predicted."""
-    shown = batch.hidden_patches.any(1).nonzero().flatten()[:10].cpu()
+    shown = batch.hidden_patches.any(1).nonzero().flatten()[:SHOWN].cpu()
     if module.pixels:
         whole, hidden = batch.images.cpu()[shown], batch.hidden_patches.cpu()[shown]
         restored = module.restore_pixels(batch).cpu()[shown]
@@ -143,7 +176,7 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
 
     Raises:
         StoreError: a dataset is missing or empty, is of another kind, was made with another
-            tokenizer, or its views don't match the model's patches.
+            tokenizer or of other pictures, or its views don't match the model's patches.
         ValueError: the tokenizers don't fit the model, or the model's state this machine's memory;
             or `dry_run` is set.
     """
@@ -151,7 +184,9 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
         raise ValueError("dry_run is set: call plan() instead")
     store = Store(cfg.store)
     recipe, everything = prepare(cfg)
-    mark = fingerprint("pretrain", models.decisive(cfg), [d.commit().identity for d in everything])
+    if not bundles.exists(store, f"models/{cfg.name}"):
+        token_checks.check_pictures(everything)
+    mark = run_mark(cfg, everything)
     if cfg.inspect_step is not None:
         inspect_step.check(store, f"runs/{cfg.name}", mark)
         return inspect_step.write(
@@ -174,6 +209,7 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
         recipe=recipe,
         config=cfg.train,
         parameters=config.flatten(cfg),
+        step_memory=_step_memory(store, recipe) if cfg.train.gpus_per_worker else None,
         parent=parent,
     )
 
@@ -188,6 +224,21 @@ def prepare(cfg: PretrainConfig) -> tuple[PretrainRecipe, list[Dataset]]:
     return PretrainRecipe(cfg, tokenizer, token_checks.words_in_step(cfg, datasets)), datasets
 
 
+def run_mark(cfg: PretrainConfig, datasets: Sequence[Dataset]) -> str:
+    """The fingerprint of a run on all of its datasets, as `prepare` returns them.
+
+    A step's samples decide, not in how many batches, and what is kept of each, they go through a
+    GPU: a run may go on where there are fewer, or smaller, ones.
+    """
+    samples = {
+        f"{kind[:-1]}_batch": getattr(cfg, f"{kind[:-1]}_batch") * cfg.train.accumulate
+        for kind in OBJECTIVES
+    }
+    model = replace(cfg.model, checkpoint_activations="none")
+    whole = replace(cfg, **samples, model=model, train=replace(cfg.train, accumulate=1))
+    return fingerprint("pretrain", models.decisive(whole), [d.commit().identity for d in datasets])
+
+
 def plan(cfg: PretrainConfig) -> dict[str, Any]:
     """What a run would take; see `pretrain_plan.plan`.
 
@@ -197,10 +248,21 @@ def plan(cfg: PretrainConfig) -> dict[str, Any]:
     store = Store(cfg.store)
     datasets, tokenizer = token_checks.tokens(store, cfg), None
     if all(dataset.find_commit() for of_kind in datasets.values() for dataset in of_kind):
-        recipe, _ = prepare(cfg)
-        if recipe.words_in_step:
-            tokenizer = train_image_tokenizer.shape(store, recipe.words_in_step.tokenizer)
+        recipe, everything = prepare(cfg)
+        token_checks.check_pictures(everything)
+        tokenizer = _tokenizer_in_step(store, recipe)
     return pretrain_plan.plan(cfg, datasets, tokenizer)
+
+
+def _step_memory(store: Store, recipe: PretrainRecipe) -> budget.StepMemory:
+    shape = pretrain_plan.shape_of(recipe.cfg, token_checks.tokens(store, recipe.cfg))
+    return pretrain_plan.step_memory(recipe.cfg, shape, _tokenizer_in_step(store, recipe))
+
+
+def _tokenizer_in_step(store: Store, recipe: PretrainRecipe) -> VQKDConfig | None:
+    """That which finds visual words in each step, if one does."""
+    found = recipe.words_in_step
+    return train_image_tokenizer.shape(store, found.tokenizer) if found else None
 
 
 def batches_of_step(
@@ -216,18 +278,16 @@ def batches_of_step(
 
 
 def main() -> None:
-    chosen = config.cli(PRESETS, description=__doc__ or "")
-    if not chosen.dry_run:
-        with bill.printed():
+    def run_or_plan(chosen: PretrainConfig) -> None:
+        if not chosen.dry_run:
             run(chosen)
-        return
-    try:
+            return
         found = plan(chosen)
-    except (StoreError, ValueError) as error:
-        config.stop(str(error))
-    pretrain_plan.show(found)
-    if found["problem"]:
-        config.stop(found["problem"])
+        pretrain_plan.show(found)
+        if found["problem"]:
+            raise ValueError(found["problem"])
+
+    job.main(PRESETS, __doc__, run_or_plan, billed=lambda chosen: not chosen.dry_run)
 
 
 if __name__ == "__main__":

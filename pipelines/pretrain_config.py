@@ -11,7 +11,6 @@ from beit3.config import ModelConfig
 from beit3.masking import Masking
 from beit3.objectives import ObjectiveWeights
 from pipelines.budget import Assumptions
-from pipelines.loader import STREAMS
 from pipelines.recipe import TrainConfig
 
 HELD_OUT_PAIRS = 64  # in a batch that is measured on
@@ -38,7 +37,8 @@ class PretrainConfig:
     text_weights: tuple[float, ...] = ()
     """The same of `texts`."""
     pair_weights: tuple[float, ...] = ()
-    """The same of `pairs`."""
+    """The same of `pairs`. A picture with several captions counts once, and one of them is drawn:
+    the paper's 21M pairs count each, of which Visual Genome has some 50 for a picture."""
     image_batch: int = 2048
     """Images alone of a step, over all workers."""
     text_batch: int = 2048
@@ -46,8 +46,9 @@ class PretrainConfig:
     pair_batch: int = 2048
     """Pairs of a step."""
     held_out: str = ""
-    """Tokenized pairs, such as captioning/val, whose masked accuracies are measured at the end;
-    empty: nothing is measured."""
+    """Tokenized pairs, such as captioning/val, whose masked accuracies are measured at the end, and
+    every `train.evaluate_every` steps; empty: nothing is measured, and MLflow's pictures of masked
+    inputs are of the training data."""
     held_out_batches: int = 4
     held_out_ranked: int = 0
     """Held-out pairs, up to 64, among which each caption looks for its picture; 0: none does. The
@@ -72,11 +73,7 @@ class PretrainConfig:
                     f"{kind} names {len(named)} datasets, but {kind[:-1]}_batch is {batch}: "
                     "set both or neither"
                 )
-            if self.train.workers and batch % self.train.workers:
-                raise ValueError(
-                    f"{kind[:-1]}_batch {batch} is not divisible by train.workers "
-                    f"{self.train.workers}"
-                )
+            self.train.check_shared(f"{kind[:-1]}_batch", batch)
             weights = self.weights(kind)
             if weights and len(weights) != len(named):
                 raise ValueError(
@@ -88,17 +85,27 @@ class PretrainConfig:
                     f"{kind[:-1]}_weights: expected numbers above 0, got "
                     f"{' '.join(map(str, weights))}; leave out of {kind} what is not to be drawn"
                 )
-        workers = self.train.workers
-        if workers and STREAMS % workers and workers % STREAMS:
-            raise ValueError(
-                f"train.workers {workers}: the {STREAMS} streams that samples are read in can't be "
-                "shared out equally, and every worker would read all of the data: set a divisor or "
-                f"a multiple of {STREAMS}"
-            )
         if not any(map(self.drawn, OBJECTIVES)):
             raise ValueError(
                 "image_batch, text_batch, pair_batch: all are 0, or the objectives of what is not "
                 "are: nothing to train on"
+            )
+        for kind in OBJECTIVES:
+            if self.held_out and self.held_out in self.used(kind):
+                raise ValueError(
+                    f"held_out {self.held_out!r} is one of {kind}, which are trained on: name "
+                    f"others, such as captioning/val, or leave it out of {kind}"
+                )
+        if self.held_out_ranked and not self.held_out:
+            raise ValueError(
+                f"held_out_ranked {self.held_out_ranked}: without held_out there is nothing to "
+                "rank: name tokenized pairs there, such as captioning/val, or set 0"
+            )
+        if self.train.evaluate_every and not self.held_out and not self.predicted:
+            raise ValueError(
+                f"train.evaluate_every {self.train.evaluate_every}: without held_out nothing is "
+                "measured, and no hidden patches are predicted that could be shown: name tokenized "
+                "pairs there, such as captioning/val, or set 0"
             )
         if not 0 <= self.held_out_ranked <= HELD_OUT_PAIRS:
             raise ValueError(
@@ -122,6 +129,12 @@ class PretrainConfig:
         return getattr(self, kind) if self.drawn(kind) else ()
 
     @property
+    def predicted(self) -> str:
+        """A kind of samples of which hidden patches are predicted; empty if of none."""
+        weights = {"pairs": self.objectives.pair_image, "images": self.objectives.image}
+        return next((kind for kind in weights if weights[kind] and self.drawn(kind)), "")
+
+    @property
     def hidden(self) -> Masking:
         """`masking`, with nothing hidden of a pair that an objective of weight 0 would predict."""
         image, text = self.objectives.pair_image, self.objectives.pair_text
@@ -131,7 +144,12 @@ class PretrainConfig:
 
 
 def _paper(name: str, **train: Any) -> PretrainConfig:
-    """Table 11 of the paper: 1M steps of 2048 images, texts and pairs; AdamW; DropPath 0.1."""
+    """Table 11 of the paper: 1M steps of 2048 images, texts and pairs; AdamW; DropPath 0.1.
+
+    `loader_workers` are as many as a dry run says will do: half as many pictures again as the GPUs
+    that it assumes take. Nodes of 8 GPUs then want 8 CPUs for training and at most 32 for these;
+    those of the files in `infra` have 90 and more.
+    """
     shape = {f: getattr(MODELS[name], f) for f in MODELS[name].__dataclass_fields__}
     shape |= {"drop_path": 0.1, "checkpoint_activations": "blocks"}
     defaults: dict[str, Any] = {
@@ -160,7 +178,7 @@ PRESETS = {
             steps=500, warmup=30, learning_rate=2e-3, workers=2, checkpoint_every=100
         ),
     ),
-    "base": _paper("base", workers=16),
-    "large": _paper("large", workers=32),
-    "giant": _paper("giant"),
+    "base": _paper("base", workers=16, loader_workers=4),
+    "large": _paper("large", workers=32, loader_workers=1),
+    "giant": _paper("giant", loader_workers=1),
 }

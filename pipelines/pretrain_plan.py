@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from beit3.config import ModelConfig
 from beit3.flops import StepShape, masked_step
 from beit3.memory import activation_bytes, hollow
 from beit3.vqkd import VQKD, VQKDConfig
 from pipelines import budget, console
-from pipelines.budget import GIB
+from pipelines.budget import GIB, StepMemory
 from pipelines.loader import ParquetRows
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.storage import Dataset
 
 _TOKENS = {"texts": "ids", "pairs": "captions"}
+_HEADROOM = 1.5  # of the loader's processes that are advised, over a step's computing
 
 
 def plan(
@@ -27,9 +30,11 @@ def plan(
     """Counts and estimates for a run, with what `cfg.assume` says.
 
     Operations are counted as in `beit3.flops`, activations estimated as in `beit3.memory`; both of
-    batches with texts of the lengths that the first rows of the tokens have.
-    hours = operations / workers / (`gpu_tflops` * `mfu`); cost = hours * workers *
-    `train.price_per_hour`.
+    batches with texts of the lengths that the first rows of the tokens have. A step computes for
+    operations / workers / (`gpu_tflops` * `mfu`) seconds. Meanwhile the next one's pictures are
+    decoded, in pictures / workers / (`decoded_per_second` * `train.loader_workers`) seconds, a
+    thread of the worker counted as one process; it takes the longer of both.
+    cost = hours * workers * `train.price_per_hour`.
 
     Args:
         datasets: Tokens by kind (images, texts, pairs); those that aren't there yet are named in
@@ -38,17 +43,20 @@ def plan(
             whatever the run's precision, and its time is not in the hours.
 
     Returns:
-        Numbers by name, memory in bytes of each worker; `problem` says why the run can't be.
+        Numbers by name, memory in bytes of each worker; `loader_workers` is how many would do, None
+        where no GPUs compute; `stop` is where `train.max_hours` or `train.max_cost` stops the run,
+        None where neither does; `problem` says why the run can't be.
     """
-    train, pixels = cfg.train, cfg.objectives.image_target == "pixels"
-    workers = max(1, train.workers)
-    shape = worker_shape(cfg, _lengths(cfg, datasets, "pairs"), _lengths(cfg, datasets, "texts"))
+    train, assume = cfg.train, cfg.assume
+    workers, pixels = max(1, train.workers), cfg.objectives.image_target == "pixels"
+    shape, on_gpus = shape_of(cfg, datasets), train.gpus_per_worker > 0
     count = sum(p.numel() for p in hollow(cfg.model, pixels=pixels).parameters())
-    frozen = _parameters(tokenizer)
-    memory = _memory(cfg, count, shape, frozen)
+    memory = _memory(cfg, count, shape, _parameters(tokenizer))
     operations = masked_step(cfg.model, shape, pixels=pixels) * train.accumulate * workers
-    seconds = operations * train.steps / workers / (cfg.assume.gpu_tflops * 1e12 * cfg.assume.mfu)
-    hours = seconds / 3600
+    computing = operations / workers / (assume.gpu_tflops * 1e12 * assume.mfu)
+    by_one = shape.images * train.accumulate / assume.decoded_per_second
+    decoding = by_one / max(1, train.loader_workers)
+    hours = max(computing, decoding) * train.steps / 3600
     return {
         "parameters": count,
         "memory": memory,
@@ -58,11 +66,39 @@ def plan(
         "steps": train.steps,
         "samples_per_step": sum(map(cfg.drawn, datasets)) * train.accumulate,
         "flops_per_step": operations,
+        "computing": computing,
+        "decoding": decoding,
+        "loader_workers": math.ceil(_HEADROOM * by_one / computing) if on_gpus else None,
         "hours": hours,
         "cost": hours * workers * train.price_per_hour if train.price_per_hour else None,
+        "stop": _stop(cfg, hours),
         "words_in_step": tokenizer is not None,
-        "problem": _problem(cfg, count, shape, frozen, memory),
+        "problem": budget.too_much(
+            count,
+            train,
+            step_memory(cfg, shape, tokenizer),
+            memory["of_the_GPU"],
+            "assume.gpu_gib",
+        )
+        if on_gpus
+        else "",
     }
+
+
+def shape_of(cfg: PretrainConfig, datasets: dict[str, list[Dataset]]) -> StepShape:
+    """The batch of one worker's forward pass, with texts as long as the first of these data are."""
+    return worker_shape(cfg, _lengths(cfg, datasets, "pairs"), _lengths(cfg, datasets, "texts"))
+
+
+def step_memory(
+    cfg: PretrainConfig, shape: StepShape, tokenizer: VQKDConfig | None = None
+) -> StepMemory:
+    """What a step of such a batch takes of a worker's GPU beside the state."""
+    words = 4 * _parameters(tokenizer)
+    return StepMemory(
+        words + _activations(cfg, cfg.model, shape),
+        words + _activations(cfg, replace(cfg.model, checkpoint_activations="blocks"), shape),
+    )
 
 
 def worker_shape(cfg: PretrainConfig, captions: Sequence[int], texts: Sequence[int]) -> StepShape:
@@ -109,12 +145,28 @@ def show(found: dict[str, Any]) -> None:
     cost = "unknown: set train.price_per_hour" if found["cost"] is None else f"{found['cost']:,.2f}"
     lines += [
         ("TFLOP of a step", f"{found['flops_per_step'] / 1e12:,.2f}"),
+        ("seconds of a step, estimated", ""),
+        ("  computing", f"{found['computing']:,.3f}"),
+        ("  decoding pictures meanwhile", f"{found['decoding']:,.3f}"),
         (f"hours of {workers:,} workers, estimated", f"{hours:,.2f}"),
         ("cost, estimated", cost),
     ]
     width = max(len(label) for label, _ in lines)
     for label, value in lines:
         console.say(f"{label:{width}}  {value}".rstrip())
+    if found["decoding"] > found["computing"]:
+        enough = found["loader_workers"]
+        console.say(
+            "decoding takes longer than computing, and the hours are its"
+            + (f": train.loader_workers {enough:,} would do, as assume has it" if enough else "")
+        )
+    if found["stop"]:
+        stop = found["stop"]
+        console.say(
+            f"{stop['option']} stops the run after {stop['hours']:,.2f} hours, at about step "
+            f"{stop['step']:,}: it takes {stop['starts']:,} starts of the command to the end, each "
+            "from where the last one stopped, or a larger limit"
+        )
     if found["words_in_step"]:
         console.say("the time in which each step finds its visual words is not in these hours")
     if found["missing"]:
@@ -138,7 +190,6 @@ def _parameters(tokenizer: VQKDConfig | None) -> int:
 def _memory(cfg: PretrainConfig, count: int, shape: StepShape, frozen: int) -> dict[str, int]:
     """Bytes of each worker, by what takes them; host memory only where something is offloaded."""
     state = budget.states(count, cfg.train)
-    pixels = cfg.objectives.image_target == "pixels"
     found = {
         "parameters": state.parameters,
         "gradients": state.gradients,
@@ -146,9 +197,7 @@ def _memory(cfg: PretrainConfig, count: int, shape: StepShape, frozen: int) -> d
         "average_of_the_weights": state.average,
         "communication": state.buffers,
         "image_tokenizer": 4 * frozen,
-        "activations_estimated": activation_bytes(
-            cfg.model, shape, cfg.train.precision, pixels=pixels
-        ),
+        "activations_estimated": _activations(cfg, cfg.model, shape),
     }
     found = {name: value for name, value in found.items() if value}
     found["in_all"] = sum(found.values())
@@ -159,26 +208,24 @@ def _memory(cfg: PretrainConfig, count: int, shape: StepShape, frozen: int) -> d
     return found
 
 
-def _problem(
-    cfg: PretrainConfig, count: int, shape: StepShape, frozen: int, memory: dict[str, int]
-) -> str:
-    """Why the run doesn't fit into its GPUs and what would; empty if it does."""
-    there = memory.get("of_the_GPU")
-    if there is None or memory["in_all"] <= there:
-        return ""
-    others = [(name, replace(cfg, train=train)) for name, train in budget.lighter(cfg.train)]
-    if cfg.model.checkpoint_activations != "blocks":
-        model = replace(cfg.model, checkpoint_activations="blocks")
-        others.append(("model.checkpoint_activations blocks", replace(cfg, model=model)))
-    ways = [
-        f"{name}: {_memory(other, count, shape, frozen)['in_all'] / GIB:.1f}"
-        for name, other in others
-    ]
-    ways.append("or smaller batches, with as much larger train.accumulate")
-    return (
-        f"a worker needs {memory['in_all'] / GIB:.1f} GiB, by estimate, and its GPU has "
-        f"{there / GIB:.1f} (assume.gpu_gib). In GiB it would need with {'; '.join(ways)}"
-    )
+def _activations(cfg: PretrainConfig, model: ModelConfig, shape: StepShape) -> int:
+    pixels = cfg.objectives.image_target == "pixels"
+    return activation_bytes(model, shape, cfg.train.precision, pixels=pixels)
+
+
+def _stop(cfg: PretrainConfig, hours: float) -> dict[str, Any] | None:
+    """Where a limit stops a run of so many hours, and how often it must be started in all."""
+    found = budget.limit(cfg.train)
+    if found is None or found[0] >= hours:
+        return None
+    limit, option = found
+    step = max(1, int(cfg.train.steps * limit / hours))
+    return {
+        "option": option,
+        "hours": limit,
+        "step": step,
+        "starts": math.ceil(cfg.train.steps / step),
+    }
 
 
 def _drawn(cfg: PretrainConfig, kind: str, datasets: list[Dataset]) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from beit3.device import DTYPES
 from beit3.flops import matmul_peak
 from pipelines import console, tracking
 from pipelines.recipe import Run
+from pipelines.stops import BEGUN
 from pipelines.storage import Store
 
 
@@ -40,6 +42,8 @@ class Clock:
         self.waited = self.flops = 0.0  # of this worker, since `last_log`
         self.last_shown = 0.0
         self.note = ""
+        self._thread = ThreadPoolExecutor(1, "progress")
+        self._telling: Future[None] | None = None
         if said:
             self.show(start)
 
@@ -74,12 +78,19 @@ class Clock:
         self.note = f"loss {values['loss']:.3f}"
 
     def show(self, step: int) -> None:
-        now = time.monotonic()
-        if now - self.last_shown > 1.0 or step == self.run.config.steps:
+        """Tell how far the run is: once a second, beside the steps, which wait for no store."""
+        now, last = time.monotonic(), step == self.run.config.steps
+        told = self._telling is None or self._telling.done()
+        if last or (told and now - self.last_shown > 1.0):
             self.last_shown = now
             body = json.dumps({"step": step, "note": self.note, "said": self.said})
-            with contextlib.suppress(OSError):
-                self.store.write(f"{self.run.name}/progress.json", body.encode())
+            self._telling = self._thread.submit(self._tell, body.encode())
+        if last:
+            self._thread.shutdown()
+
+    def _tell(self, body: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self.store.write(f"{self.run.name}/{BEGUN}", body)
 
 
 def _gpu_memory(device: torch.device) -> dict[str, float]:
@@ -93,10 +104,15 @@ def _gpu_memory(device: torch.device) -> dict[str, float]:
     return {name: value / (1 << 30) for name, value in found.items()}
 
 
+def begin(store: Store, run: str, said: Sequence[str]) -> None:
+    """Tell the job's process that the workers are there, though no step is done."""
+    store.write_json(f"{run}/{BEGUN}", {"said": list(said)})
+
+
 def progress(store: Store, run: str) -> int:
     """Steps that a run has done, as it last said."""
     try:
-        return int(json.loads(store.read(f"{run}/progress.json"))["step"])
+        return int(json.loads(store.read(f"{run}/{BEGUN}"))["step"])
     except (OSError, ValueError, KeyError):
         return 0
 
@@ -113,7 +129,7 @@ def shown(store: Store, run: Run) -> Iterator[None]:
             while True:
                 ended = stop.wait(1.0)
                 with contextlib.suppress(OSError, ValueError, KeyError):
-                    seen = json.loads(store.read(f"{run.name}/progress.json"))
+                    seen = json.loads(store.read(f"{run.name}/{BEGUN}"))
                     if seen["said"] != said:  # there is more, or the workers have started again
                         known = len(said) if seen["said"][: len(said)] == said else 0
                         said = seen["said"]

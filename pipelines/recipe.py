@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import nn
 
 from beit3.config import Precision
 from pipelines import tracking
+from pipelines.loader import STREAMS
+
+if TYPE_CHECKING:
+    from pipelines.budget import StepMemory
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class TrainConfig:
     """Decay per step of an average of the weights (say 0.9999), which is evaluated and exported in
     their place; 0 keeps none. It is at most `(1 + step) / (10 + step)`."""
     accumulate: int = 1
-    """Forward passes per optimizer step."""
+    """Batches of an optimizer step, one after the other."""
     seed: int = 0
     workers: int = 1
     """Ray Train workers; 0 trains in the job's own process, without starting another."""
@@ -60,7 +64,8 @@ class TrainConfig:
     """Processes, each on a CPU of its own, that make a worker's batches: decode pictures, crop and
     mask. On a cluster they are spread over the nodes. 0: a thread of the worker makes them."""
     max_failures: int = 3
-    """How often Ray restarts the workers before the run fails."""
+    """How often Ray restarts the workers before the run fails; with a new checkpoint since, as
+    often again."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0 writes none."""
     keep_checkpoints: int = 2
@@ -76,8 +81,8 @@ class TrainConfig:
     max_bad_steps: int = 10
     """Bad steps in a row that end a run which leaves them out."""
     spot_notice: bool = False
-    """Ask EC2's metadata service whether a worker's spot machine is taken back; then write a
-    checkpoint at once."""
+    """Ask the metadata service of EC2 or Google Compute Engine whether a worker's spot machine is
+    about to be taken back; then write a checkpoint at once."""
     max_hours: float = 0.0
     """Hours after which the run writes a checkpoint and stops, counted from this start of the
     command, with the time to start workers; 0: no limit."""
@@ -90,21 +95,24 @@ class TrainConfig:
     """Steps between evaluations; 0 evaluates at the end only."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"train.steps: expected at least 1, got {self.steps}")
+        for name in ("steps", "accumulate", "log_every", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}: expected at least 1, got {getattr(self, name)}")
+        for name in (
+            *("warmup", "learning_rate", "min_learning_rate", "weight_decay", "clip", "workers"),
+            *("cpus_per_worker", "threads", "loader_workers", "checkpoint_every", "keep_every"),
+            *("evaluate_every", "max_hours", "max_cost", "price_per_hour"),
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}: expected 0 or more, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas: expected decays from 0 to below 1, got {self.betas}")
         if self.warmup >= self.steps:
             raise ValueError(f"train.warmup {self.warmup} is not below train.steps {self.steps}")
-        if self.loader_workers < 0:
-            raise ValueError(f"train.loader_workers: expected 0 or more, got {self.loader_workers}")
         if self.spike_factor and self.spike_factor <= 1:
             raise ValueError(
                 f"train.spike_factor: expected 0 or more than 1, got {self.spike_factor}"
             )
-        if self.max_bad_steps < 1:
-            raise ValueError(f"train.max_bad_steps: expected at least 1, got {self.max_bad_steps}")
-        for name in ("max_hours", "max_cost", "price_per_hour"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name}: expected 0 or more, got {getattr(self, name)}")
         if self.max_cost and not self.price_per_hour:
             raise ValueError("train.max_cost needs train.price_per_hour, the price of a worker")
         if self.offload and not self.stage:
@@ -114,6 +122,12 @@ class TrainConfig:
                 "train.compile: not with train.zero_stage 3, which puts parameters together from "
                 "module to module; set 0 to 2"
             )
+        if self.workers and STREAMS % self.workers and self.workers % STREAMS:
+            raise ValueError(
+                f"train.workers {self.workers}: the {STREAMS} streams that samples are read in "
+                "can't be shared out equally, and every worker would read all of the data: set a "
+                f"divisor or a multiple of {STREAMS}"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema: expected a decay from 0 to below 1, got {self.ema}")
         if self.keep_checkpoints < 1:
@@ -121,8 +135,11 @@ class TrainConfig:
                 f"train.keep_checkpoints: expected at least 1, got {self.keep_checkpoints}; "
                 "train.checkpoint_every 0 writes none"
             )
-        if self.keep_every < 0:
-            raise ValueError(f"train.keep_every: expected at least 0, got {self.keep_every}")
+        if self.keep_every and self.keep_every % (self.checkpoint_every or self.keep_every + 1):
+            raise ValueError(
+                f"train.keep_every {self.keep_every}: expected a multiple of "
+                f"train.checkpoint_every {self.checkpoint_every}; of other steps there are none"
+            )
         if self.gpus_per_worker and not self.workers:
             raise ValueError("train.gpus_per_worker needs train.workers of at least 1")
         if not 0 <= self.gpus_per_worker <= 1:
@@ -134,6 +151,16 @@ class TrainConfig:
             raise ValueError(
                 f"train.gpus_per_worker {self.gpus_per_worker:g}: of several workers each needs a "
                 "GPU of its own to reach the others (NCCL): set 1, or train.workers 1"
+            )
+
+    def check_shared(self, name: str, batch: int) -> None:
+        """
+        Raises:
+            ValueError: the batch that this option sets can't be shared equally by the workers.
+        """
+        if self.workers and batch % self.workers:
+            raise ValueError(
+                f"{name} {batch} is not divisible by train.workers {self.workers}: set a multiple"
             )
 
     @property
@@ -192,5 +219,9 @@ class Run:
     recipe: Recipe
     config: TrainConfig
     tracking: tracking.RunHandle | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration, flat, as checkpoints note it."""
+    step_memory: StepMemory | None = None
+    """What a step takes of a GPU beside the state, where somebody reckons it."""
     tuned: bool = False
     """Part of a Ray Tune trial: evaluations are reported to it, and it may stop the run."""

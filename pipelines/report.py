@@ -24,7 +24,6 @@ from PIL import Image
 
 from pipelines import tracking
 from pipelines.report_content import (
-    Chart,
     Curve,
     IngestedSource,
     IngestionSection,
@@ -37,13 +36,6 @@ from pipelines.storage import Dataset, Store
 
 _CAPTIONS = 2  # shown of a picture
 _TEXT_CHARS = 400
-_OBJECTIVES = {
-    "image": "images",
-    "text": "texts",
-    "pair_image": "pairs: patches",
-    "pair_text": "pairs: words",
-    "": "all together",
-}
 
 
 def write(report: Report, path: Path) -> Path:
@@ -130,37 +122,6 @@ def gather_curves(
         if history:
             curves.append(Curve(label, [(m.step, m.value) for m in history]))
     return curves
-
-
-def gather_charts(
-    run: tracking.RunHandle | str,
-    run_id: str,
-    *,
-    prefix: str = "train/",
-    labels: Mapping[str, str] = _OBJECTIVES,
-    baselines: Mapping[str, tuple[float, str]] | None = None,
-) -> list[Chart]:
-    """A chart of the losses and one of the accuracies of a run, a curve for each objective.
-
-    Args:
-        run: The run's handle, or a tracking URI.
-        run_id: The run, within that tracking server.
-        prefix: What the metrics' names begin with; `loss` and `accuracy` follow.
-        labels: The objectives' names (`""` is the total) and how to call them.
-        baselines: By `loss` or `accuracy`, a value to mark and what it is.
-    """
-    charts = []
-    for kind in ("loss", "accuracy"):
-        keys = {f"{prefix}{kind}/{name}".rstrip("/"): label for name, label in labels.items()}
-        curves = gather_curves(run, run_id, keys)
-        if curves:
-            level, words = (baselines or {}).get(kind, (None, "baseline"))
-            title = "Loss" if kind == "loss" else "Accuracy on what was hidden"
-            percent = kind == "accuracy"
-            charts.append(
-                Chart(title, curves, baseline=level, baseline_label=words, percent=percent)
-            )
-    return charts
 
 
 # -- MLflow ---------------------------------------------------------------------------------------

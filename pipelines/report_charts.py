@@ -100,8 +100,7 @@ def line_chart(chart: Chart) -> Html:
     keys = legend(entries, dashed)
     words = chart.note + (" Strong lines: moving averages." if smoothed else "")
     below = el("p", words.strip(), class_="note") if words else None
-    unit = f" ({chart.y_label})" if chart.y_label else ""
-    return el("figure", el("h4", chart.title + unit), svg, keys, below)
+    return el("figure", el("h4", chart.title), svg, keys, below)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

@@ -76,7 +76,6 @@ class IngestedSource:
     samples: Sequence[Sample] = ()
     texts: Sequence[str] = ()
     """Samples of a text source."""
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,6 @@ class Curve:
 class Chart:
     title: str
     curves: Sequence[Curve]
-    y_label: str = ""
     x_label: str = "step"
     baseline: float | None = None
     """A dashed line across the chart, such as chance or the score of a unigram model."""

@@ -25,7 +25,6 @@ from pipelines.report_content import (
 )
 from pipelines.report_html import (
     Html,
-    duration,
     el,
     facts,
     figure,
@@ -44,17 +43,15 @@ def ingestion(section: IngestionSection | None) -> Html | None:
     if section is None or not section.sources:
         return None
     sources = section.sources
-    head = ("Source", "Records read", "Kept", "Captions", "Stored", "Set aside", "Held out", "Time")
-    timed = any(s.seconds is not None for s in sources)
+    head = ("Source", "Records read", "Kept", "Captions", "Stored", "Set aside", "Held out")
     rows = []
     for s in sources:
         held = sum(n for reason, n in s.set_aside.items() if reason.startswith("held out"))
         counts = (s.read, s.rows, s.captions, None, sum(s.set_aside.values()), held)
         cells = [el("td", size(s.bytes) if c is None else f"{c:,}") for c in counts]
-        time = el("td", duration(s.seconds)) if timed else None
-        rows.append(el("tr", el("td", el("b", s.name)), *cells, time))
+        rows.append(el("tr", el("td", el("b", s.name)), *cells))
     return join(
-        table(head if timed else head[:-1], rows),
+        table(head, rows),
         _failures(sources),
         [_gallery(source) for source in sources],
         note(section.note),

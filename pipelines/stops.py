@@ -9,24 +9,24 @@ were well: an error would have Ray start them again.
 from __future__ import annotations
 
 import contextlib
-import json
+import http.client
 import os
 import queue
 import signal
 import threading
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipelines import console
+from pipelines import budget, console
 from pipelines.recipe import Run, TrainConfig
-from pipelines.storage import Store
+from pipelines.storage import Store, StoreError
 
+BEGUN = "progress.json"  # of a run, from when its workers are there
 POLL_SECONDS = 1.0
 SPOT_POLL_SECONDS = 5.0  # as AWS advises
-METADATA = "http://169.254.169.254"
+METADATA = "169.254.169.254"  # EC2's and Google's; a name could take long not to be found
 SIGTERM_CODE = 143
 LIMIT_CODE = 75  # EX_TEMPFAIL: nothing is wrong, run it again
 
@@ -36,11 +36,20 @@ class Stopped(SystemExit):
 
 
 class Ended(Exception):
-    """All workers end the run here. Without an exit code it has failed."""
+    """All workers end the run here. Without an exit code it has failed, with an `error`."""
 
-    def __init__(self, message: str, code: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        code: int | None = None,
+        error: type[Exception] = FloatingPointError,
+    ) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.error = code, error
+
+
+# Of the job's process, where the workers have failed in a way that they would again.
+ERRORS = {error.__name__: error for error in (FloatingPointError, StoreError, ValueError)}
 
 
 # -- the job's process -----------------------------------------------------------------------------
@@ -50,7 +59,8 @@ class Ended(Exception):
 def stoppable(store: Store, run: Run, begun: float) -> Iterator[None]:
     """Have the workers stop when this process gets SIGTERM, or a limit is reached.
 
-    A second SIGTERM ends it at once, for workers that don't answer or never started.
+    A second SIGTERM ends it at once, for workers that don't answer. Where they have not begun, as
+    when a cluster has no machines for them, there is nothing to keep, and the first ends it.
 
     Args:
         begun: When the job began, by the monotonic clock.
@@ -58,14 +68,24 @@ def stoppable(store: Store, run: Run, begun: float) -> Iterator[None]:
     Raises:
         Stopped: the workers have stopped.
         FloatingPointError: they gave up at a bad step.
+        StoreError, ValueError: they can't begin, and couldn't if they were started again.
     """
     for name in ("stop.json", "ended.json"):  # of an earlier start
         store.delete(f"{run.name}/{name}")
     heard: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a signal may interrupt its own put
+    abandoned: list[int] = []  # with this exit code
 
     def ask(reason: str, hint: str, code: int) -> None:
         store.write_json(f"{run.name}/stop.json", {"reason": reason, "hint": hint, "code": code})
         console.say(f"{run.name}: {reason}; the workers write a checkpoint and stop")
+
+    def end(reason: str, hint: str, code: int) -> None:
+        if not interruptible or store.exists(f"{run.name}/{BEGUN}"):
+            ask(reason, hint, code)
+            return
+        console.say(f"{run.name}: {reason}, and no worker has begun: {hint}")
+        abandoned.append(code)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def watch() -> None:
         left = None
@@ -75,19 +95,19 @@ def stoppable(store: Store, run: Run, begun: float) -> Iterator[None]:
             signalled = heard.get(timeout=left)
         except queue.Empty:
             assert limit is not None
-            ask(*limit[1:])
+            end(*limit[1:])
         else:
             if signalled:
-                ask("SIGTERM received", "run the same command to go on", SIGTERM_CODE)
+                end("SIGTERM received", "run the same command to go on", SIGTERM_CODE)
 
-    limit = _limit(run.config)
+    limit, interruptible = _limit(run.config), threading.current_thread() is threading.main_thread()
     thread = threading.Thread(target=watch, daemon=True)
     if limit is not None and time.monotonic() - begun >= limit[0]:
         ask(*limit[1:])  # before the workers look for it
     else:
         thread.start()
     try:
-        with _on_sigterm(lambda: heard.put(True)):
+        with _on_sigterm(lambda: heard.put(True), abandoned):
             yield
     finally:
         heard.put(False)
@@ -96,22 +116,17 @@ def stoppable(store: Store, run: Run, begun: float) -> Iterator[None]:
     with contextlib.suppress(FileNotFoundError):
         ended = store.read_json(f"{run.name}/ended.json")
         if ended["code"] is None:
-            raise FloatingPointError(ended["message"])
+            raise ERRORS[ended["error"]](ended["message"])
         console.say(f"{run.name}: {ended['message']}")
         raise Stopped(ended["code"])
 
 
 def _limit(config: TrainConfig) -> tuple[float, str, str, int] | None:
     """Seconds that the job may take, and what to say when they are over."""
-    limits = []
-    if config.max_hours:
-        limits.append((config.max_hours, f"train.max_hours {config.max_hours:g}"))
-    if config.max_cost:
-        hours = config.max_cost / (config.price_per_hour * max(1, config.workers))
-        limits.append((hours, f"train.max_cost {config.max_cost:g}"))
-    if not limits:
+    found = budget.limit(config)
+    if found is None:
         return None
-    hours, name = min(limits)
+    hours, name = found
     option = name.split()[0]
     return (
         hours * 3600,
@@ -122,8 +137,8 @@ def _limit(config: TrainConfig) -> tuple[float, str, str, int] | None:
 
 
 @contextlib.contextmanager
-def _on_sigterm(first: Callable[[], None]) -> Iterator[None]:
-    """Call `first` at the first SIGTERM; raise `Stopped` at the second."""
+def _on_sigterm(first: Callable[[], None], abandoned: Sequence[int]) -> Iterator[None]:
+    """Call `first` at the first SIGTERM; raise `Stopped` at the second, or once abandoned."""
     if threading.current_thread() is not threading.main_thread():  # in a trial of Tune
         yield
         return
@@ -132,8 +147,8 @@ def _on_sigterm(first: Callable[[], None]) -> Iterator[None]:
     def handler(*_: object) -> None:
         nonlocal signals
         signals += 1
-        if signals > 1:
-            raise Stopped(SIGTERM_CODE)
+        if abandoned or signals > 1:
+            raise Stopped(abandoned[0] if abandoned else SIGTERM_CODE)
         first()
 
     before = signal.signal(signal.SIGTERM, handler)
@@ -149,13 +164,17 @@ def _on_sigterm(first: Callable[[], None]) -> Iterator[None]:
 class Watch:
     """Notices, beside the steps, that a worker should stop or save. Use as a context manager."""
 
-    def __init__(self, run: Run, store: Store, rank: int) -> None:
-        self.run, self.store = run, store
+    def __init__(
+        self, run: Run, store: Store, rank: int, say: Callable[[str], None] = console.say
+    ) -> None:
+        self.run, self.store, self.say = run, store, say
         self.stop = threading.Event()
         """The job's process asks to stop; rank 0 alone sees it."""
         self.save = threading.Event()
         """This worker's machine is about to go."""
         self.asked: dict[str, Any] = {}
+        self._clouds: Sequence[Callable[[], bool | None]] = (ec2_notice, gce_notice)
+        self._without_notice = False  # which has been said
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         if rank == 0 and not self._stop_asked():
@@ -201,36 +220,60 @@ class Watch:
         return self.stop.is_set()
 
     def _spot_notice(self) -> bool:
-        if spot_notice() is None:
-            return False
-        self.save.set()
-        return True
+        for cloud in self._clouds:
+            taken = cloud()
+            if taken is not None:
+                self._clouds = (cloud,)
+                if taken:
+                    self.save.set()
+                return taken
+        if len(self._clouds) > 1 and not self._without_notice:
+            self._without_notice = True
+            self.say(
+                f"{self.run.name}: train.spot_notice: no metadata service answers here, neither "
+                "EC2's nor Google's. If the machine is taken back, what is kept is the newest "
+                "checkpoint, of each train.checkpoint_every steps"
+            )
+        return False
 
 
 def tell(store: Store, run: str, ended: Ended) -> None:
     """Say to the job's process how the run ended; rank 0 does."""
-    store.write_json(f"{run}/ended.json", {"message": str(ended), "code": ended.code})
+    said = {"message": str(ended), "code": ended.code, "error": ended.error.__name__}
+    store.write_json(f"{run}/ended.json", said)
 
 
-def spot_notice() -> dict[str, Any] | None:
-    """EC2's notice that it takes this spot machine back, two minutes ahead; None without one.
+def ec2_notice() -> bool | None:
+    """Whether EC2 takes this spot machine back, said two minutes ahead; None: EC2 doesn't answer.
 
     Source: the instance metadata service, version 2, at AWS_EC2_METADATA_SERVICE_ENDPOINT.
     """
-    base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", METADATA).rstrip("/")
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    token = urllib.request.Request(
-        f"{base}/latest/api/token",
-        method="PUT",
-        headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"},
-    )
-    try:
-        with direct.open(token, timeout=2) as answer:
-            headers = {"X-aws-ec2-metadata-token": answer.read().decode()}
-        notice = urllib.request.Request(
-            f"{base}/latest/meta-data/spot/instance-action", headers=headers
-        )
-        with direct.open(notice, timeout=2) as answer:
-            return json.loads(answer.read())
-    except (OSError, ValueError):  # 404: no notice; no such service: not on EC2
+    base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://{METADATA}").rstrip("/")
+    lives = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+    token = _answer(f"{base}/latest/api/token", lives, "PUT")
+    if not token:
         return None
+    headers = {"X-aws-ec2-metadata-token": token}
+    return bool(_answer(f"{base}/latest/meta-data/spot/instance-action", headers))
+
+
+def gce_notice() -> bool | None:
+    """Whether Google takes this spot machine back, said 30 seconds ahead; None: Google doesn't
+    answer.
+
+    Source: Compute Engine's metadata server, at GCE_METADATA_HOST.
+    """
+    host = os.environ.get("GCE_METADATA_HOST", METADATA)
+    url = f"http://{host}/computeMetadata/v1/instance/preempted"
+    return {"TRUE": True, "FALSE": False}.get(_answer(url, {"Metadata-Flavor": "Google"}))
+
+
+def _answer(url: str, headers: dict[str, str], method: str = "GET") -> str:
+    """What a metadata service says; nothing if there is no such thing, or no service."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    asked = urllib.request.Request(url, method=method, headers=headers)
+    try:
+        with direct.open(asked, timeout=2) as answer:
+            return answer.read().decode().strip()
+    except (OSError, ValueError, http.client.HTTPException):
+        return ""

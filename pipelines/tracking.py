@@ -2,7 +2,8 @@
 
 The tracking URI is MLFLOW_TRACKING_URI, or a SQLite file in the (local) store. Metrics go through a
 buffer and a background thread, so that a slow or absent server never holds up a step; those that it
-has not taken by a checkpoint, or by the end, wait in the store.
+has not taken by a checkpoint, or by the end, wait in the store. Artifacts, which may go to another
+place than metrics, have a thread of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import re
 import tempfile
 import threading
 import time
@@ -26,6 +28,7 @@ from pipelines import console
 from pipelines.storage import Store, StoreError
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
     from PIL.Image import Image
 
@@ -34,8 +37,12 @@ BATCH = 500  # metrics per request; the server refuses more than 1000
 PARAM_CHARS = 6000  # longest value of a parameter that MLflow keeps
 SAMPLING_SECONDS = 10.0  # between samples of the machine's use, as MLflow's default is
 UNDELIVERED = "undelivered.json"  # of a run's folder: metrics that wait for the server
+ARTIFACT_TRIES = 5  # that fail in a row while the server answers: then artifacts are left out
+DROPPED = "dropped_artifacts"  # tag of a run: how many were left out
+CERTIFICATE = "MLFLOW_TRACKING_SERVER_CERT_PATH"
 
 Value = tuple[str, float, int, int]  # a metric's name, value, time in ms and step
+Artifact = tuple[str, str, Any]  # its kind; its path, or the file's; what is in it, or its folder
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,30 @@ class RunHandle:
 
 
 def tracking_uri(store: Store) -> str:
-    """Where runs are tracked: MLFLOW_TRACKING_URI, or a SQLite file beside the data."""
+    """Where runs are tracked: MLFLOW_TRACKING_URI, or a SQLite file beside the data.
+
+    Raises:
+        StoreError: on a cluster that file would be where the workers don't see it.
+    """
     configured = os.environ.get("MLFLOW_TRACKING_URI")
     if configured:
-        return configured
-    folder = Path(store.root) if store.uri.startswith("file:") else Path.cwd()
+        return _absolute(configured)
+    local = store.uri.startswith("file:")
+    if os.environ.get("RAY_ADDRESS") and not local:
+        raise StoreError(
+            "tracking: no server is named, and a file of this job's folder would be out of reach "
+            "for workers on other nodes, and go with the cluster. Set MLFLOW_TRACKING_URI, among "
+            "the job's env_vars, to a server that all nodes reach (docs/cluster.md)"
+        )
+    folder = Path(store.root) if local else Path.cwd()
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def _absolute(uri: str) -> str:
+    """The URI with an absolute path if it is a SQLite file's: workers have folders of their own."""
+    found = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/:?][^?]*)(.*)", uri)
+    return f"{found[1]}{Path(found[2]).absolute()}{found[3]}" if found else uri
 
 
 def client(uri: str) -> MlflowClient:
@@ -62,6 +86,8 @@ def client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    if os.environ.get(CERTIFICATE):  # read at each request, by when the folder may be another
+        os.environ[CERTIFICATE] = str(Path(os.environ[CERTIFICATE]).absolute())
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from mlflow.tracking import MlflowClient
@@ -84,38 +110,90 @@ def start_run(
         parent: Run id under which this one is nested.
 
     Raises:
-        StoreError: the tracking server can't be reached.
+        StoreError: the tracking server can't be reached, or its artifacts not be stored.
     """
     uri = tracking_uri(store)
     note = f"{key}/mlflow.json" if key else None
     try:
         tracker = client(uri)
+        run = None
         if note and store.exists(note):
             handle = RunHandle(**store.read_json(note))
-            if handle.uri == uri:
-                with contextlib.suppress(Exception):  # deleted meanwhile: open a new one
-                    if tracker.get_run(handle.run_id).info.lifecycle_stage == "active":
-                        tracker.set_terminated(handle.run_id, status="RUNNING")
-                        return handle
-        experiment = tracker.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            location = f"{store.uri}/mlflow-artifacts" if uri.startswith("sqlite:") else None
-            experiment_id = tracker.create_experiment(EXPERIMENT, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
-        tags = {"mlflow.runName": name} | ({"mlflow.parentRunId": parent} if parent else {})
-        run = tracker.create_run(experiment_id, tags=tags, run_name=name)
-        from mlflow.entities import Param
-
-        values = [Param(k, str(v)[:PARAM_CHARS]) for k, v in parameters.items()]
-        for start in range(0, len(values), 100):
-            tracker.log_batch(run.info.run_id, params=values[start : start + 100])
+            run = _found(tracker, handle.run_id) if handle.uri == uri else None
+        if run is not None:
+            _store_parameters(tracker, run, parameters)
+            tracker.set_terminated(run.info.run_id, status="RUNNING")
+            return RunHandle(uri, run.info.run_id, run.info.experiment_id)
+        run = _new(tracker, uri, store, name, parameters, parent)
+    except StoreError:
+        raise
     except Exception as error:
         raise StoreError(f"tracking {uri}: {error}. {_advice(error)}") from error
-    handle = RunHandle(uri, run.info.run_id, experiment_id)
+    handle = RunHandle(uri, run.info.run_id, run.info.experiment_id)
     if note:
         store.write_json(note, asdict(handle))
     return handle
+
+
+def _found(tracker: MlflowClient, run_id: str) -> Run | None:
+    """The run of this id; None only if the server says that it is gone or deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = tracker.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _new(
+    tracker: MlflowClient,
+    uri: str,
+    store: Store,
+    name: str,
+    parameters: Mapping[str, Any],
+    parent: str | None,
+) -> Run:
+    from mlflow.entities import Param
+
+    experiment = tracker.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        location = f"{store.uri}/mlflow-artifacts" if uri.startswith("sqlite:") else None
+        experiment_id = tracker.create_experiment(EXPERIMENT, artifact_location=location)
+    else:
+        experiment_id = experiment.experiment_id
+    tags = {"mlflow.runName": name} | ({"mlflow.parentRunId": parent} if parent else {})
+    run = tracker.create_run(experiment_id, tags=tags, run_name=name)
+    try:
+        values = [Param(k, str(v)[:PARAM_CHARS]) for k, v in parameters.items()]
+        for start in range(0, len(values), 100):
+            tracker.log_batch(run.info.run_id, params=values[start : start + 100])
+        _store_parameters(tracker, run, parameters)
+    except Exception:
+        with contextlib.suppress(Exception):
+            tracker.set_terminated(run.info.run_id, status="FAILED")
+        raise
+    return run
+
+
+def _store_parameters(tracker: MlflowClient, run: Run, parameters: Mapping[str, Any]) -> None:
+    """Log this start's parameters, whole, as an artifact: what stops here would stop pictures."""
+    from mlflow.exceptions import MlflowException
+
+    text = json.dumps(dict(parameters), indent=1, default=str)
+    try:
+        tracker.log_text(run.info.run_id, text, "parameters.json")
+    except Exception as error:
+        if isinstance(error, MlflowException) and error.error_code == "PERMISSION_DENIED":
+            raise
+        raise StoreError(
+            f"tracking: can't store artifacts in {run.info.artifact_uri}: {error}. Let all nodes "
+            "write there, or have the server store them (mlflow server --artifacts-destination, as "
+            f"infra/mlflow/start.sh); the experiment {EXPERIMENT} keeps the place that it was made "
+            "with, so rename it then"
+        ) from error
 
 
 def _advice(error: Exception) -> str:
@@ -163,27 +241,44 @@ class Logger:
     """Writes a run's metrics and pictures in the background. Use as a context manager.
 
     Metrics of steps that the run already holds are not written again, so that a run resumed from an
-    older checkpoint has no doubled step.
+    older checkpoint has no doubled step. All of them are delivered, however long it takes; an
+    artifact is left out if its place does not take it while the server answers.
     """
 
-    def __init__(self, handle: RunHandle | None, store: Store | None = None, key: str = "") -> None:
+    def __init__(
+        self,
+        handle: RunHandle | None,
+        store: Store | None = None,
+        key: str = "",
+        say: Callable[[str], None] = console.say,
+    ) -> None:
         """With a store, `keep` and the end leave there, in the run's folder `key`, the metrics that
         the server hasn't taken; a logger begins with those."""
         self.handle = handle
+        self.dropped = 0
+        """Artifacts that were left out."""
+        self._say = say
         self._store, self._left = (store if handle else None), f"{key}/{UNDELIVERED}"
-        self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
+        self._values: queue.Queue[Value | threading.Event | None] = queue.Queue()
+        self._artifacts: queue.Queue[Artifact | threading.Event | None] = queue.Queue()
         self._waiting: deque[Value] = deque()  # metrics in the queue or on their way
         self._lock = threading.Lock()  # both are in one order
         self._logged: dict[str, int] = {}
-        self._failing, self._left_to_store = threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
+        self._failing = {"metrics": threading.Event(), "artifacts": threading.Event()}
+        self._refused = 0  # tries of artifacts in a row
+        self._left_to_store = threading.Event()
+        self._tracker: MlflowClient | None = None
+        self._connecting = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self._machine: Machine | None = None
         if self._store is not None and self._store.exists(self._left):
             for name, value, when, step in self._store.read_json(self._left):
                 self._put(name, value, when, step)
-        if handle is not None:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
+        delivering = {"metrics": self._deliver_metrics, "artifacts": self._deliver_artifacts}
+        for kind, deliver in delivering.items() if handle else ():
+            thread = threading.Thread(target=self._run, args=(kind, deliver), daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def __enter__(self) -> Logger:
         return self
@@ -201,37 +296,44 @@ class Logger:
         with self._lock:
             if self.handle is not None:
                 self._waiting.append(value)
-                self._queue.put(("metric", value))
+                self._values.put(value)
 
     def machine(self, step: int) -> None:
         """Log at a step what this machine was busy with since this was last called (`system/*`)."""
-        if self._thread is not None:
+        if self._threads:
             self._machine = self._machine or Machine()
             self.metrics(step, {f"system/{k}": v for k, v in self._machine.taken().items()})
 
     def picture(self, path: str, image: Image) -> None:
         """Log a picture as an artifact, e.g. `masked/step-000100.png`."""
-        self._queue.put(("picture", (path, image)))
+        self._put_artifact("picture", path, image)
 
     def json(self, path: str, value: Any) -> None:
         """Log a JSON artifact."""
-        self._queue.put(("text", (path, json.dumps(value, indent=1, default=str))))
+        self._put_artifact("text", path, json.dumps(value, indent=1, default=str))
 
     def file(self, path: Path, folder: str | None = None) -> None:
         """Log a local file as an artifact."""
-        self._queue.put(("file", (str(path), folder)))
+        self._put_artifact("file", str(path), folder)
+
+    def _put_artifact(self, *artifact: Any) -> None:
+        if self.handle is not None:
+            self._artifacts.put(artifact)
 
     @property
     def failing(self) -> bool:
         """The tracker does not take what it was sent last; it is sent again and again."""
-        return self._failing.is_set()
+        return any(event.is_set() for event in self._failing.values())
 
     def flush(self, timeout: float = 60.0) -> None:
         """Wait until what was logged so far is delivered, at most `timeout` seconds."""
-        if self._thread is not None:
-            delivered = threading.Event()
-            self._queue.put(("flush", delivered))
-            delivered.wait(timeout)
+        if self._threads:
+            deadline = time.monotonic() + timeout
+            metrics, artifacts = threading.Event(), threading.Event()
+            self._values.put(metrics)
+            self._artifacts.put(artifacts)
+            for delivered in (metrics, artifacts):
+                delivered.wait(max(0.0, deadline - time.monotonic()))
 
     def keep(self) -> None:
         """Leave in the store the metrics that the server hasn't taken, so that they outlive this
@@ -248,36 +350,55 @@ class Logger:
         """Wait until all is delivered, at most `timeout` seconds."""
         if self._machine is not None:
             self._machine.close()
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(timeout)
-            self._thread = None
+        if self._threads:
+            deadline = time.monotonic() + timeout
+            self._values.put(None)
+            self._artifacts.put(None)
+            for thread in self._threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
+            self._threads = []
             if self._store is not None:
                 self._left_to_store.set()
                 self.keep()
 
-    def _run(self) -> None:
+    def _run(self, kind: str, deliver: Callable[[MlflowClient], None]) -> None:
         with contextlib.suppress(_LeftToStore):
-            self._deliver()
+            self._retry(kind, self._connect, lambda _: False)
+            assert self._tracker is not None
+            deliver(self._tracker)
 
-    def _deliver(self) -> None:
+    def _connect(self) -> None:
         assert self.handle is not None
-        tracker = client(self.handle.uri)
+        with self._connecting:  # one thread imports MLflow
+            self._tracker = self._tracker or client(self.handle.uri)
+
+    def _deliver_metrics(self, tracker: MlflowClient) -> None:
+        def failed(_: Exception) -> bool:
+            self._logged.clear()  # it may have taken them, and failed to say so
+            return False
+
         closing = False
         while not closing:
-            items = [self._queue.get()]
+            items = [self._values.get()]
             time.sleep(0.2)  # let a batch gather
-            while not self._queue.empty():
-                items.append(self._queue.get())
+            while not self._values.empty():
+                items.append(self._values.get())
             closing = None in items
-            metrics = [item[1] for item in items if item and item[0] == "metric"]
+            metrics = [item for item in items if isinstance(item, tuple)]
             for start in range(0, len(metrics), BATCH):
-                self._retry(partial(self._metrics, tracker, metrics[start : start + BATCH]))
+                batch = metrics[start : start + BATCH]
+                self._retry("metrics", partial(self._metrics, tracker, batch), failed)
             for item in items:
-                if item and item[0] == "flush":
-                    item[1].set()
-                elif item and item[0] != "metric":
-                    self._retry(partial(self._artifact, tracker, *item))
+                if isinstance(item, threading.Event):
+                    item.set()
+
+    def _deliver_artifacts(self, tracker: MlflowClient) -> None:
+        while (item := self._artifacts.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+            else:
+                send = partial(self._artifact, tracker, *item)
+                self._retry("artifacts", send, partial(self._given_up, tracker, item[1]))
 
     def _metrics(self, tracker: MlflowClient, metrics: list[Value]) -> None:
         assert self.handle is not None
@@ -299,34 +420,59 @@ class Logger:
             for _ in metrics:
                 self._waiting.popleft()
 
-    def _artifact(self, tracker: MlflowClient, kind: str, content: tuple[Any, Any]) -> None:
+    def _artifact(self, tracker: MlflowClient, kind: str, path: str, content: Any) -> None:
         assert self.handle is not None
         if kind == "file":
-            tracker.log_artifact(self.handle.run_id, content[0], artifact_path=content[1])
-            return
-        path, value = content
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / Path(path).name
-            if kind == "picture":
-                value.save(local)
-            else:
-                local.write_text(value)
-            parent = str(Path(path).parent)
-            tracker.log_artifact(
-                self.handle.run_id, str(local), artifact_path=None if parent == "." else parent
-            )
+            tracker.log_artifact(self.handle.run_id, path, artifact_path=content)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                local = Path(folder) / Path(path).name
+                if kind == "picture":
+                    content.save(local)
+                else:
+                    local.write_text(content)
+                parent = str(Path(path).parent)
+                tracker.log_artifact(
+                    self.handle.run_id, str(local), artifact_path=None if parent == "." else parent
+                )
+        self._refused = 0
 
-    def _retry(self, send: Callable[[], None]) -> None:
-        """Try until it is delivered, with growing pauses; training goes on meanwhile."""
+    def _given_up(self, tracker: MlflowClient, path: str, error: Exception) -> bool:
+        """Whether an artifact is left out: it, or those before, failed while the server answers."""
+        assert self.handle is not None
+        try:
+            run = tracker.get_run(self.handle.run_id)
+        except Exception:  # it is away: artifacts wait for it, as metrics do
+            return False
+        self._refused += 1
+        if self._refused < ARTIFACT_TRIES:
+            return False
+        if not self.dropped:
+            self._say(
+                f"tracking: {path} can't be stored in {run.info.artifact_uri}: {error}. It is left "
+                f"out, and so is what follows until that works; the run's tag {DROPPED} counts them"
+            )
+        self.dropped += 1
+        with contextlib.suppress(Exception):
+            before = int(run.data.tags.get(DROPPED, 0))
+            tracker.set_tag(self.handle.run_id, DROPPED, before + 1)
+        return True
+
+    def _retry(
+        self, kind: str, send: Callable[[], None], given_up: Callable[[Exception], bool]
+    ) -> None:
+        """Try until it is delivered or given up, with growing pauses, beside the training."""
         pause = 1.0
         while True:
             try:
                 send()
-                self._failing.clear()
+                self._failing[kind].clear()
                 return
             except Exception as error:
-                self._failing.set()
-                self._logged.clear()  # it may have taken them, and failed to say so
+                self._failing[kind].set()
+                if given_up(error):
+                    self._failing[kind].clear()
+                    return
                 logging.getLogger(__name__).warning("tracking: %s; trying again", error)
                 if self._left_to_store.wait(pause):
                     raise _LeftToStore from error

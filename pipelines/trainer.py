@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from pipelines.loader_workers import check_room, prefetch
 from pipelines.progress import Clock
 from pipelines.recipe import Recipe, Run, TrainConfig
 from pipelines.stops import Ended, Watch
-from pipelines.storage import Store, StoreError
+from pipelines.storage import Store, StoreError, code_version
 
 
 def fit(
@@ -52,6 +52,7 @@ def fit(
     recipe: Recipe,
     config: TrainConfig,
     parameters: Mapping[str, Any],
+    step_memory: budget.StepMemory | None = None,
     parent: str | None = None,
     track: bool = True,
     tuned: bool = False,
@@ -61,6 +62,7 @@ def fit(
     Args:
         fingerprint: Hash of configuration and inputs; a finished run with another is an error.
         parameters: Flat values for the tracker.
+        step_memory: What a step takes of a GPU beside the state, where somebody reckons it.
         parent: MLflow run under which this one is nested.
         tuned: Report evaluations to the Ray Tune trial that this is called in.
 
@@ -69,6 +71,7 @@ def fit(
 
     Raises:
         StoreError: the store or the tracker can't be used, or the output's name is taken.
+        ValueError: the options fit neither each other nor the machines.
         FloatingPointError: a loss or a gradient went wrong; see `pipelines/guards.py`.
         Stopped: the run was stopped and left a checkpoint; see `pipelines/stops.py`.
     """
@@ -93,15 +96,20 @@ def fit(
     handle = None
     if track:
         handle = tracking.start_run(store, name, parameters, key=run_folder, parent=parent)
-    run = Run(store.uri, run_folder, output, fingerprint, recipe, config, handle, tuned)
-    store.delete(f"{run_folder}/progress.json")  # what an interrupted run said last
+    run = Run(
+        *(store.uri, run_folder, output, fingerprint, recipe, config, handle),
+        parameters=dict(parameters),
+        step_memory=step_memory,
+        tuned=tuned,
+    )
+    store.delete(f"{run_folder}/{stops.BEGUN}")  # what an interrupted run said last
     try:
         with (
             bill.of_training(None if tuned else handle, config),  # trials share their nodes
             stops.stoppable(store, run, begun),
             progress.shown(store, run),
         ):
-            _launch(run)
+            _launch(run, store)
     except BaseException as error:
         stopped = tuned and isinstance(error, SystemExit)  # by Tune: the sweep says how it ended
         if handle is not None and not stopped:
@@ -128,15 +136,34 @@ def _claim(store: Store, folder: str, fingerprint: str, parameters: Mapping[str,
     store.write_json(note, {"fingerprint": fingerprint, "parameters": dict(parameters)})
 
 
-def _launch(run: Run) -> None:
+def _launch(run: Run, store: Store) -> None:
+    """Train on Ray's workers, and start them again as long as there is progress between failures.
+
+    Ray counts the failures of a run of weeks all together.
+    """
+    from ray.train import TrainingFailedError
+
+    check_room(run.config)
+    while True:
+        before = checkpoints.newest(store, run.name)
+        try:
+            _trainer(run).fit()
+            return
+        except TrainingFailedError:
+            if checkpoints.newest(store, run.name) <= before:
+                raise
+            console.say(f"{run.name}: failed after new checkpoints; the workers are started again")
+
+
+def _trainer(run: Run) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from pipelines.process_group import GroupConfig
 
     config = run.config
-    check_room(config)
-    trainer = TorchTrainer(
+    address, *query = run.store_uri.split("?", 1)
+    return TorchTrainer(
         _worker,
         train_loop_config={"run": run},
         torch_config=GroupConfig(
@@ -150,13 +177,12 @@ def _launch(run: Run) -> None:
         ),
         run_config=RunConfig(
             name=f"{run.name.replace('/', '-')}-{uuid.uuid4().hex[:6]}",
-            storage_path=f"{run.store_uri}/{run.name}/ray",
+            storage_path="?".join([f"{address}/{run.name}/ray", *query]),
             failure_config=FailureConfig(max_failures=config.max_failures),
             callbacks=_tune_callbacks(run),
             worker_runtime_env={"env_vars": _environment(config)},
         ),
     )
-    trainer.fit()
 
 
 def _environment(config: TrainConfig) -> dict[str, str]:
@@ -202,24 +228,40 @@ def _worker(arguments: dict[str, Any]) -> None:
 def _train(run: Run) -> None:
     store = Store(run.store_uri)
     rank, world, device = _join(run.config)
-    if run.tuned and run.config.workers and rank == 0:
-        placement.note(store, run.name)
-    torch.manual_seed(run.config.seed)
-    module = run.recipe.build()
-    budget.check_device(module, run.config, device)
-    module = module.to(device)
-    engine = engines.build(run, module)
+    if bundles.exists(store, run.output):  # a worker was lost after all was done
+        if run.tuned:
+            metrics = bundles.info(store, run.output)["metrics"]
+            _report(run.config, {**metrics, "step": run.config.steps})
+        return
     said: list[str] = []  # the job's process shows it: a worker's own console is out of sight
-    start = checkpoints.restore(store, run.name, engine, said.append)
-    if start:
-        said.append(f"{run.name}: resumed from step {start}")
+    if rank == 0:
+        progress.begin(store, run.name, said)
+        if run.tuned and run.config.workers:
+            placement.note(store, run.name)
+    try:
+        engine, start, due = _begin(run, store, world, device, said.append)
+    except Ended as end:
+        if rank == 0:
+            progress.begin(store, run.name, said)
+            stops.tell(store, run.name, end)
+        return
     handle = run.tracking if rank == 0 else None
     metrics, ended = {}, None
-    with tracking.Logger(handle, store, run.name) as logger, Watch(run, store, rank) as watch:
+    with (
+        tracking.Logger(handle, store, run.name, said.append) as logger,
+        Watch(run, store, rank, said.append) as watch,
+    ):
         clock = Clock(run, store, logger, start, said, device) if rank == 0 else None
         guard = Guard(run, store, engine, watch, start=start, rank=rank, say=said.append)
+        notes = {
+            "fingerprint": run.fingerprint,
+            "parameters": dict(run.parameters),
+            "code": code_version(),
+        }
         try:
-            with checkpoints.Writer(store, run.name, run.config) as writer:
+            with checkpoints.Writer(store, run.name, run.config, said.append, notes) as writer:
+                if due:
+                    _evaluate(run, engine, logger, start, rank)
                 metrics = _steps(
                     run, engine, writer, guard, logger, clock, start, rank, world, device
                 )
@@ -238,6 +280,49 @@ def _train(run: Run) -> None:
     if run.tuned and not ended:  # now that the model is there
         _report(run.config, {**metrics, "step": run.config.steps})
     engines.close(engine)
+
+
+def _begin(
+    run: Run, store: Store, world: int, device: torch.device, say: Callable[[str], None]
+) -> tuple[Any, int, bool]:
+    """The engine with the newest checkpoint's state, its step, and whether to evaluate that.
+
+    Raises:
+        Ended: a worker can't begin, for a reason that a second start would not change.
+    """
+    torch.manual_seed(run.config.seed)
+    module, failed = nn.Module(), None
+    try:
+        module = run.recipe.build()
+        budget.check_device(module, run.config, device, run.step_memory)
+    except (StoreError, ValueError) as error:
+        if isinstance(error.__cause__, OSError):  # the store doesn't answer this worker
+            raise
+        failed = error
+    _end_if_any(failed, world)
+    engine = engines.build(run, module.to(device))
+    try:
+        start, due = checkpoints.restore(store, run.name, engine, say, run.fingerprint)
+    except StoreError as error:
+        if isinstance(error.__cause__, OSError):  # rank 0's alone
+            raise
+        raise Ended(str(error), error=StoreError) from error
+    if start:
+        say(f"{run.name}: resumed from step {start}")
+    return engine, start, due
+
+
+def _end_if_any(failed: Exception | None, world: int) -> None:
+    """Every worker must call this, with what went wrong on it.
+
+    Raises:
+        Ended: something did on some worker.
+    """
+    said = (isinstance(failed, StoreError), str(failed)) if failed else None
+    everyone: list[tuple[bool, str] | None] = [None] * world
+    dist.all_gather_object(everyone, said)
+    for of_store, message in filter(None, everyone):
+        raise Ended(message, error=StoreError if of_store else ValueError) from failed
 
 
 def _steps(
@@ -262,7 +347,7 @@ def _steps(
             torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + rank)
             engines.set_learning_rate(engine, config, step)
             engine.module.train()
-            results: dict[str, Tensor] = {}
+            passed: list[Mapping[str, Tensor]] = []
             guard.begin()
             for passes in range(1, config.accumulate + 1):
                 before = time.monotonic()
@@ -272,6 +357,7 @@ def _steps(
                 results = engine(batch)
                 engine.backward(results["loss"])
                 guard.add(batch, results["loss"])
+                passed.append({k: v.detach() for k, v in results.items() if v.numel() == 1})
                 if passes < config.accumulate:
                     engine.step()
             done = step + 1
@@ -281,39 +367,53 @@ def _steps(
             last = done == config.steps
             every = config.checkpoint_every
             due = bool(every) and done % every == 0 and guard.stepped
-            save = (due or agreed.stop or agreed.save) and not last
+            asked = agreed.stop or agreed.save
+            save = (due or asked) and not last
+            evaluated = last or (bool(config.evaluate_every) and done % config.evaluate_every == 0)
             if agreed.skipped and clock:
                 logger.metrics(done, {"train/skipped_steps": guard.skipped})
             elif not agreed.skipped and (done % config.log_every == 0 or save or last):
-                values = _mean_over_workers(results, world)
+                values = _mean_over_workers(passed, world)
                 if clock:
                     clock.log(done, values, engine, agreed.gradient_norm)
             if clock:
                 clock.show(done)
+            if evaluated and not asked:
+                metrics = _evaluate(run, engine, logger, done, rank)
             if save:
                 if not logger.failing:  # a run that goes on from here doesn't log these steps again
                     logger.flush(10.0)
                 logger.keep()
-                writer.save(done, engine)
+                writer.save(done, engine, due=evaluated and asked)
                 guard.remember(done)
                 if agreed.stop:
                     writer.wait()
                     raise guard.watch.ended(done)
-            if last or (config.evaluate_every and done % config.evaluate_every == 0):
-                with zero.whole(engine) as module:
-                    if rank == 0:
-                        module.eval()
-                        with torch.no_grad():
-                            metrics = run.recipe.evaluate(module, done, logger)
-                        logger.metrics(done, {f"eval/{k}": v for k, v in metrics.items()})
-                if run.tuned and not last:  # Tune may end this process in here
-                    writer.wait()  # another trial may go on from this one's checkpoint
+            if evaluated and asked:  # by a machine that may be gone in a minute
+                metrics = _evaluate(run, engine, logger, done, rank)
+            if evaluated and run.tuned and not last:  # Tune may end this process in here
+                writer.wait()  # another trial may go on from this one's checkpoint
+                if not logger.failing:
                     logger.flush()
-                    _report(config, {**metrics, "step": done})
-                elif world > 1:
-                    dist.barrier()
+                _report(config, {**metrics, "step": done})
     finally:
         batches.close()
+    return metrics
+
+
+def _evaluate(
+    run: Run, engine: Any, logger: tracking.Logger, step: int, rank: int
+) -> dict[str, float]:
+    """Scores of the weights after a step, which rank 0 finds and logs while the others wait."""
+    metrics: dict[str, float] = {}
+    with zero.whole(engine) as module:
+        if rank == 0:
+            module.eval()
+            with torch.no_grad():
+                metrics = run.recipe.evaluate(module, step, logger)
+            logger.metrics(step, {f"eval/{k}": v for k, v in metrics.items()})
+    if dist.get_world_size() > 1:
+        dist.barrier()
     return metrics
 
 
@@ -371,9 +471,16 @@ def _join(config: TrainConfig) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def _mean_over_workers(results: Mapping[str, Tensor], world: int) -> dict[str, float]:
-    """Scalars averaged over the workers that have them; every worker must call this."""
-    own = {k: float(v.detach()) for k, v in results.items() if v.numel() == 1}
+def _mean_over_workers(passed: Sequence[Mapping[str, Tensor]], world: int) -> dict[str, float]:
+    """Scalars of a step's passes, averaged over those and the workers that have them.
+
+    Every worker must call this.
+    """
+    names = {name: None for one in passed for name in one}
+    own = {
+        name: float(torch.stack([one[name] for one in passed if name in one]).double().mean())
+        for name in names
+    }
     if world == 1:
         return own
     everyone: list[dict[str, float] | None] = [None] * world

@@ -36,7 +36,6 @@ DIAMETERS = {"small": (0.28, 0.33), "large": (0.42, 0.5)}
 """Diameter of a thing as a share of the picture's short side, by size word."""
 
 RELATIONS = ("left of", "right of", "above", "below")
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 _REACH = 0.57  # no outline, turned by at most _TILT degrees, leaves this many diameters
 _TILT = 10.0

@@ -23,7 +23,7 @@ def test_every_job_takes_its_options() -> None:
     from pipelines import config
 
     jobs = _jobs()
-    assert len(jobs) == 6
+    assert len(jobs) == 7
     for script, *options in jobs:
         assert (ROOT / script).is_file()
         module: Any = importlib.import_module(script.removesuffix(".py").replace("/", "."))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_run
 import torch
 from safetensors.torch import load_file, save_file
 from small_net import (
@@ -28,10 +31,11 @@ from small_net import (
 )
 from torch import Tensor, nn
 
-from pipelines import bundles, checkpoints, trainer, zero
+from pipelines import bundles, checkpoints, stops, trainer, zero
 from pipelines import engine as engines
 from pipelines.recipe import Run
 from pipelines.storage import Store, StoreError
+from pipelines.tracking import Logger
 from pipelines.trainer import fit
 
 
@@ -222,7 +226,7 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
 def test_training_goes_on_while_a_checkpoint_is_written(engine: Any, tmp_path: Path) -> None:
     gate = threading.Event()
     store = GuardedStore(tmp_path, lambda: gate.wait(60))
-    with checkpoints.Writer(store, "runs/run", train_config()) as writer:
+    with checkpoints.Writer(store, "runs/run", train_config(), print) as writer:
         first = weights_of(engine)
         writer.save(1, engine)
         step(engine)
@@ -244,22 +248,55 @@ def fail() -> None:
 
 
 def test_a_checkpoint_that_could_not_be_written_is_raised(engine: Any, tmp_path: Path) -> None:
-    store = GuardedStore(tmp_path, fail)
+    store, said = GuardedStore(tmp_path, fail), list[str]()
 
     def writer() -> checkpoints.Writer:
-        return checkpoints.Writer(store, "runs/run", train_config())
+        return checkpoints.Writer(store, "runs/run", train_config(), said.append)
 
     with pytest.raises(OSError, match="no space left"), writer() as at_the_end:
         at_the_end.save(1, engine)
-    with pytest.raises(OSError, match="no space left"), writer() as at_the_next:
-        at_the_next.save(1, engine)
-        at_the_next.save(2, engine)
-        pytest.fail("the second save went on")
+    assert said == ["runs/run: the checkpoint of step 1 could not be written: no space left"]
+    with pytest.raises(OSError, match="no space left"), writer() as after_others:
+        for number in range(1, checkpoints.FAILURES + 1):
+            after_others.save(number, engine)
+        after_others.save(0, engine)
+        pytest.fail("the last save went on")
     with pytest.raises(KeyboardInterrupt) as stopped, writer() as beside_another:
         beside_another.save(1, engine)
         raise KeyboardInterrupt
     assert "no space left" in stopped.value.__notes__[0]
-    assert checkpoints.restore(store, "runs/run", engine, print) == 0
+    assert checkpoints.restore(store, "runs/run", engine, print) == (0, False)
+
+
+def test_the_next_checkpoint_stands_in_for_one_that_could_not_be_written(
+    engine: Any, tmp_path: Path
+) -> None:
+    out, said = [True], list[str]()
+    store = GuardedStore(tmp_path, lambda: fail() if out[0] else None)
+    with checkpoints.Writer(store, "runs/run", train_config(), said.append) as writer:
+        for number in range(1, 7):
+            out[0] = number % checkpoints.FAILURES != 0
+            writer.save(number, engine)
+            while writer.writing:
+                time.sleep(0.01)
+    assert steps_of(store) == [3, 6] and len(said) == 4
+    assert checkpoints.restore(store, "runs/run", engine, print) == (6, False)
+
+
+def test_what_cant_be_deleted_is_said(engine: Any, tmp_path: Path) -> None:
+    class Undeletable(Store):
+        def delete(self, name: str) -> None:
+            if name.endswith("step-00000001"):
+                fail()
+            super().delete(name)
+
+    said: list[str] = []
+    config = train_config(keep_checkpoints=1)
+    with checkpoints.Writer(Undeletable(tmp_path), "runs/run", config, said.append) as writer:
+        writer.save(1, engine)
+        writer.save(2, engine)
+    assert steps_of(Store(tmp_path)) == [1, 2]
+    assert said == ["runs/run: checkpoints before step 2 could not be deleted: no space left"]
 
 
 # -- what is kept, and what is damaged -------------------------------------------------------------
@@ -350,15 +387,105 @@ def test_a_checkpoint_without_its_manifest_was_never_finished(
     assert same(final, state(unbroken[1], "models/run")["model"])
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(
+def test_a_run_whose_checkpoints_are_all_damaged_ends_without_a_step(
     unbroken: dict[int, Store], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = begun(unbroken[1], tmp_path, 3)
     truncate(tmp_path / checkpoints.folder("runs/run", 3) / "model.safetensors")
-    final = train(store)
-    said = capsys.readouterr().out
-    assert "checkpoint of step 3 is damaged" in said and "resumed" not in said
-    assert same(final, state(unbroken[1], "models/run")["model"])
+    with pytest.raises(StoreError, match=r"none of its checkpoints is sound .*model.safetensors"):
+        train(store)
+    assert "checkpoint of step 3 is damaged" in capsys.readouterr().out
+    store.delete("runs/run/checkpoints")  # as the error says
+    assert same(train(store), state(unbroken[1], "models/run")["model"])
+
+
+class Unreachable(Store):
+    """Checkpoints are there, and can't be read for now."""
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        if "/checkpoints/" in name:
+            error = OSError("please reduce your request rate")
+            raise StoreError(f"{self.uri}/{name}: {error}") from error
+        return super()._pieces(name)
+
+
+def test_a_store_that_does_not_answer_is_no_damage(
+    unbroken: dict[int, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = begun(unbroken[1], tmp_path, 3)
+    begun(unbroken[1], tmp_path, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Store", Unreachable)
+        with pytest.raises(StoreError, match="please reduce your request rate"):
+            train(store)
+    assert steps_of(store) == [3, 4]
+    assert same(train(store), state(unbroken[1], "models/run")["model"])
+
+
+def test_a_checkpoint_says_what_run_it_is_of(unbroken: dict[int, Store], tmp_path: Path) -> None:
+    store = begun(unbroken[1], tmp_path, 3)
+    info = bundles.info(store, checkpoints.folder("runs/run", 3))
+    assert (
+        info["fingerprint"] == "same" and info["parameters"] == {} and "beit3-ray" in info["code"]
+    )
+    rewrite(store, 3, lambda files: None, fingerprint="another")
+    with pytest.raises(StoreError, match=r"_bundle.json: it was written by a run of other inputs"):
+        train(store)
+
+
+class Asked(Net):
+    """In its fourth step it is told to save or to stop."""
+
+    def __init__(self, ask: str) -> None:
+        super().__init__(0.3)
+        self.ask = ask
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        if self.training and int(self.seen) == 3 * len(batch):
+            getattr(small_run.watch(), self.ask).set()
+        return super().forward(batch)
+
+
+@dataclass(frozen=True)
+class Evaluated(Recipe):
+    """Notes the steps that it is evaluated at."""
+
+    file: str = ""
+    ask: str = ""
+
+    def build(self) -> nn.Module:
+        small_run.keep_watches()
+        return Asked(self.ask) if self.ask else super().build()
+
+    def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
+        with Path(self.file).open("a") as notes:
+            notes.write(f"{step} ")
+        return super().evaluate(module, step, logger)
+
+
+@pytest.mark.parametrize("ask", ["stop", "save"])
+def test_a_step_that_was_saved_in_haste_is_evaluated_all_the_same(ask: str, tmp_path: Path) -> None:
+    store, notes = Store(tmp_path / "store"), tmp_path / "notes"
+    recipe = Evaluated(file=str(notes), ask=ask)
+    every: dict[str, Any] = {"evaluate_every": 2, "checkpoint_every": 0, "steps": 6}
+    if ask == "stop":
+        with pytest.raises(stops.Stopped):
+            train(store, recipe=recipe, **every)
+        assert notes.read_text().split() == ["2"]
+        assert bundles.info(store, checkpoints.folder("runs/run", 4))[checkpoints.EVALUATION_DUE]
+        recipe = Evaluated(file=str(notes))
+    train(store, recipe=recipe, **every)
+    assert notes.read_text().split() == ["2", "4", "6"]
+
+
+def test_a_checkpoint_comes_after_its_steps_evaluation(tmp_path: Path) -> None:
+    store, notes = Store(tmp_path / "store"), tmp_path / "notes"
+    train(store, recipe=Evaluated(file=str(notes)), evaluate_every=2, checkpoint_every=2, steps=6)
+    assert notes.read_text().split() == ["2", "4", "6"]
+    assert steps_of(store) == [2, 4]
+    for step in (2, 4):
+        info = bundles.info(store, checkpoints.folder("runs/run", step))
+        assert not info[checkpoints.EVALUATION_DUE]
 
 
 # -- other versions' checkpoints -------------------------------------------------------------------

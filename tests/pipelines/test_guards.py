@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
+import queue
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch import Tensor
 from two_workers import on_two_workers, run
 
 from pipelines import bundles, checkpoints, guards, models, stops, tracking
-from pipelines.recipe import TrainConfig
+from pipelines.recipe import Run, TrainConfig
 from pipelines.storage import Store
 
 STAGES = (0, 1, 2, 3)
@@ -378,9 +380,9 @@ def test_a_limit_ends_it_with_a_checkpoint(
 
 
 def test_the_nearest_limit_counts() -> None:
-    config = TrainConfig(workers=5, max_hours=3.0, max_cost=20.0, price_per_hour=2.0)
+    config = TrainConfig(workers=4, max_hours=3.0, max_cost=16.0, price_per_hour=2.0)
     for changes, seconds, option in (
-        ({}, 7200.0, "train.max_cost 20"),  # 5 workers cost 10 an hour
+        ({}, 7200.0, "train.max_cost 16"),  # 4 workers cost 8 an hour
         ({"max_hours": 1.0}, 3600.0, "train.max_hours 1"),
         ({"max_cost": 0.0}, 10800.0, "train.max_hours 3"),
         ({"workers": 0}, 10800.0, "train.max_hours 3"),
@@ -391,10 +393,51 @@ def test_the_nearest_limit_counts() -> None:
     assert stops._limit(TrainConfig()) is None
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_limit_ends_what_only_waits_for_machines(
+    begun: bool, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_run.config(max_hours=0.3 / 3600)
+    run = Run(store.uri, "runs/run", "models/run", "same", Recipe(), config)
+    with (
+        pytest.raises(stops.Stopped) if not begun else contextlib.nullcontext() as raised,
+        stops.stoppable(store, run, time.monotonic()),
+    ):
+        if begun:
+            store.write_json(f"runs/run/{stops.BEGUN}", {"said": []})
+        for _ in range(1200):
+            time.sleep(0.05)
+            if store.exists("runs/run/stop.json"):
+                break
+    said = capsys.readouterr().out
+    assert ("no worker has begun: run the same command to go on" in said) == (not begun)
+    assert store.exists("runs/run/stop.json") == begun
+    if not begun:
+        assert raised is not None and raised.value.code == stops.LIMIT_CODE
+
+
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """EC2's instance metadata service, version 2."""
+    """A cloud's metadata service; of another cloud's paths it knows none."""
 
     notice = threading.Event()
+
+    def do_GET(self) -> None:
+        self.answer(404, b"")
+
+    do_PUT = do_GET
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class EC2(Metadata):
+    """Version 2 of the service."""
 
     def do_PUT(self) -> None:
         asked = self.headers.get("X-aws-ec2-metadata-token-ttl-seconds")
@@ -410,26 +453,29 @@ class Metadata(http.server.BaseHTTPRequestHandler):
             found = {"action": "terminate", "time": "2030-01-01T00:02:00Z"}
             self.answer(200, json.dumps(found).encode())
 
-    def answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        pass
+class GCE(Metadata):
+    def do_GET(self) -> None:
+        if self.headers.get("Metadata-Flavor") != "Google":
+            self.answer(403, b"")
+        elif self.path != "/computeMetadata/v1/instance/preempted":
+            self.answer(404, b"")
+        else:
+            self.answer(200, b"TRUE" if self.notice.is_set() else b"FALSE")
 
 
-@pytest.fixture
-def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Metadata]]:
+@contextlib.contextmanager
+def served(cloud: type[Metadata], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This cloud's service where both are looked for, as they are at one address."""
     Metadata.notice.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), cloud)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    address = f"http://127.0.0.1:{server.server_address[1]}/"
-    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", address)
+    address = f"127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://{address}/")
+    monkeypatch.setenv("GCE_METADATA_HOST", address)
     monkeypatch.setattr(stops, "SPOT_POLL_SECONDS", 0.01)
-    yield Metadata
+    yield
     server.shutdown()
     thread.join()
     server.server_close()
@@ -445,18 +491,60 @@ class TakenBack(Recipe):
             assert small_run.watch().save.wait(120)
 
 
-def test_a_spot_notice_makes_a_checkpoint_at_once(metadata: type[Metadata], store: Store) -> None:
-    assert stops.spot_notice() is None
-    assert train(store, "run", TakenBack(held=3), spot_notice=True)["steps"] == 8
+@pytest.mark.parametrize("cloud", [EC2, GCE])
+def test_a_spot_notice_makes_a_checkpoint_at_once(
+    cloud: type[Metadata], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(cloud, monkeypatch):
+        asked = {EC2: stops.ec2_notice, GCE: stops.gce_notice}
+        here = asked.pop(cloud)
+        (elsewhere,) = asked.values()
+        assert here() is False and elsewhere() is None
+        assert train(store, "run", TakenBack(held=3), spot_notice=True)["steps"] == 8
+        assert here() is True and elsewhere() is None
     assert store.list("runs/run/checkpoints") == ["step-00000004"]
-    assert stops.spot_notice() == {"action": "terminate", "time": "2030-01-01T00:02:00Z"}
+
+
+def watched(store: Store, said: Callable[[str], None]) -> stops.Watch:
+    """What looks for a notice on a worker that is not the first."""
+    settings = config(spot_notice=True)
+    watched = Run(store.uri, "runs/run", "models/run", "same", Recipe(), settings)
+    return stops.Watch(watched, store, 1, said)
+
+
+def test_a_machine_that_gets_no_notice_says_so_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: queue.Queue[str] = queue.Queue()
+    looks: queue.Queue[None] = queue.Queue()
+    real = stops.gce_notice
+    with served(Metadata, monkeypatch):
+        monkeypatch.setattr(stops, "gce_notice", lambda: (looks.put(None), real())[1])
+        with watched(store, said.put) as watch:
+            for _ in range(3):
+                looks.get(timeout=60)
+        assert not watch.save.is_set()
+        assert "train.checkpoint_every" in said.get_nowait() and said.empty()
+
+
+@pytest.mark.parametrize("cloud", [EC2, GCE])
+def test_a_machine_that_gets_notices_says_nothing(
+    cloud: type[Metadata], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    with served(cloud, monkeypatch), watched(store, said.append) as watch:
+        assert not watch.save.wait(0.2)
+        cloud.notice.set()
+        assert watch.save.wait(60)
+    assert said == []
 
 
 def test_where_nobody_answers_there_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as closed:
         port = closed.server_address[1]
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{port}")
-    assert stops.spot_notice() is None
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{port}")
+    assert stops.ec2_notice() is None and stops.gce_notice() is None
 
 
 # -- options ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,9 @@ from pipelines import (
     models,
     pretrain,
     token_checks,
+    tokenize_corpus,
     tracking,
+    train_image_tokenizer,
     train_text_tokenizer,
 )
 from pipelines.masked_batches import held_out_batches
@@ -38,6 +40,7 @@ from pipelines.pretrain import PretrainRecipe, run
 from pipelines.pretrain_config import PRESETS, PretrainConfig
 from pipelines.recipe import TrainConfig
 from pipelines.storage import Dataset, Store, StoreError, fingerprint
+from pipelines.tokenize_corpus import stored_view
 
 ALONE, PAIRS, TEXTS = 4, 8, 4  # of a batch
 
@@ -129,6 +132,35 @@ def test_pictures_are_the_views_that_were_tokenized(recipe: PretrainRecipe, corp
             wanted = apply_view(picture, View(tuple(view["box"]), view["flip"]), small_corpus.SIZE)
             assert np.array_equal(pixels.numpy(), wanted), (step, name)
     assert set(drawn.values()) == {2, 3}  # 80 draws of 34 pairs, 40 of 14 pictures
+
+
+def test_pictures_have_the_colours_that_were_tokenized(
+    recipe: PretrainRecipe, copied: Callable[..., Store]
+) -> None:
+    """Of tokens with colour jitter and, beside them, without."""
+    store, sources, tokens = copied("images", "tokenizers"), {}, {}
+    for name, jitter in (("pairs", 0.4), ("alone", 0.0)):
+        cfg = small_corpus.tokens(store, images=(name,), texts=(), held_out=())
+        tokenize_corpus.run(replace(cfg, view=replace(cfg.view, jitter=jitter)))
+        for row in store.dataset(f"images/{name}").read_table().to_pylist():
+            sources[row["id"]] = row["image"]["bytes"]
+        for row in store.dataset(f"tokens/{name}").read_table().to_pylist():
+            tokens[row["id"]] = {stored_view(view): view["words"] for view in row["views"]}
+            assert all((view.jitter is None) == (jitter == 0) for view in tokens[row["id"]])
+    cfg = small_corpus.pretraining(store, texts=(), text_batch=0, held_out="")
+    batches = replace(recipe, cfg=cfg).batches(0, 1)
+    tokenizer, _ = train_image_tokenizer.load(store, "vqkd")
+    for step in range(4):
+        batch = batches(step)
+        assert torch.equal(tokenizer.encode(batch.images), batch.visual_words)
+        for name, pixels, words in zip(batch.ids, batch.images, batch.visual_words, strict=True):
+            picture = decode(sources[name])
+            seen = [
+                stored
+                for view, stored in tokens[name].items()
+                if np.array_equal(apply_view(picture, view, small_corpus.SIZE), pixels.numpy())
+            ]
+            assert seen == [words.tolist()], name
 
 
 def test_pictures_of_a_task_are_the_first_of_their_rows(corpus: Store) -> None:
@@ -380,6 +412,46 @@ def test_held_out_pictures_of_which_nothing_is_hidden_make_no_sheet(corpus: Stor
     assert "accuracy/pair_text" in result["metrics"]
 
 
+class Drawn:
+    """Takes a recipe's pictures in a tracker's place."""
+
+    def __init__(self) -> None:
+        self.pictures: dict[str, Any] = {}
+
+    def picture(self, path: str, image: Any) -> None:
+        self.pictures[path] = image
+
+
+@pytest.mark.parametrize("name", ["multiway", "joint", "mono", "pixels", "multi-image"])
+def test_without_held_out_pairs_training_data_are_shown(name: str, corpus: Store) -> None:
+    cfg = replace(ablation(name, corpus), held_out="", held_out_ranked=0)
+    cfg = replace(cfg, train=replace(cfg.train, evaluate_every=2))
+    own = PretrainRecipe(cfg, _tokenizer(corpus))
+    first, shown = own.batches(0, 1)(0), pretrain.training_pictures(cfg, own.tokenizer)
+    kind = "alone" if name == "mono" else "pairs"
+    ids = tuple(one for one in first.ids if one.startswith(kind))
+    # Those of the first batch, as the run sees them, and of each something is hidden.
+    assert shown.ids[: len(ids)] == ids and len(shown.ids) == pretrain.SHOWN
+    places = [i for i, one in enumerate(first.ids) if one.startswith(kind)]
+    assert torch.equal(shown.images[: len(ids)], first.images[places])
+    assert shown.hidden_patches.any(1).all()
+    logged = [Drawn(), Drawn()]
+    module = own.build()
+    for drawn in logged:
+        assert own.evaluate(module, 2, cast(Any, drawn)) == {}
+    (one,), (two,) = (drawn.pictures.values() for drawn in logged)
+    assert list(logged[0].pictures) == ["masked/step-0000002.png"]
+    assert one.tobytes() == two.tobytes()
+
+
+def test_texts_alone_have_no_pictures(corpus: Store) -> None:
+    none = dict[str, Any](images=(), image_batch=0, pairs=(), pair_batch=0)
+    cfg = small_corpus.pretraining(corpus, held_out="", **none)
+    own, drawn = PretrainRecipe(cfg, _tokenizer(corpus)), Drawn()
+    assert own.evaluate(own.build(), 6, cast(Any, drawn)) == {}
+    assert not drawn.pictures
+
+
 # -- before it starts ------------------------------------------------------------------------------
 
 
@@ -449,6 +521,68 @@ def test_a_text_tokenizer_that_was_replaced_is_noticed(copied: Callable[..., Sto
         run(small_corpus.pretraining(store))
 
 
+def check_pictures(store: Store, config: PretrainConfig) -> None:
+    token_checks.check_pictures(token_checks.check_data(store, config)[0])
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_pictures_that_took_the_place_of_those_tokenized_are_refused(
+    copied: Callable[..., Store],
+) -> None:
+    """Under the same name, in parts of the same names and sizes."""
+    store = copied("images", "tasks", "tokens", "tokenizers")
+    config = small_corpus.pretraining(store)
+    check_pictures(store, config)
+
+    def made_anew(name: str, schema: pa.Schema, *parts: list[dict[str, Any]]) -> None:
+        store.delete(name)
+        with pytest.raises(StoreError, match=rf"was made of .*{name}, whose pictures training"):
+            run(config)
+        small_corpus.publish(store, name, schema, *parts)
+
+    rows = small_corpus.image_rows("pairs", 0, 35, captions=2)
+    made_anew("images/pairs", small_corpus.IMAGE_SCHEMA, rows[:20], rows[20:34])
+    check_pictures(store, config)  # the same pictures again
+    made_anew("images/pairs", small_corpus.IMAGE_SCHEMA, rows[1:21], rows[21:])
+    said = r"tokens/pairs was made of other pictures than .*images/pairs has now: delete tokens/pai"
+    with pytest.raises(StoreError, match=said):
+        run(config)
+    config = replace(config, pairs=(), pair_batch=0)
+    check_pictures(store, config)
+    made_anew("tasks/captioning/val", small_corpus.TASK_SCHEMA, small_corpus.task_rows(10)[1:])
+    said = r"tokens/captioning/val was made of other pictures than .*tasks/captioning/val has now"
+    with pytest.raises(StoreError, match=said):
+        run(config)
+
+
+def test_pictures_that_were_added_since_do_no_harm(copied: Callable[..., Store]) -> None:
+    """As `ingest.py --retry-failed` adds them."""
+    store = copied("images", "tasks", "tokens", "tokenizers")
+    config = small_corpus.pretraining(store)
+    dataset = store.dataset("images/pairs")
+    first = dataset.commit()
+    schema, late = small_corpus.IMAGE_SCHEMA, small_corpus.image_rows("pairs", 50, 4, captions=2)
+    more = dataset.write_part(first.fingerprint, "00002", pa.Table.from_pylist(late, schema))
+    amended = {"set_aside": [], "stats": {}, "note": {"job": "by hand"}}
+    dataset.amend(files=[*first.files, more.file], **amended)
+    check_pictures(store, config)
+    dataset.amend(files=[*first.files[1:], more.file], **amended)  # some were taken away
+    with pytest.raises(StoreError, match="tokens/pairs was made of other pictures than"):
+        check_pictures(store, config)
+
+
+def test_how_a_step_goes_through_a_gpu_makes_no_other_run(corpus: Store) -> None:
+    config = small_corpus.pretraining(corpus)
+    datasets = pretrain.prepare(config)[1]
+    mark = pretrain.run_mark(config, datasets)
+    halves = {"image_batch": 2, "text_batch": 2, "pair_batch": 4}
+    twice = replace(config.train, accumulate=2)
+    blocks = replace(config.model, checkpoint_activations="blocks")
+    assert pretrain.run_mark(replace(config, **halves, train=twice, model=blocks), datasets) == mark
+    assert pretrain.run_mark(replace(config, **halves), datasets) != mark
+    assert pretrain.run_mark(replace(config, train=twice), datasets) != mark
+
+
 @pytest.mark.usefixtures("nothing_starts")
 @pytest.mark.parametrize(
     ("change", "said"),
@@ -495,7 +629,10 @@ def test_missing_and_empty_datasets_are_named(copied: Callable[..., Store]) -> N
     [
         ({"pairs": ("alone",)}, r"pairs: no picture of .*tokens/alone has a caption: name 'alone'"),
         ({"pairs": ("pairs", "alone"), "pair_weights": (1, 1)}, r"pairs: no picture of .*alone"),
-        ({"held_out": "alone"}, r"held_out: no picture of .*tokens/alone has a caption"),
+        (
+            {"held_out": "alone", "images": ("pairs",)},
+            r"held_out: no picture of .*tokens/alone has a caption",
+        ),
         ({"images": ("words",)}, r"images: .*tokens/words holds texts, no pictures: name 'words'"),
         ({"texts": ("words", "pairs")}, r"texts: .*tokens/pairs holds pictures, no texts"),
     ],
@@ -519,14 +656,17 @@ def test_datasets_of_another_kind_are_named(
             {"objectives": ObjectiveWeights(0, 0, 0, 0)},
             "or the objectives of what is not are: nothing to train on",
         ),
+        ({"held_out": "coco"}, "held_out 'coco' is one of pairs, which are trained on"),
+        ({"held_out": "imagenet21k"}, "held_out 'imagenet21k' is one of images"),
+        ({"held_out_ranked": 8}, "held_out_ranked 8: without held_out there is nothing to rank"),
+        (
+            {"images": (), "image_batch": 0, "pairs": (), "pair_batch": 0}
+            | {"train": TrainConfig(evaluate_every=10)},
+            "train.evaluate_every 10: without held_out nothing is measured, and no hidden patches",
+        ),
         ({"images": ()}, "images names 0 datasets, but image_batch is"),
         ({"pair_batch": 0}, "pairs names 5 datasets, but pair_batch is 0"),
         ({"text_batch": 9, "train": TrainConfig(workers=2)}, "text_batch 9 is not divis"),
-        (
-            dict.fromkeys(("image_batch", "text_batch", "pair_batch"), 96)
-            | {"train": TrainConfig(workers=3)},
-            r"train.workers 3: the 64 streams .* can't be shared out equally, .*: set a divisor or",
-        ),
         (
             {"images": (), "texts": (), "pairs": ()}
             | {"image_batch": 0, "text_batch": 0, "pair_batch": 0},

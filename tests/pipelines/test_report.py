@@ -329,12 +329,6 @@ def test_curves_are_gathered_from_mlflow(store: Store) -> None:
     assert report.gather_curves(handle, handle.run_id, keys) == [
         Curve("images", [(1, 1.0), (2, 2.0), (3, 3.0)])
     ]
-    loss, accuracy = report.gather_charts(
-        handle.uri, handle.run_id, baselines={"accuracy": (0.05, "chance")}
-    )
-    assert [c.label for c in loss.curves] == ["images", "all together"]
-    assert (accuracy.baseline, accuracy.baseline_label, accuracy.percent) == (0.05, "chance", True)
-    assert [c.points for c in accuracy.curves] == [[(1, 0.1), (2, 0.2), (3, 0.3)]]
 
 
 def test_page_and_pictures_go_to_mlflow(store: Store, tmp_path: Path) -> None:

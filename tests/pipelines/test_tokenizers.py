@@ -19,6 +19,7 @@ from beit3 import weights
 from beit3.objectives import DualEncoder
 from beit3.text import BOS, EOS, PAD, UNK, TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
+from beit3.vqkd import SHAPE_FILE
 from pipelines import (
     bundles,
     check_tokenizer,
@@ -296,10 +297,10 @@ def test_the_teacher_is_left_as_it_is(corpus: Store) -> None:
     again = recipe.batches(0, 1)(0)
     assert torch.equal(batch.images, again.images) and batch.images.dtype == torch.uint8
     files = corpus.read_json("tokenizers/image/vqkd/_bundle.json")["files"]
-    assert set(files) == {weights.WEIGHTS, train_image_tokenizer.SHAPE_FILE}
+    assert set(files) == {weights.WEIGHTS, SHAPE_FILE}
     with models.opened(corpus, "tokenizers/image/vqkd") as folder:
         tensors = weights.load_tensors(folder)
-        shape = json.loads((folder / train_image_tokenizer.SHAPE_FILE).read_text())
+        shape = json.loads((folder / SHAPE_FILE).read_text())
     assert (
         not any(key.startswith("teacher.") for key in tensors) and shape["codebook_size"] == CODES
     )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_run
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, TEMPORARILY_UNAVAILABLE
+from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from pipelines import recipe, tracking, trainer
@@ -26,7 +33,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(autouse=True)
 def unconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", tracking.CERTIFICATE):
+        monkeypatch.delenv(name, raising=False)
 
 
 def run_of(handle: RunHandle) -> Any:
@@ -63,6 +71,54 @@ def test_the_environment_decides(
     assert tracking.tracking_uri(Store(s3_store)) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
     assert tracking.tracking_uri(store) == "http://mlflow.example"
+
+
+def test_a_cluster_without_a_server_is_said_before_work_starts(
+    store: Store, s3_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(trainer, "_launch", None)  # not called
+    bucket = Store(s3_store)
+    with pytest.raises(StoreError, match="Set MLFLOW_TRACKING_URI, among the job's env_vars"):
+        trainer.fit(
+            bucket, name="lost", output="models/lost", fingerprint="x", recipe=None,  # type: ignore[arg-type]
+            config=recipe.TrainConfig(workers=0), parameters={},
+        )  # fmt: skip
+    assert not bucket.exists("runs/lost/mlflow.json")
+    assert tracking.tracking_uri(store).startswith("sqlite:///")  # a folder that nodes may share
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    assert tracking.tracking_uri(bucket) == "http://mlflow.example"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///{here}/mlflow.db"),
+        ("sqlite:///./deep/mlflow.db?timeout=5", "sqlite:///{here}/deep/mlflow.db?timeout=5"),
+        ("sqlite+pysqlite:///mlflow.db", "sqlite+pysqlite:///{here}/mlflow.db"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("postgresql://user@host/mlflow", "postgresql://user@host/mlflow"),
+    ],
+)
+def test_a_relative_file_is_this_folders(
+    given: str, meant: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's workers may be in another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert tracking.tracking_uri(store) == meant.format(here=tmp_path)
+
+
+def test_a_relative_certificate_is_this_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(tracking.CERTIFICATE, "tls/tls.crt")
+    tracking.client("http://mlflow.example")
+    monkeypatch.chdir("/")
+    tracking.client("http://mlflow.example")
+    assert os.environ[tracking.CERTIFICATE] == f"{tmp_path}/tls/tls.crt"
 
 
 def test_a_server_that_is_down_is_said_before_work_starts(
@@ -141,6 +197,66 @@ def test_a_run_that_was_deleted_meanwhile_is_replaced(store: Store) -> None:
     assert third == second
 
 
+def test_a_run_that_the_server_does_not_know_is_replaced(store: Store) -> None:
+    """As when its database was made anew."""
+    known = start_run(store, "unknown", {})
+    store.write_json("runs/unknown/mlflow.json", {**asdict(known), "run_id": "0" * 32})
+    found = start_run(store, "unknown", {}, key="runs/unknown")
+    assert run_of(found).info.status == "RUNNING"
+    assert RunHandle(**store.read_json("runs/unknown/mlflow.json")) == found
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MlflowException("Service Unavailable", TEMPORARILY_UNAVAILABLE),
+        MlflowException("the proxy's page", ENDPOINT_NOT_FOUND),
+        MlflowException("too many retries"),
+        TimeoutError("it took too long"),
+    ],
+    ids=lambda error: getattr(error, "error_code", "timeout"),
+)
+def test_a_server_that_fails_at_a_restart_costs_no_run(
+    error: Exception, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start_run(store, "busy", {}, key="runs/busy")
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_run", fails)
+        with pytest.raises(StoreError, match=f"{error}. Start that server, or"):
+            start_run(store, "busy", {}, key="runs/busy")
+    assert RunHandle(**store.read_json("runs/busy/mlflow.json")) == first
+    assert start_run(store, "busy", {}, key="runs/busy") == first
+
+
+def test_a_place_that_takes_no_artifacts_is_said_before_work_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    uri = tracking.tracking_uri(store)
+    place = tmp_path / "place"
+    tracking.client(uri).create_experiment(tracking.EXPERIMENT, artifact_location=place.as_uri())
+    first = start_run(store, "run", {"a": 1}, key="runs/run")
+    (kept,) = place.glob("*/artifacts/parameters.json")
+    assert json.loads(kept.read_text()) == {"a": 1}
+    start_run(store, "run", {"a": 2}, key="runs/run")  # it keeps its parameters; this has the new
+    assert json.loads(kept.read_text()) == {"a": 2} and run_of(first).data.params == {"a": "1"}
+    finish_run(first, "KILLED")
+    shutil.rmtree(place)
+    place.write_text("")  # no folder can be made below it, whoever asks
+    for key in ("runs/run", "runs/new"):
+        with pytest.raises(
+            StoreError, match=rf"can't store artifacts in {place.as_uri()}/.*rename"
+        ):
+            start_run(store, "run", {}, key=key)
+    assert run_of(first).info.status == "KILLED" and not store.exists("runs/new/mlflow.json")
+    runs = tracking.client(uri).search_runs([first.experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FAILED", "KILLED"]
+
+
 def test_a_run_of_another_server_is_not_continued(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +293,7 @@ def test_metrics_pictures_and_values_arrive(store: Store, tmp_path: Path) -> Non
     assert json.loads(fetched("tables/t.json").read_text()) == {"a": [1, 2]}
     assert fetched("files/notes.txt").read_text() == "notes"
     names = {file.path for file in tracker.list_artifacts(handle.run_id)}
-    assert names == {"pictures", "top.png", "tables", "files", "notes.txt"}
+    assert names == {"parameters.json", "pictures", "top.png", "tables", "files", "notes.txt"}
     # They lie in the store, beside the data.
     assert any(handle.run_id in name for name in store.list("mlflow-artifacts"))
 
@@ -226,6 +342,57 @@ def test_a_server_that_fails_for_a_while_loses_nothing(
     assert history(handle, "loss") == [(1, 0.5)]
 
 
+def test_artifacts_that_nobody_takes_hold_up_no_metrics(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are left out after some tries, which is said once and counted."""
+    handle, said = start_run(store, "refused", {}), []
+    monkeypatch.setattr(tracking, "ARTIFACT_TRIES", 2)
+    with Logger(handle, say=said.append) as logger:
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "log_artifact", away)
+            for step in range(3):
+                logger.metrics(step, {"loss": float(step)})
+                logger.json(f"{step}.json", step)
+            eventually(lambda: history(handle, "loss") == [(n, float(n)) for n in range(3)])
+            logger.flush()
+        assert logger.dropped == 3 and not logger.failing
+        logger.json("3.json", 3)
+    (line,) = said
+    assert line.startswith("tracking: 0.json can't be stored in ") and "nobody answers" in line
+    assert run_of(handle).data.tags[tracking.DROPPED] == "3"
+    names = {file.path for file in tracking.client(handle.uri).list_artifacts(handle.run_id)}
+    assert names == {"parameters.json", "3.json"}
+
+
+def test_artifacts_wait_for_a_server_that_is_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, asked = start_run(store, "waiting", {}), threading.Event()
+
+    def gone(*_: Any) -> None:
+        asked.set()
+        away()
+
+    monkeypatch.setattr(tracking, "ARTIFACT_TRIES", 1)
+    with Logger(handle) as logger:
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "log_artifact", away)
+            patch.setattr(MlflowClient, "get_run", gone)
+            logger.picture("red.png", Image.new("RGB", (5, 4), "red"))
+            assert asked.wait(60) and logger.failing
+        logger.flush()
+        names = {file.path for file in tracking.client(handle.uri).list_artifacts(handle.run_id)}
+        assert "red.png" in names and logger.dropped == 0 and not logger.failing
+
+
+def eventually(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_what_the_server_has_not_taken_outlives_the_process(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +421,7 @@ def test_what_the_server_has_not_taken_outlives_the_process(
     assert not store.exists(f"{key}/undelivered.json")
 
 
-def away(*_: Any) -> None:
+def away(*_: Any, **__: Any) -> None:
     raise ConnectionError("nobody answers")
 
 

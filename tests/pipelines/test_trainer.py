@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import ray.train.torch
 import small_corpus
 import torch
@@ -34,8 +36,9 @@ from pipelines import (
     tracking,
     trainer,
 )
+from pipelines.loader_workers import check_room
 from pipelines.progress import progress
-from pipelines.recipe import TrainConfig
+from pipelines.recipe import Run, TrainConfig
 from pipelines.storage import Store, StoreError
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
@@ -63,9 +66,13 @@ class Line(nn.Module):
         with (folder / f"steps-{rank}").open("a") as file:
             file.write(f"{batch.step}\n")
         loss = (self.last(self.layer(batch.data).relu()) - batch.data[:, :2]).pow(2).mean()
-        if batch.step == self.recipe.at and rank == dist.get_world_size() - 1:
-            marker = folder / "harmed"
-            if self.recipe.harm == "kill" and not marker.exists():
+        if batch.step in self.recipe.at and rank == dist.get_world_size() - 1:
+            marker = folder / f"harmed-{batch.step}"
+            if self.recipe.harm == "kill-saved" and not marker.exists():
+                saved = f"checkpoints/step-{batch.step // 2 * 2:08d}/{bundles.MANIFEST}"
+                while not list(folder.glob(f"store/runs/*/{saved}")):
+                    time.sleep(0.01)
+            if self.recipe.harm.startswith("kill") and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.recipe.harm == "nan":
@@ -77,10 +84,14 @@ class Line(nn.Module):
 class Recipe:
     folder: str
     harm: str = ""
-    at: int = -1
-    """The batch that the harm comes with."""
+    at: tuple[int, ...] = ()
+    """The batches that the harm comes with."""
 
     def build(self) -> nn.Module:
+        if self.harm == "unbuildable":
+            with (Path(self.folder) / "built").open("a") as file:
+                file.write("once\n")
+            raise ValueError("model.layers 12: the bundle has 11")
         return Line(self)
 
     def layers(self) -> int:
@@ -284,9 +295,9 @@ def test_a_killed_worker_is_replaced_and_nothing_else_changes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = Recipe(str(tmp_path), "kill", 5)
+    recipe = Recipe(str(tmp_path), "kill", (5,))
     result = train(corpus, "killed", recipe, workers=2, max_failures=1, track=True)
-    assert (tmp_path / "harmed").exists()
+    assert (tmp_path / "harmed-5").exists()
     assert recipe.steps(1) == [*range(6), *range(4, 8)]  # from the checkpoint of step 4
     assert "runs/killed: resumed from step 4" in capsys.readouterr().out
     found = trained(corpus, "killed")
@@ -318,10 +329,73 @@ def test_deepspeed_takes_the_gpu_that_ray_gave_the_worker(monkeypatch: pytest.Mo
 @pytest.mark.slow
 def test_workers_are_not_started_again_for_a_bad_step(ray_session: None, tmp_path: Path) -> None:
     """It would come again."""
-    recipe = Recipe(str(tmp_path), "nan", 3)
+    recipe = Recipe(str(tmp_path), "nan", (3,))
     with pytest.raises(FloatingPointError, match="the loss is not a number at step 4"):
         train(Store(tmp_path / "store"), "run", recipe, workers=2, max_failures=3)
     assert recipe.steps(0) == recipe.steps(1) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_failures_count_anew_after_a_checkpoint(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, recipe = Store(tmp_path / "store"), Recipe(str(tmp_path), "kill-saved", (3,))
+    assert train(store, "run", recipe, workers=1, max_failures=0)["steps"] == 8
+    assert recipe.steps() == [*range(4), *range(2, 8)]
+    said = capsys.readouterr().out
+    assert said.count("failed after new checkpoints; the workers are started again") == 1
+    with pytest.raises(ray.train.TrainingFailedError):
+        train(store, "other", Recipe(str(tmp_path), "kill", (1,)), workers=1, max_failures=0)
+
+
+@pytest.mark.slow
+def test_what_would_fail_again_is_not_tried_again(ray_session: None, tmp_path: Path) -> None:
+    recipe = Recipe(str(tmp_path), "unbuildable")
+    with pytest.raises(ValueError, match=r"model.layers 12: the bundle has 11"):
+        train(Store(tmp_path / "store"), "run", recipe, workers=2, max_failures=3)
+    assert (tmp_path / "built").read_text() == "once\n" * 2  # on each of the workers
+
+
+def test_a_worker_lost_after_the_model_was_left_trains_nothing_again(tmp_path: Path) -> None:
+    store, recipe = Store(tmp_path / "store"), Recipe(str(tmp_path))
+    train(store, "run", recipe, checkpoint_every=3)
+    before = store.read("models/run/_bundle.json")
+    trainer._train(Run(store.uri, "runs/run", "models/run", "same", recipe, START))
+    assert recipe.steps() == list(range(8)) and store.read("models/run/_bundle.json") == before
+    dist.destroy_process_group()
+
+
+def test_what_a_step_says_is_the_mean_of_its_passes(corpus: Store, tmp_path: Path) -> None:
+    single = train(corpus, "single", Recipe(str(tmp_path)), track=True, steps=6, learning_rate=0.0)
+    twice = train(
+        corpus, "twice", Recipe(str(tmp_path)), track=True, steps=3, accumulate=2, learning_rate=0.0
+    )
+    one = history(corpus, single["mlflow_run"], "train/loss/line")
+    means = {step: (one[2 * step - 1] + one[2 * step]) / 2 for step in (1, 2, 3)}
+    assert history(corpus, twice["mlflow_run"], "train/loss/line") == pytest.approx(means)
+
+
+def test_workers_without_room_are_refused_where_no_machine_will_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    check_room(TrainConfig(workers=2))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"workers": 4}, "the training workers 4, and there are 2: set fewer train.workers"),
+        ({"workers": 2, "loader_workers": 1}, r"they want 2 CPUs in all, .* set fewer of either"),
+        (
+            {"workers": 1, "gpus_per_worker": 1.0},
+            "1 GPUs, and there are 0: .* 0 to train on CPUs",
+        ),
+    ]
+    for options, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            check_room(TrainConfig(**options))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    check_room(TrainConfig(workers=4))
+    assert "waiting until the cluster has grown (" in capsys.readouterr().out
 
 
 # -- one process -----------------------------------------------------------------------------------
@@ -329,7 +403,7 @@ def test_workers_are_not_started_again_for_a_bad_step(ray_session: None, tmp_pat
 
 def test_a_loss_that_is_no_number_ends_the_run(corpus: Store, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="loss is not a number at step 4"):
-        train(corpus, "nan", Recipe(str(tmp_path), "nan", 3), track=True)
+        train(corpus, "nan", Recipe(str(tmp_path), "nan", (3,)), track=True)
     assert not bundles.exists(corpus, "models/nan")
     handle = tracking.RunHandle(**corpus.read_json("runs/nan/mlflow.json"))
     run = tracking.client(handle.uri).get_run(handle.run_id)
@@ -341,7 +415,7 @@ def test_no_checkpoint_is_made_of_it(tmp_path: Path) -> None:
     """Else the run would go on from weights that are no numbers, whatever is done about it."""
     store = Store(tmp_path / "store")
     with pytest.raises(FloatingPointError, match="at step 4"):
-        train(store, "nan", Recipe(str(tmp_path), "nan", 3), log_every=8, zero_stage=0)
+        train(store, "nan", Recipe(str(tmp_path), "nan", (3,)), log_every=8, zero_stage=0)
     assert store.list("runs/nan/checkpoints") == ["step-00000002"]
     saved = load_file(store.path(checkpoints.folder("runs/nan", 2), "model.safetensors"))
     assert all(bool(tensor.isfinite().all()) for tensor in saved.values())
@@ -350,7 +424,7 @@ def test_no_checkpoint_is_made_of_it(tmp_path: Path) -> None:
 def test_an_interrupted_run_does_not_go_on_with_other_options(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     with pytest.raises(FloatingPointError):
-        train(store, "run", Recipe(str(tmp_path), "nan", 3))
+        train(store, "run", Recipe(str(tmp_path), "nan", (3,)))
     other: dict[str, Any] = {
         "name": "run", "output": "models/run", "recipe": Recipe(str(tmp_path)),
         "config": TrainConfig(steps=8, warmup=2, workers=0), "parameters": {}, "track": False,
@@ -402,6 +476,14 @@ def test_precision_and_clipping_reach_the_engine(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"steps": 0}, "train.steps"),
+        ({"log_every": 0}, "train.log_every: expected at least 1"),
+        ({"accumulate": 0}, "train.accumulate: expected at least 1"),
+        ({"workers": -1}, "train.workers: expected 0 or more"),
+        ({"workers": 3}, "train.workers 3: the 64 streams .* set a divisor or a multiple of 64"),
+        ({"learning_rate": -1.0}, "train.learning_rate: expected 0 or more"),
+        ({"betas": (0.9, 1.0)}, "train.betas: expected decays"),
+        ({"checkpoint_every": 1000, "keep_every": 1500}, "train.keep_every 1500: .* multiple"),
+        ({"checkpoint_every": 0, "keep_every": 2}, "train.keep_every 2: .* multiple"),
         ({"steps": 10, "warmup": 10}, "train.warmup 10 is not below"),
         ({"workers": 0, "gpus_per_worker": 1.0}, "needs train.workers"),
         ({"workers": 1, "gpus_per_worker": 2.0}, "got 2: for more GPUs set train.workers"),

@@ -66,12 +66,10 @@ def test_a_trials_workers_get_what_was_counted(
         def __init__(self, worker: Any, scaling_config: ScalingConfig, **_: Any) -> None:
             asked.append(scaling_config)
 
-        def fit(self) -> None: ...
-
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
     options = train(workers=workers, gpus_per_worker=gpus, cpus_per_worker=3.0)
     recipe: Any = None
-    trainer._launch(Run(Store(tmp_path).uri, "runs/x", "models/x", "", recipe, options))
+    trainer._trainer(Run(Store(tmp_path).uri, "runs/x", "models/x", "", recipe, options))
     [scaling] = asked
     assert scaling.use_gpu and scaling.num_workers == workers
     wanted = [scaling.resources_per_worker] * workers
