@@ -39,12 +39,13 @@ from beit3.transforms import View, apply_view, decode
 from benchmarks._photos import draw
 from pipelines import cluster
 from pipelines.ingest import IMAGE_SCHEMA
+from pipelines.lineage import fingerprint
 from pipelines.loader_workers import AHEAD, prefetch
 from pipelines.pretrain import PretrainRecipe
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import TrainConfig
 from pipelines.samples import ViewConfig
-from pipelines.storage import Store, fingerprint
+from pipelines.storage import Store
 from pipelines.tokenize_corpus import image_tokens
 
 MODEL = MODELS["base"]

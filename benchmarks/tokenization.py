@@ -53,8 +53,9 @@ from beit3.vqkd import PRESETS, VQKD
 from benchmarks import _measure
 from benchmarks._samples import draw
 from pipelines import bundles, train_text_tokenizer
+from pipelines.dataset import ROW_GROUP_ROWS
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
-from pipelines.storage import ROW_GROUP_ROWS, Store
+from pipelines.storage import Store
 from pipelines.tokenize_corpus import ImagePart, TextPart, TokenizeConfig
 from pipelines.train_text_tokenizer import TOKENIZER_FILE, TextTokenizerConfig
 from pipelines.words_in_step import WordsInStep

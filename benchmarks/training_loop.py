@@ -49,10 +49,11 @@ from benchmarks import _measure
 from benchmarks._samples import draw
 from benchmarks.loader import Mask, photos, publish, views
 from pipelines import cluster, config, tracking
+from pipelines.lineage import fingerprint
 from pipelines.pretrain import PretrainRecipe
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import TrainConfig
-from pipelines.storage import Store, fingerprint
+from pipelines.storage import Store
 from pipelines.tokenize_corpus import TEXT_TOKENS
 from pipelines.trainer import fit
 

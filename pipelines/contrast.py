@@ -27,11 +27,12 @@ from beit3.tasks.retrieval import recalls
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
 from pipelines import cluster, config, job, models, train_text_tokenizer
+from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import captions_of, check_captions
 from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Samples, ViewConfig, picture_of
-from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.storage import Store, StoreError
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
 

@@ -33,10 +33,11 @@ import pyarrow.parquet as pq
 
 from pipelines import cluster, console, job, tracking
 from pipelines.data_report_page import Shown, render
+from pipelines.dataset import Commit, Dataset
 from pipelines.parts import each
 from pipelines.records import SURE, detect
 from pipelines.report_content import Sample
-from pipelines.storage import Commit, Dataset, Store, StoreError
+from pipelines.storage import Store, StoreError
 
 TOP_DOMAINS = 20
 MOST_DOMAINS = 50_000

@@ -20,9 +20,9 @@ from pipelines import (
     bundles,
     console,
     demo_stages,
+    lineage,
     models,
     report,
-    storage,
     tracking,
     train_image_tokenizer,
     train_text_tokenizer,
@@ -88,7 +88,7 @@ def _shown(value: float | None, *, percent: bool) -> str:
 
 def gather(cfg: DemoConfig, store: Store, seconds: dict[str, float]) -> page.Report:
     """Everything that the page shows."""
-    version = storage.code_version()
+    version = lineage.code_version()
     model, _ = _model(store)
     parameters = sum(p.numel() for p in model.backbone.parameters())
     names = [f"images/{n}" for n in (*demo_stages.PAIRS, *demo_stages.IMAGES)]

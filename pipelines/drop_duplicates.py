@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import signature_files
+from pipelines.dataset import Dataset, PartRecord
 from pipelines.duplicate_lists import SAME_BYTES, STAGE, Found
 from pipelines.parts import each
-from pipelines.storage import Dataset, FileRecord, PartRecord
+from pipelines.storage import FileRecord
 
 
 def drop(table: pa.Table, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:

@@ -48,11 +48,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines import picture_cells, signature_files, signatures
+from pipelines.dataset import Dataset, PartRecord
 from pipelines.duplicate_lists import Found, list_of
+from pipelines.lineage import fingerprint
 from pipelines.parts import each
 from pipelines.picture_cells import TABLES
 from pipelines.signatures import COLOUR_BYTES, Signature
-from pipelines.storage import Dataset, FileRecord, PartRecord, Store, fingerprint
+from pipelines.storage import FileRecord, Store
 
 MOST_BITS = 72
 """Bits in which the hashes of duplicates may differ."""

@@ -34,11 +34,13 @@ from beit3.config import Precision
 from beit3.tasks import Example, Sample, Task
 from pipelines import bill, bundles, cluster, console, job, tracking
 from pipelines.config import flatten, to_dict
+from pipelines.dataset import Commit
 from pipelines.finetuned import Finetuned, load, read_notes, row_sample
+from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
 from pipelines.parts import PartOutput, Resources, make_dataset
 from pipelines.prepare_task import lost_examples
-from pipelines.storage import Commit, Store, fingerprint
+from pipelines.storage import Store
 
 AHEAD = 2  # batches whose pictures are decoded while one is predicted
 SCHEMA = pa.schema(

@@ -28,12 +28,13 @@ from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
 from pipelines import cluster, config, job, models
 from pipelines.finetuned import TASK_FILE, predict, row_sample
+from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import labels, read_examples
 from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.samples import Sample as Drawn
-from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.storage import Store, StoreError
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
 

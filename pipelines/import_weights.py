@@ -27,7 +27,8 @@ from beit3.tasks.imagenet import WNID
 from beit3.text import TextTokenizer
 from pipelines import bundles, config, console, job, models, train_text_tokenizer
 from pipelines.finetuned import TASK_FILE, task_notes
-from pipelines.storage import Store, fingerprint
+from pipelines.lineage import fingerprint
+from pipelines.storage import Store
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
 FOLDERS = {

@@ -33,6 +33,7 @@ from pipelines import (
     sources,
 )
 from pipelines.config import to_dict
+from pipelines.dataset import Commit
 from pipelines.ingest_config import PRESETS, IngestConfig
 from pipelines.ingest_plan import plan, show
 from pipelines.ingest_units import describe_local, records, unit_files, url_shards
@@ -43,8 +44,9 @@ from pipelines.ingest_workers import (
     PairWorker,
     further_parts,
 )
+from pipelines.lineage import fingerprint
 from pipelines.parts import PartRecord, Resources, run_parts, sum_stats
-from pipelines.storage import Commit, Store, StoreError, fingerprint, local_folder
+from pipelines.storage import Store, StoreError, local_folder
 
 __all__ = ["IMAGE_SCHEMA", "PRESETS", "TEXT_SCHEMA", "IngestConfig", "plan", "run"]
 

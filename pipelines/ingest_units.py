@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipelines.dataset import Dataset
 from pipelines.ingest_config import IngestConfig
 from pipelines.records import sampled
 from pipelines.sources import HeldOut, ImageItem, ImageRecord, Malformed, TextRecord
-from pipelines.storage import Dataset, Store
+from pipelines.storage import Store
 
 T = TypeVar("T", bound=ImageRecord | TextRecord | HeldOut | Malformed)
 

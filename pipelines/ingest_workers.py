@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from pipelines import leaks, published_images, sources
+from pipelines.dataset import ROW_GROUP_ROWS, Dataset, PartRecord
 from pipelines.fetch import fetch_images
 from pipelines.images import CleanImage, Rejected, clean_image
 from pipelines.ingest_config import IngestConfig
@@ -23,7 +24,7 @@ from pipelines.ingest_units import chosen
 from pipelines.parts import PartOutput
 from pipelines.records import Refused, refuse_language, sift
 from pipelines.sources import HeldOut, ImageItem, ImageRecord, Malformed, TextItem
-from pipelines.storage import ROW_GROUP_ROWS, Dataset, PartRecord, Store
+from pipelines.storage import Store
 
 IMAGE_SCHEMA = pa.schema(
     [

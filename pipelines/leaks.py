@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import console
+from pipelines.dataset import Dataset
 from pipelines.images import CleanImage, ImagePolicy, clean_image
 from pipelines.signatures import (
     COLOUR_BYTES,
@@ -32,7 +33,7 @@ from pipelines.signatures import (
     same_picture,
     signature,
 )
-from pipelines.storage import Dataset, Store, StoreError
+from pipelines.storage import Store, StoreError
 
 MOST_BITS = 92
 """Bits in which the hashes of one picture may differ."""

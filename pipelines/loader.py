@@ -32,7 +32,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.storage import ROW_GROUP_ROWS, Dataset, StoreError
+from pipelines.dataset import ROW_GROUP_ROWS, Dataset
+from pipelines.storage import StoreError
 
 STREAMS = 64
 WINDOW = 4 * ROW_GROUP_ROWS  # rows among which a stream is shuffled

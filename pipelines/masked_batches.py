@@ -15,10 +15,11 @@ from beit3.masking import token_mask
 from beit3.objectives import MaskedBatch, ObjectiveWeights
 from beit3.text import BOS, EOS, TextTokenizer
 from beit3.transforms import View, apply_view
+from pipelines.dataset import ROW_GROUP_ROWS
 from pipelines.loader import ParquetRows, rows_at_hand
 from pipelines.pretrain_config import HELD_OUT_PAIRS, OBJECTIVES, PretrainConfig
 from pipelines.samples import Pictures, Sample, Samples
-from pipelines.storage import ROW_GROUP_ROWS, Store
+from pipelines.storage import Store
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from beit3 import weights
 from beit3.config import ModelConfig
 from beit3.text import TextTokenizer
 from pipelines import bundles, config
+from pipelines.lineage import code_version
 from pipelines.samples import SEEDING, without_later
-from pipelines.storage import Store, code_version
+from pipelines.storage import Store
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
 # Where and how fast a job runs does not change what it makes, to rounding.

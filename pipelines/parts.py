@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import pyarrow as pa
 
 from pipelines import console
-from pipelines.storage import Commit, Dataset, PartRecord
+from pipelines.dataset import Commit, Dataset, PartRecord
 
 
 @dataclass

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from beit3.transforms import WHOLE, apply_view, decode
+from pipelines.dataset import ROW_GROUP_ROWS, Dataset
 from pipelines.samples import picture_of
-from pipelines.storage import ROW_GROUP_ROWS, Dataset, StoreError
+from pipelines.storage import StoreError
 
 ZOOM = 3
 GAP = 4

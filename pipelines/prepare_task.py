@@ -32,16 +32,11 @@ from beit3 import tasks
 from beit3.tasks import Example, Problem, Record
 from pipelines import cluster, console, job
 from pipelines.config import to_dict
+from pipelines.dataset import Commit, Dataset
 from pipelines.images import ImagePolicy, Rejected, clean_image
+from pipelines.lineage import fingerprint
 from pipelines.parts import PartOutput, make_dataset
-from pipelines.storage import (
-    Commit,
-    Dataset,
-    Store,
-    StoreError,
-    fingerprint,
-    local_folder,
-)
+from pipelines.storage import Store, StoreError, local_folder
 
 SCHEMA = pa.schema(
     [

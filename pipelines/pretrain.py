@@ -42,9 +42,11 @@ from pipelines import (
     token_checks,
     train_image_tokenizer,
 )
+from pipelines.dataset import Dataset
+from pipelines.lineage import fingerprint
 from pipelines.masked_batches import MaskedBatches, held_out_batches
 from pipelines.pretrain_config import OBJECTIVES, PRESETS, PretrainConfig
-from pipelines.storage import Dataset, Store, fingerprint
+from pipelines.storage import Store
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
 from pipelines.words_in_step import WordsInStep

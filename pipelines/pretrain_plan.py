@@ -16,9 +16,9 @@ from beit3.memory import activation_bytes, hollow
 from beit3.vqkd import VQKD, VQKDConfig
 from pipelines import budget, console
 from pipelines.budget import GIB, StepMemory
+from pipelines.dataset import Dataset
 from pipelines.loader import ParquetRows
 from pipelines.pretrain_config import PretrainConfig
-from pipelines.storage import Dataset
 
 _TOKENS = {"texts": "ids", "pairs": "captions"}
 _HEADROOM = 1.5  # of the loader's processes that are advised, over a step's computing

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines import tracking
+from pipelines.dataset import Dataset
 from pipelines.report_content import (
     Curve,
     IngestedSource,
@@ -32,7 +33,7 @@ from pipelines.report_content import (
 )
 from pipelines.report_html import opened
 from pipelines.report_page import render
-from pipelines.storage import Dataset, Store
+from pipelines.storage import Store
 
 _CAPTIONS = 2  # shown of a picture
 _TEXT_CHARS = 400

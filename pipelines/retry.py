@@ -18,9 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.dataset import Commit, Dataset
 from pipelines.ingest_units import URL_SCHEMA
 from pipelines.parts import PartRecord, sum_stats
-from pipelines.storage import Commit, Dataset, FileRecord
+from pipelines.storage import FileRecord
 
 HOPELESS = (
     "bad url",

@@ -14,8 +14,8 @@ from numpy.random.bit_generator import ISeedSequence
 from PIL import Image
 
 from beit3.transforms import View, apply_view, decode, sample_view
+from pipelines.dataset import Dataset
 from pipelines.loader import Mix, Order, ParquetRows, RowGroup, rows_at_hand, share
-from pipelines.storage import Dataset
 
 SEEDING = 2
 """Incremented when a seed no longer gives the same samples, views and masks as before. It is part

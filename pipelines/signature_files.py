@@ -15,9 +15,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import signatures
+from pipelines.dataset import Dataset
 from pipelines.parts import each
 from pipelines.signatures import COLOUR_BYTES, HASH_BYTES, Signature
-from pipelines.storage import Dataset, FileRecord, Store
+from pipelines.storage import FileRecord, Store
 
 SCHEMA = pa.schema(
     [

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from beit3.config import Precision
 from beit3.text import TextTokenizer
 from pipelines import bundles, models, train_image_tokenizer, train_text_tokenizer
+from pipelines.dataset import Commit, Dataset
 from pipelines.pretrain_config import OBJECTIVES, PretrainConfig
-from pipelines.storage import Commit, Dataset, Store, StoreError
+from pipelines.storage import Store, StoreError
 
 
 def tokens(store: Store, cfg: PretrainConfig) -> dict[str, list[Dataset]]:

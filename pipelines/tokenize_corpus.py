@@ -42,10 +42,12 @@ from pipelines import (
     train_image_tokenizer,
     train_text_tokenizer,
 )
+from pipelines.dataset import Commit
+from pipelines.lineage import fingerprint
 from pipelines.parts import PartOutput, Resources, make_dataset
 from pipelines.prepare_task import captions_of, check_captions
 from pipelines.samples import ViewConfig, picture_of, without_later
-from pipelines.storage import Commit, Store, fingerprint
+from pipelines.storage import Store
 
 AHEAD = 2  # batches that are decoded while one is encoded
 PICTURES, DOCUMENTS = 32, 256  # rows read at once

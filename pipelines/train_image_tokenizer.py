@@ -26,9 +26,11 @@ from beit3.tokenizer_health import Baseline, Health, judge, measure
 from beit3.vqkd import PRESETS as SHAPES
 from beit3.vqkd import SHAPE_FILE, VQKD, VQKDConfig, codebook_health, usage_health
 from pipelines import bundles, cluster, config, console, job, models, pictures
+from pipelines.dataset import Dataset
+from pipelines.lineage import fingerprint
 from pipelines.recipe import TrainConfig
 from pipelines.samples import Pictures, Samples, ViewConfig
-from pipelines.storage import Dataset, Store, StoreError, fingerprint
+from pipelines.storage import Store, StoreError
 from pipelines.tracking import Logger
 from pipelines.trainer import fit
 

@@ -21,7 +21,9 @@ import pyarrow as pa
 
 from beit3.text import TextTokenizer
 from pipelines import bundles, cluster, config, console, job
-from pipelines.storage import Dataset, Store, fingerprint
+from pipelines.dataset import Dataset
+from pipelines.lineage import fingerprint
+from pipelines.storage import Store
 
 TOKENIZER_FILE = "tokenizer.spm"
 

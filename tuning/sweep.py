@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from pipelines import cluster, config, console, finetune, job, models, tracking
 from pipelines.finetune import FinetuneConfig
-from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.lineage import fingerprint
+from pipelines.storage import Store, StoreError
 from tuning import outcome, room, schedulers, spaces, sweep_page, trials, watch
 
 

@@ -16,12 +16,14 @@ from beit3.config import PRESETS as MODELS
 from beit3.masking import Masking
 from beit3.vqkd import PRESETS as TOKENIZERS
 from pipelines.contrast import ContrastConfig
+from pipelines.dataset import Commit
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
+from pipelines.lineage import fingerprint
 from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import TrainConfig
 from pipelines.samples import ViewConfig
-from pipelines.storage import Commit, Store, fingerprint
+from pipelines.storage import Store
 from pipelines.tokenize_corpus import TokenizeConfig
 from pipelines.train_image_tokenizer import ImageTokenizerConfig
 from pipelines.train_text_tokenizer import TextTokenizerConfig

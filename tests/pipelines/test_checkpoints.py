@@ -31,7 +31,7 @@ from small_net import (
 )
 from torch import Tensor, nn
 
-from pipelines import bundles, checkpoints, stops, trainer, zero
+from pipelines import bundles, checkpoints, stops, training_worker, zero
 from pipelines import engine as engines
 from pipelines.recipe import Run
 from pipelines.storage import Store, StoreError
@@ -206,7 +206,7 @@ def engine(tmp_path: Path) -> Iterator[Any]:
     import deepspeed.comm
 
     config = train_config()
-    trainer._join(config)
+    training_worker._join(config)
     made = engines.build(Run("", "runs/run", "", "", Recipe(), config), Net(0.0))
     step(made)
     yield made
@@ -415,7 +415,7 @@ def test_a_store_that_does_not_answer_is_no_damage(
     store = begun(unbroken[1], tmp_path, 3)
     begun(unbroken[1], tmp_path, 4)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "Store", Unreachable)
+        patch.setattr(training_worker, "Store", Unreachable)
         with pytest.raises(StoreError, match="please reduce your request rate"):
             train(store)
     assert steps_of(store) == [3, 4]

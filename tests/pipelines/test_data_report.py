@@ -19,8 +19,9 @@ from PIL import Image
 from pipelines import data_report, tracking
 from pipelines.data_report import UNSURE, DataReportConfig, gather, metrics, run
 from pipelines.data_report_page import render
+from pipelines.dataset import Commit, Dataset
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
-from pipelines.storage import Commit, Dataset, Store, StoreError
+from pipelines.storage import Store, StoreError
 
 MARK = "f" * 16
 HOSTILE = "<script>alert('x')</script> \" onload=x & \u202e"

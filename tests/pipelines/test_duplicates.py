@@ -16,13 +16,14 @@ import pytest
 from PIL import Image
 
 from pipelines import drop_duplicates, duplicates, picture_cells, signature_files, signatures
+from pipelines.dataset import Commit, Dataset, PartRecord
 from pipelines.duplicate_lists import SAME_BYTES, SAME_PICTURE, Found
 from pipelines.duplicates import Sizes, find
 from pipelines.images import CleanImage, clean_image
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.sample_world import picture
 from pipelines.signatures import Signature, signature
-from pipelines.storage import Commit, Dataset, FileRecord, PartRecord, Store, StoreError
+from pipelines.storage import FileRecord, Store, StoreError
 
 MARK, CLEAN = "a" * 16, "b" * 16
 SMALL = Sizes(slab_rows=7, bucket_rows=120)

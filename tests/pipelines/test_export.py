@@ -19,7 +19,8 @@ from beit3.config import PRESETS as MODELS
 from beit3.model import BEiT3
 from pipelines import bundles, checkpoints, export, models, pretrain, tracking
 from pipelines.export import ExportConfig
-from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.lineage import fingerprint
+from pipelines.storage import Store, StoreError
 
 ROOT = Path(__file__).resolve().parents[2]
 

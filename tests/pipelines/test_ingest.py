@@ -22,12 +22,13 @@ import pytest
 from PIL import Image
 
 from pipelines import ingest, sources
+from pipelines.dataset import Commit, PartRecord
 from pipelines.fetch import FetchPolicy, failure_reason, fetch_images, refuse
 from pipelines.images import CleanImage, Rejected
 from pipelines.ingest import IngestConfig, plan, run
 from pipelines.ingest_config import Assumptions
 from pipelines.sample_world import Server, World, WorldSize, generate, serve
-from pipelines.storage import Commit, PartRecord, Store, StoreError
+from pipelines.storage import Store, StoreError
 
 REASONS = {
     "404": "http 404",

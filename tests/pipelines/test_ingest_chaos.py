@@ -29,10 +29,11 @@ from faulty_proxy import faulty_proxy
 from ray import cloudpickle
 from two_nodes import Driver
 
+from pipelines.dataset import Dataset, PartRecord
 from pipelines.ingest import IngestConfig, run
 from pipelines.parts import PartOutput, run_parts
 from pipelines.sample_world import Server, World, WorldSize, generate, serve
-from pipelines.storage import Dataset, PartRecord, Store
+from pipelines.storage import Store
 
 URLS = 400
 PART = 10

@@ -20,8 +20,9 @@ from two_nodes import Driver
 
 from pipelines import data_report
 from pipelines.data_report import DataReportConfig
+from pipelines.dataset import Commit, Dataset
 from pipelines.sample_world import World, WorldSize, generate, serve
-from pipelines.storage import Commit, Dataset, Store
+from pipelines.storage import Store
 
 pytestmark = pytest.mark.timeout(3_000)
 

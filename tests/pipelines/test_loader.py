@@ -19,6 +19,7 @@ from small_corpus import picture, publish
 from beit3.transforms import sample_view
 from pipelines import config
 from pipelines import samples as sampling
+from pipelines.dataset import ROW_GROUP_ROWS
 from pipelines.loader import (
     LEAST_CACHED,
     STREAMS,
@@ -35,7 +36,7 @@ from pipelines.loader import (
     share,
 )
 from pipelines.samples import Pictures, Samples, ViewConfig, without_later
-from pipelines.storage import ROW_GROUP_ROWS, Store, StoreError
+from pipelines.storage import Store, StoreError
 from pipelines.tokenize_corpus import TokenizeConfig
 
 SCHEMA = pa.schema([("id", pa.string()), ("words", pa.list_(pa.int32()))])

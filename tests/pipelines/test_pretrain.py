@@ -35,11 +35,13 @@ from pipelines import (
     train_image_tokenizer,
     train_text_tokenizer,
 )
+from pipelines.dataset import Dataset
+from pipelines.lineage import fingerprint
 from pipelines.masked_batches import held_out_batches
 from pipelines.pretrain import PretrainRecipe, run
 from pipelines.pretrain_config import PRESETS, PretrainConfig
 from pipelines.recipe import TrainConfig
-from pipelines.storage import Dataset, Store, StoreError, fingerprint
+from pipelines.storage import Store, StoreError
 from pipelines.tokenize_corpus import stored_view
 
 ALONE, PAIRS, TEXTS = 4, 8, 4  # of a batch

@@ -20,6 +20,7 @@ from PIL import Image
 from pipelines import baselines, pictures, report, report_charts, tracking
 from pipelines import report_content as content
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
+from pipelines.lineage import fingerprint
 from pipelines.report_content import (
     AnswerExample,
     AnswerSection,
@@ -32,7 +33,7 @@ from pipelines.report_content import (
 )
 from pipelines.report_html import duration, number, opened, size
 from pipelines.report_page import render
-from pipelines.storage import Store, StoreError, fingerprint
+from pipelines.storage import Store, StoreError
 
 HOSTILE = "<script>alert('x')</script> \" onload=x & \x00\ud800 \u202e"
 RED = Image.new("RGB", (40, 30), "red")

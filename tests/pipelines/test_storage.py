@@ -19,15 +19,9 @@ import pytest
 from faulty_proxy import faulty_proxy
 
 from pipelines import s3, storage
-from pipelines.storage import (
-    ROW_GROUP_ROWS,
-    Commit,
-    Dataset,
-    Store,
-    StoreError,
-    code_version,
-    fingerprint,
-)
+from pipelines.dataset import ROW_GROUP_ROWS, Commit, Dataset
+from pipelines.lineage import code_version, fingerprint
+from pipelines.storage import Store, StoreError
 
 PRINT = fingerprint("job", {"seed": 0})
 OTHER = fingerprint("job", {"seed": 1})

@@ -23,9 +23,10 @@ from beit3.text import BOS, EOS
 from beit3.transforms import View, apply_view, decode
 from beit3.vqkd import SHAPE_FILE, VQKD, VQKDConfig, batch_that_fits
 from pipelines import tokenize_corpus, train_image_tokenizer, train_text_tokenizer
+from pipelines.dataset import Commit
 from pipelines.ingest import IMAGE_SCHEMA
 from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
-from pipelines.storage import Commit, Store, StoreError
+from pipelines.storage import Store, StoreError
 from pipelines.tokenize_corpus import ImagePart, TokenizeConfig, image_tokens, run, stored_view
 
 SOURCES = ("images", "text", "tasks", "tokenizers")

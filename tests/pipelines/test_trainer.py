@@ -35,6 +35,7 @@ from pipelines import (
     token_checks,
     tracking,
     trainer,
+    training_worker,
 )
 from pipelines.loader_workers import check_room
 from pipelines.progress import progress
@@ -322,7 +323,7 @@ def test_deepspeed_takes_the_gpu_that_ray_gave_the_worker(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert trainer._join(START) == (0, 1, torch.device("cuda:3"))
+    assert training_worker._join(START) == (0, 1, torch.device("cuda:3"))
     assert taken == [torch.device("cuda:3")] and os.environ["LOCAL_RANK"] == "3"
 
 
@@ -360,9 +361,8 @@ def test_a_worker_lost_after_the_model_was_left_trains_nothing_again(tmp_path: P
     store, recipe = Store(tmp_path / "store"), Recipe(str(tmp_path))
     train(store, "run", recipe, checkpoint_every=3)
     before = store.read("models/run/_bundle.json")
-    trainer._train(Run(store.uri, "runs/run", "models/run", "same", recipe, START))
+    training_worker.work(Run(store.uri, "runs/run", "models/run", "same", recipe, START))
     assert recipe.steps() == list(range(8)) and store.read("models/run/_bundle.json") == before
-    dist.destroy_process_group()
 
 
 def test_what_a_step_says_is_the_mean_of_its_passes(corpus: Store, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines import trainer
+from pipelines import training_worker
 from pipelines.recipe import Run, TrainConfig
 from pipelines.storage import Store
 
@@ -24,9 +24,7 @@ def on_two_workers(work: Callable[[int], None], folder: Path) -> None:
 
 def run(store: Store, name: str, recipe: Any, config: TrainConfig) -> None:
     """What a worker of Ray Train does of `trainer.fit`."""
-    trainer._worker(
-        {"run": Run(store.uri, f"runs/{name}", f"models/{name}", "same", recipe, config)}
-    )
+    training_worker.work(Run(store.uri, f"runs/{name}", f"models/{name}", "same", recipe, config))
 
 
 def _worker(rank: int, work: Callable[[int], None], folder: Path) -> None:
@@ -37,5 +35,5 @@ def _worker(rank: int, work: Callable[[int], None], folder: Path) -> None:
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2,
         timeout=timedelta(minutes=1),
     )  # fmt: skip
-    trainer._join = lambda config: (rank, 2, torch.device("cpu"))
+    training_worker._join = lambda config: (rank, 2, torch.device("cpu"))
     work(rank)
