@@ -276,7 +276,7 @@ def test_a_row_group_is_read_about_once_in_an_epoch(
     weights: Sequence[float], world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a 32nd of the size, in windows that begin anywhere in a row group."""
-    for name in ("loader", "storage"):
+    for name in ("loader", "dataset"):
         monkeypatch.setattr(f"pipelines.{name}.ROW_GROUP_ROWS", ROW_GROUP_ROWS // 32)
     monkeypatch.setattr("pipelines.loader.WINDOW", WINDOW // 32)
     store = Store(tmp_path)
