@@ -73,6 +73,11 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
 
+    def uri_of(self, name: str) -> str:
+        """The URI of an object or folder, with this store's options if it has any."""
+        address, *options = self.uri.split("?", 1)
+        return "?".join([f"{address}/{name}", *options])
+
     def path(self, *names: str) -> str:
         """The path of an object as this store's pyarrow filesystem wants it."""
         return posixpath.join(self.root, *names)

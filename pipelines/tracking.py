@@ -160,7 +160,7 @@ def _new(
 
     experiment = tracker.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
-        location = f"{store.uri}/mlflow-artifacts" if uri.startswith("sqlite:") else None
+        location = store.uri_of("mlflow-artifacts") if uri.startswith("sqlite:") else None
         experiment_id = tracker.create_experiment(EXPERIMENT, artifact_location=location)
     else:
         experiment_id = experiment.experiment_id

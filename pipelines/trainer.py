@@ -150,7 +150,6 @@ def _trainer(run: Run) -> Any:
     from pipelines.process_group import GroupConfig
 
     config = run.config
-    address, *query = run.store_uri.split("?", 1)
     return TorchTrainer(
         _work,
         train_loop_config={"run": run},
@@ -165,7 +164,7 @@ def _trainer(run: Run) -> Any:
         ),
         run_config=RunConfig(
             name=f"{run.name.replace('/', '-')}-{uuid.uuid4().hex[:6]}",
-            storage_path="?".join([f"{address}/{run.name}/ray", *query]),
+            storage_path=Store(run.store_uri).uri_of(f"{run.name}/ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
             callbacks=_tune_callbacks(run),
             worker_runtime_env={"env_vars": _environment(config)},

@@ -84,6 +84,11 @@ def _train(run: Run) -> None:
                 metrics = worker.steps()
         except Ended as end:  # on all workers alike
             ended = end
+        except torch.OutOfMemoryError as error:
+            ways = [way for way, _ in budget.lighter(run.config)]
+            ways.append("smaller batches, with as much larger train.accumulate")
+            error.add_note(f"A step takes more than this GPU has. Try {', or '.join(ways)}.")
+            raise
         if rank == 0 and ended:
             stops.tell(store, run.name, ended)
         elif not ended:

@@ -365,6 +365,22 @@ def test_a_worker_lost_after_the_model_was_left_trains_nothing_again(tmp_path: P
     assert recipe.steps() == list(range(8)) and store.read("models/run/_bundle.json") == before
 
 
+def test_ray_keeps_its_files_in_the_store_whatever_its_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        ray.train.torch, "TorchTrainer", lambda *_, **options: given.update(options)
+    )
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    for uri, wanted in (
+        ("s3://bucket/prefix?region=us-west-2", "s3://bucket/prefix/runs/x/ray?region=us-west-2"),
+        ("s3://bucket/prefix", "s3://bucket/prefix/runs/x/ray"),
+    ):
+        trainer._trainer(Run(uri, "runs/x", "models/x", "", Recipe(""), START))
+        assert given["run_config"].storage_path == wanted
+
+
 def test_what_a_step_says_is_the_mean_of_its_passes(corpus: Store, tmp_path: Path) -> None:
     single = train(corpus, "single", Recipe(str(tmp_path)), track=True, steps=6, learning_rate=0.0)
     twice = train(
