@@ -79,7 +79,8 @@ def test_folders_of_classes(tmp_path: Path) -> None:
     # Classes are mixed, and in the same order each time.
     first = [r.examples[0].target for r in Task.read(tmp_path, "train") if isinstance(r, Record)]
     assert set(first[:12]) == set(LABELS)
-    assert list(Task.read(tmp_path, "train")) == list(Task.read(tmp_path, "train"))
+    names = [r.id for r in Task.read(tmp_path, "train") if isinstance(r, Record)]
+    assert names[:3] == ["n00000004_6...n00000001_19"]
 
 
 def test_kaggle_s_lists_need_no_folders(tmp_path: Path) -> None:

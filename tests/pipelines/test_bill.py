@@ -129,6 +129,9 @@ def test_a_training_adds_up_over_its_starts_in_mlflow(
     assert metrics["bill/node_hours_gpu"] > 3
 
 
-def test_a_server_that_is_away_harms_no_job(alive: list[str], tmp_path: Path) -> None:
+def test_a_server_that_is_away_harms_no_job(
+    alive: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     gone = tracking.RunHandle(f"sqlite:///{tmp_path}/none/mlflow.db", "0", "0")
     bill.track(gone, {"head": 1.0})
+    assert any(record.name == "pipelines.bill" for record in caplog.records)
