@@ -220,6 +220,9 @@ class Watch:
         return self.stop.is_set()
 
     def _spot_notice(self) -> bool:
+        if drained():
+            self.save.set()
+            return True
         for cloud in self._clouds:
             taken = cloud()
             if taken is not None:
@@ -231,8 +234,9 @@ class Watch:
             self._without_notice = True
             self.say(
                 f"{self.run.name}: train.spot_notice: no metadata service answers here, neither "
-                "EC2's nor Google's. If the machine is taken back, what is kept is the newest "
-                "checkpoint, of each train.checkpoint_every steps"
+                "EC2's nor Google's. Unless Ray is told to drain this node, as Kubernetes does by "
+                "ending its pod, what is kept is the newest checkpoint, of each "
+                "train.checkpoint_every steps"
             )
         return False
 
@@ -241,6 +245,21 @@ def tell(store: Store, run: str, ended: Ended) -> None:
     """Say to the job's process how the run ended; rank 0 does."""
     said = {"message": str(ended), "code": ended.code, "error": ended.error.__name__}
     store.write_json(f"{run}/ended.json", said)
+
+
+def drained() -> bool:
+    """Whether Ray is taking this worker's node out of the cluster.
+
+    `ray start --block` drains its node when it gets SIGTERM, as from Kubernetes, for
+    RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, and then ends it. `ray.train.get_preemption_info` tells
+    the same, but makes all workers wait for each other.
+    """
+    import ray
+    from ray._private.state import state
+
+    if not ray.is_initialized():
+        return False
+    return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
 
 
 def ec2_notice() -> bool | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
 import queue
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -537,6 +539,31 @@ def test_a_machine_that_gets_notices_says_nothing(
         cloud.notice.set()
         assert watch.save.wait(60)
     assert said == []
+
+
+def test_a_node_that_ray_drains_is_a_notice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with served(Metadata, monkeypatch):
+        monkeypatch.setattr(stops, "drained", lambda: True)
+        with watched(store, said.append) as watch:
+            assert watch.save.wait(60)
+    assert said == []
+
+
+@pytest.mark.slow
+def test_a_worker_learns_that_its_node_is_told_to_end(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(
+        prefix="b3-", dir="/tmp"
+    ) as folder:  # for short sockets' paths
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, Path(__file__).with_name("draining_node.py")],
+            env=environment | {"RAY_TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    assert json.loads(done.stdout.splitlines()[-1]) == [False, True]
 
 
 def test_where_nobody_answers_there_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
