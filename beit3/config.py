@@ -7,7 +7,7 @@ from typing import Literal
 
 Checkpointing = Literal["none", "blocks", "selective"]
 Precision = Literal["fp32", "bf16"]
-"""Of matrix products and attention; what they are added to stays fp32."""
+"""Precision of matrix products and attention; the residual stream stays fp32."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelConfig:
     heads: int = 12
     patch_size: int = 16
     image_size: int = 224
-    """Side of the square input in pixels that the position table is made for."""
+    """Side in pixels of the square input that the position table is made for."""
     vocab_size: int = 64010
     max_text_length: int = 1022
     """Longest text in tokens, `<s>` and `</s>` included."""
@@ -36,7 +36,7 @@ class ModelConfig:
     multiway: bool = True
     """False: one feed-forward network for every token, the standard Transformer of the ablation."""
     vl_layers: int = 0
-    """Top layers in which tokens of pairs go through a vision-language expert."""
+    """Number of top layers in which tokens of pairs go through a vision-language expert."""
     sub_ln: bool = True
     """Extra norms before the output projections (Magneto, arXiv 2210.06423)."""
     final_norm: bool = True
@@ -47,8 +47,8 @@ class ModelConfig:
     drop_path: float = 0.0
     """Stochastic depth of the last layer; grows linearly from 0 at the first."""
     checkpoint_activations: Checkpointing = "none"
-    """What the backward pass computes again instead of having it stored: `blocks`, everything
-    inside each block; `selective`, everything but the results of matrix products and attention."""
+    """Values that the backward pass recomputes instead of storing: `blocks`, all inside each block;
+    `selective`, all but the results of matrix products and attention."""
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -73,8 +73,8 @@ class ModelConfig:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # For a CPU: seconds per hundred steps on pictures of 48 pixels. The sample world's things are
-    # 13 to 24 of these wide; patches of 8 would be 2.25 times as many.
+    # For a CPU: a hundred steps on pictures of 48 pixels take seconds. The sample world's objects
+    # are 13 to 24 pixels wide; patches of 8 pixels would be 2.25 times as many.
     "tiny": ModelConfig(
         layers=4,
         hidden=64,

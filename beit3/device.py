@@ -1,4 +1,4 @@
-"""Batches on their way to a device, the precision that it computes in, and waiting for it."""
+"""Moves batches to a device, sets the precision it computes in, and waits for it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
-    """A context in which that is the precision, whatever it was outside."""
+    """A context that computes in `precision`, whatever it is outside."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def to_device(batch: T, device: torch.device | str) -> T:
-    """The same batch with its tensors on a device, whatever dataclasses and dicts hold them."""
+    """The same batch with its tensors on a device, however nested in dataclasses and dicts."""
     return _each(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def pinned(batch: T, device: torch.device) -> T:
-    """The same batch in page-locked memory, out of which a GPU copies while the CPU goes on.
+    """The same batch in page-locked memory, from which a GPU copies while the CPU goes on.
 
-    Any thread may call it: it names the GPU, lest a thread lay claim to the first one's memory.
+    Any thread may call it: it selects the GPU, or a thread would take memory on the first one.
     """
     with torch.cuda.device(device):
         return _each(batch, Tensor.pin_memory)
@@ -49,6 +49,6 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

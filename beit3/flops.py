@@ -1,4 +1,4 @@
-"""What a step costs in floating-point operations, by formula, and what a device can do.
+"""Estimates the FLOPs of a training step, by formula, and measures a device's peak FLOP/s.
 
 Counts only what the losses need: matrix products and attention of real tokens, heads at masked
 positions. Padding and the recomputation of activation checkpointing are not counted. Divided by
@@ -24,7 +24,7 @@ _CPU_SIDES, _GPU_SIDES = (1024,), (4096, 8192)
 
 @dataclass(frozen=True)
 class StepShape:
-    """Of a batch, what decides its cost.
+    """The properties of a batch that decide its cost.
 
     images: pictures, those of pairs included.
     lengths: tokens of each text; the first `pairs` of them belong to pairs.
@@ -54,7 +54,7 @@ class StepShape:
         return self.images * (1 + config.patches) + sum(self.lengths)
 
     def sequences(self, config: ModelConfig) -> Iterator[int]:
-        """Tokens of each sample, in which each sees each."""
+        """Tokens of each sample; within it, each token sees all others."""
         picture = 1 + config.patches
         yield from [picture] * (self.images - self.pairs)
         yield from (picture + length for length in self.lengths[: self.pairs])
@@ -64,11 +64,11 @@ class StepShape:
 def masked_step(config: ModelConfig, shape: StepShape, *, pixels: bool = False) -> float:
     """FLOPs of a step of masked data modelling, forward and backward.
 
-    After the last block's attention only tokens that are read go on. A matrix product costs two
-    FLOPs per weight and row, its backward pass twice that. Pixels need no gradient.
+    After the last block's attention only the tokens that are read continue. A matrix product costs
+    two FLOPs per weight and row, its backward pass twice that. Pixels need no gradient.
 
     Args:
-        pixels: Of hidden patches their pixels are predicted, not their visual words.
+        pixels: The pixels of hidden patches are predicted, not their visual words.
     """
     codes = shape.masked_patches * image_outputs(config, pixels=pixels) * config.hidden
     words = shape.masked_tokens * config.vocab_size * config.hidden
@@ -76,14 +76,14 @@ def masked_step(config: ModelConfig, shape: StepShape, *, pixels: bool = False) 
 
 
 def image_outputs(config: ModelConfig, *, pixels: bool) -> int:
-    """What the head of images predicts of a patch."""
+    """Outputs of the image head for a patch."""
     return 3 * config.patch_size**2 if pixels else config.codebook_size
 
 
 def contrastive_step(config: ModelConfig, images: int, lengths: Sequence[int]) -> float:
-    """FLOPs of a contrastive step on pictures and texts apart, every token going all the way.
+    """FLOPs of a contrastive step: pictures and texts encoded apart, every token in every layer.
 
-    Left out is the product of all images with all texts, which depends on the other workers.
+    The product of all images with all texts is left out: it depends on the other workers.
     """
     shape = StepShape(images, 0, tuple(lengths))
     heads = (images + len(lengths)) * config.hidden**2
@@ -106,12 +106,12 @@ def matmul_peak(
     sides: Sequence[int] = (),
     repeats: int = 3,
 ) -> float:
-    """FLOP/s of large square matrix products: the median of some of each size, the best size's.
+    """FLOP/s of large square matrix products: the median over `repeats`, of the fastest size.
 
     fp32 is fp32: on a GPU, TF32 stays off unless the caller turned it on.
 
     Args:
-        sides: Rows of the matrices; by default such as take a fraction of a second.
+        sides: Rows of the matrices; the defaults take a fraction of a second.
     """
     best = 0.0
     noise = torch.Generator(device).manual_seed(0)  # a run's own random numbers stay as they are

@@ -2,10 +2,10 @@
 
 `generate` searches for the likeliest caption, `sample` draws one.
 
-Each step feeds the words so far and a `<mask>` behind them, and reads the next word off the
-`<mask>`. Under the generation mask a picture sees only itself and a word only what stands before
-it, so the keys and values of both are computed once; a step computes two tokens per caption, the
-last word and the new `<mask>`.
+Each step feeds the words so far followed by a `<mask>`, and reads the next word off the `<mask>`.
+Under the generation mask a picture sees only itself and a word only what precedes it, so the keys
+and values of both are computed once; a step computes two tokens per caption, the last word and the
+new `<mask>`.
 
 Source: microsoft/unilm `beit3/` (captioning); "Image as a Foreign Language" section 3.1.
 """
@@ -35,8 +35,8 @@ class Caption:
     """Generated ids without `<s>` and `</s>`.
 
     logprob: log probability of the ids and, if `finished`, of `</s>`.
-    score: what beams are ranked by: logprob / length ** length_penalty, `</s>` counted. Of a drawn
-        caption, the logprob: the model's own, whatever it was narrowed to.
+    score: ranks beams: logprob / length ** length_penalty, `</s>` counted. For a sampled caption,
+        the logprob under the model's own distribution, not the narrowed one.
     """
 
     ids: tuple[int, ...]
@@ -46,7 +46,7 @@ class Caption:
 
 
 def never_emitted(tokenizer: TextTokenizer, vocab_size: int) -> list[int]:
-    """Ids that are no words: `<s>`, `<pad>`, `<unk>`, `<mask>`, and the vocabulary's padding."""
+    """Ids that are not words: `<s>`, `<pad>`, `<unk>`, `<mask>`, and the vocabulary's padding."""
     return [BOS, PAD, UNK, tokenizer.mask_id, *range(tokenizer.vocab_size, vocab_size)]
 
 
@@ -66,7 +66,7 @@ def generate(
     Args:
         text_head: `[n, hidden]` to logits `[n, vocabulary]`.
         images: uint8 `[n, 3, height, width]`.
-        max_length: Most tokens of a caption, `<s>` and `</s>` included.
+        max_length: Maximum tokens of a caption, `<s>` and `</s>` included.
         length_penalty: Exponent of the length that a caption's log probability is divided by.
         banned: Further ids that must not be emitted.
 
@@ -92,15 +92,15 @@ def sample(
     top_p: float = 1.0,
     banned: Sequence[int] = (),
 ) -> list[Caption]:
-    """Caption a batch of pictures, one caption each, by drawing its words.
+    """Caption a batch of pictures, one caption each, by sampling its words.
 
     Args:
         generator: Source of the draws. The same seed and the same batch give the same captions.
         temperature: Below 1 prefers likely words, above 1 evens the words out.
         top_k: Draw among the likeliest `top_k` words only.
-        top_p: Draw among the fewest likeliest words that have this much probability together.
+        top_p: Draw among the fewest likeliest words whose probabilities add up to this.
 
-    The others are those of `generate`.
+    The other arguments are those of `generate`.
 
     Raises:
         ValueError: an argument is impossible; the message names it.
@@ -116,13 +116,13 @@ def sample(
 
 
 def narrow(logprobs: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """What to draw from, `[..., vocabulary]`, given the model's log probabilities."""
+    """Probabilities to sample from, `[..., vocabulary]`, given the model's log probabilities."""
     best = logprobs.amax(-1, keepdim=True)
     chances = torch.softmax((logprobs - best) / temperature, -1)
     ordered, words = chances.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if top_p < 1.0:
-        keep = ordered.cumsum(-1) - ordered < top_p  # until the words before have enough
+        keep = ordered.cumsum(-1) - ordered < top_p  # until the words before reach top_p
     if top_k is not None:
         keep[..., top_k:] = False
     kept = torch.zeros_like(chances).scatter(-1, words, ordered * keep)
@@ -130,7 +130,7 @@ def narrow(logprobs: Tensor, temperature: float, top_k: int | None, top_p: float
 
 
 class _Strategy(Protocol):
-    """Which words follow, given each beam's log probabilities."""
+    """Chooses the next words, given each beam's log probabilities."""
 
     @property
     def done(self) -> bool: ...
@@ -194,7 +194,7 @@ def _decode(
 
 
 class _Memory:
-    """Keys and values of one block: of each picture, once, and behind them of its beams' words.
+    """Keys and values of one block: each picture's, once, followed by those of its beams' words.
 
     keys, values: `[pictures, heads, image tokens + beams * slots, head width]`.
     """
@@ -265,7 +265,7 @@ class _Decoder:
         return F.log_softmax(logits, -1).view(len(last), self.beams, -1)
 
     def keep(self, parents: Tensor) -> None:
-        """Go on from these beams, `[pictures, beams]`."""
+        """Continue from these beams, `[pictures, beams]`."""
         for memory in self.memories:
             memory.keep(self.length, parents)
 
@@ -273,7 +273,7 @@ class _Decoder:
         """bool `[beams * 2, image tokens + beams * slots]`: what a step's tokens attend to."""
         memory = self.memories[0]
         slots = torch.arange(memory.slots)
-        # The word sees up to itself, the <mask> behind it itself too; neither sees other beams.
+        # The word sees up to itself, the <mask> after it itself too; neither sees other beams.
         own = torch.stack([slots <= place, slots <= place + 1])
         words = torch.eye(self.beams, dtype=torch.bool)[:, None, :, None] & own[None, :, None]
         picture = torch.ones(2 * self.beams, memory.image_tokens, dtype=torch.bool)
@@ -293,7 +293,7 @@ def _project(block: Block, x: Tensor, modality: Modality) -> tuple[Tensor, Tenso
 
 
 def _finish(block: Block, x: Tensor, mixed: Tensor, modality: Modality) -> Tensor:
-    """The rest of a block, from what attention mixed: `[samples, length, hidden]` of pairs."""
+    """The rest of a block after attention, `mixed`: `[samples, length, hidden]` of pairs."""
     attention, experts = block.attention, block.experts
     mixed = mixed.transpose(1, 2).flatten(2)
     x = x + attention.out.of(modality)(attention.norm.of(modality)(mixed))
@@ -381,7 +381,7 @@ class _BeamSearch:
 
 
 class _Sampling:
-    """One caption per picture, its words drawn."""
+    """Samples one caption per picture, word by word."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which patches and tokens are hidden: the corruption that masked data modelling undoes."""
+"""Chooses the patches and tokens to hide: the corruption that masked data modelling undoes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def block_mask(
 ) -> np.ndarray:
     """Block-wise mask of exactly `count` patches: bool `[grid, grid]`.
 
-    Rectangles of random area and aspect are laid until the budget is spent; single cells are then
-    added or removed so that every mask has the same number (BEiT section 2.3; the exact count is
-    BEiT v2's, and keeps batched gathers static).
+    Rectangles of random area and aspect are placed until the budget is spent; single cells are then
+    added so that every mask has the same number (BEiT section 2.3; the exact count is BEiT v2's,
+    and keeps batched gathers static).
 
     Raises:
         ValueError: `count` is not within 0..grid*grid.
     """
     if not 0 <= count <= grid * grid:
         raise ValueError(f"count {count} is not within 0..{grid * grid}")
-    taken, left = 0, count  # cells as bits, row by row: arrays this small take longer
+    taken, left = 0, count  # cells as bits, row by row: faster than small arrays
     smallest = min(min_block, max(1, count))
     log_aspect = math.log(min_aspect)
     draw = _uniform(rng).__next__
@@ -55,7 +55,7 @@ def block_mask(
 
 
 def _uniform(rng: np.random.Generator) -> Iterator[float]:
-    """Numbers of 0..1, drawn many at once: a call takes longer than a number."""
+    """Uniform numbers in 0..1, drawn in bulk: a call costs more than a number."""
     while True:
         yield from rng.random(32).tolist()
 
@@ -69,7 +69,7 @@ def _rectangle(grid: int, height: int, width: int) -> int:
 def token_mask(length: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
     """Random mask over a text's tokens, `<s>` and `</s>` spared: bool `[length]`.
 
-    At least one token is masked where there is one to mask, and `ratio` of them on average.
+    At least one token is masked if there is one to mask; on average, a share of `ratio`.
     """
     mask = np.zeros(length, dtype=bool)
     inner = length - 2
@@ -84,21 +84,21 @@ def token_mask(length: int, ratio: float, rng: np.random.Generator) -> np.ndarra
 
 @dataclass(frozen=True)
 class Masking:
-    """How much is hidden, and of pairs which side ("Image as a Foreign Language" section 2.3)."""
+    """How much is hidden, and which side of pairs ("Image as a Foreign Language" section 2.3)."""
 
     image: float = 0.4
-    """Share of patches hidden, of pictures alone and in pairs."""
+    """Share of patches hidden, in pictures alone and in pairs."""
     text: float = 0.15
     """Share of tokens hidden in texts alone."""
     pair_text: float = 0.5
     """Share of tokens hidden in captions."""
     pairs: Literal["separate", "joint"] = "separate"
-    """joint: both sides of a pair are corrupted at once. separate: of each pair only one is, in
-    turns, so that every prediction sees an intact partner."""
+    """joint: both sides of a pair are corrupted at once. separate: only one is, at random, so that
+    every prediction sees an intact partner."""
     pair_text_share: float = 0.5
     """With separate masking, the share of pairs whose caption, not picture, is corrupted."""
     min_block: int = 16
-    """Least patches of a block."""
+    """Minimum patches in a block."""
 
     def __post_init__(self) -> None:
         for name in ("image", "text", "pair_text", "pair_text_share"):

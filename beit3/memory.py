@@ -1,8 +1,8 @@
-"""What a step of masked data modelling takes in memory beside the model, by formula: an estimate.
+"""Estimates by formula the memory that a step of masked data modelling takes beside the model.
 
 It counts what autograd keeps for the backward pass, the bf16 copies that autocast makes of weights,
-and what the heads or one block need for a moment. Not counted are the allocator's fragments, the
-libraries' workspaces and kernels that keep something else; leave a GPU a tenth of its memory.
+and what the heads or one block need temporarily. It does not count the allocator's fragments,
+libraries' workspaces or kernels that keep something else; leave a tenth of a GPU's memory free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from beit3.flops import StepShape, image_outputs
 from beit3.multiway import TEXT_GROUPS
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
 
-_FULL = 4  # bytes of a float: of the residual stream, of norms and of losses, in any precision
+_FULL = 4  # bytes of a float in the residual stream, norms and losses, in any precision
 
 
 def hollow(config: ModelConfig, *, pixels: bool = False) -> MaskedDataModelling:
@@ -28,10 +28,10 @@ def hollow(config: ModelConfig, *, pixels: bool = False) -> MaskedDataModelling:
 def activation_bytes(
     config: ModelConfig, shape: StepShape, precision: Precision, *, pixels: bool = False
 ) -> int:
-    """Most bytes that a step holds at once beside parameters, gradients and optimizer state.
+    """Peak bytes of a step beside parameters, gradients and optimizer state.
 
     Args:
-        pixels: Of hidden patches their pixels are predicted, not their visual words.
+        pixels: The pixels of hidden patches are predicted, not their visual words.
     """
     size = 2 if precision == "bf16" else _FULL
     tokens = shape.tokens(config)
@@ -43,8 +43,8 @@ def activation_bytes(
     logits += shape.masked_tokens * config.vocab_size
     masked = shape.masked_patches + shape.masked_tokens
     read = (shape.read * _FULL + masked * size) * config.hidden
-    # Of the heads the log-probabilities stay. Beside them stand, at the loss's turn, the logits or
-    # their gradient; in bf16 both also in full precision.
+    # The heads' log-probabilities stay. Computing the loss adds the logits or their gradient, in
+    # bf16 also in full precision.
     losing = read + logits * (2 * _FULL if precision == "fp32" else 2 * _FULL + size)
     copies = 2 * _matrices(config, pixels) if precision == "bf16" else 0
     flowing = tokens * (config.mlp + config.hidden) * size  # gradients inside a block
@@ -54,7 +54,7 @@ def activation_bytes(
     stays = tokens * config.hidden * _FULL  # the block's input
     if config.checkpoint_activations == "selective":  # and the results of products and attention
         stays += (tokens * (5 * config.hidden + config.mlp) + attended * config.hidden) * size
-    # Either at the loss, or later, when of the blocks before the last one is whole again.
+    # The peak is at the loss, or later, when one block before the last is whole again.
     repeated = max(0, config.layers - 2) * stays + whole + flowing
     return pictures + max(config.layers * stays + losing + copies, repeated)
 

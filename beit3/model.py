@@ -1,6 +1,6 @@
 """BEiT-3: embeddings and the Multiway encoder.
 
-One set of weights serves five modes, chosen by what is given:
+One set of weights serves five modes, chosen by the arguments:
 
     vision encoder      model(images=...)
     language encoder    model(text=..., lengths=...)
@@ -24,7 +24,7 @@ from beit3.multiway import Encoder, Layout, Read, Streams
 
 
 class Encoded(NamedTuple):
-    """The encoder's output for a packed batch; a tuple, in which engines find the tensors.
+    """The encoder's output for a packed batch; a tuple, so that engines find its tensors.
 
     vision: `[images, 1 + patches, hidden]`, `[CLS]` first, or None.
     text: `[text tokens, hidden]`, the texts one after another, or None.
@@ -49,7 +49,7 @@ class Encoded(NamedTuple):
 
 
 class PatchEmbedding(nn.Module):
-    """Pictures to tokens: patches, the mask vector, `[CLS]`, learned positions.
+    """Embeds pictures: patches, the mask vector, `[CLS]`, learned positions.
 
     Positions are interpolated (bicubic) when a picture's grid is not the table's.
     """
@@ -73,10 +73,10 @@ class PatchEmbedding(nn.Module):
             hidden_patches: bool `[images, patches]`, True where the mask vector replaces a patch.
 
         Raises:
-            ValueError: the size is not divisible by the patch, or the mask has another shape.
+            ValueError: the size is not divisible by the patch, or the mask has the wrong shape.
         """
         rows, columns = self.grid_of(images)
-        # Under autocast the projection is in bf16; what the blocks add to stays in full precision.
+        # Under autocast the projection is in bf16; the residual stream stays in full precision.
         x = self.projection(images.to(self.projection.weight.dtype)).to(self.positions.dtype)
         x = x.flatten(2).transpose(1, 2)
         if hidden_patches is not None:
@@ -90,10 +90,10 @@ class PatchEmbedding(nn.Module):
         return torch.cat([cls, x], 1) + self._positions(rows, columns)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of `[images, 3, height, width]`.
+        """Rows and columns of the patch grid of `[images, 3, height, width]`.
 
         Raises:
-            ValueError: the shape is another, or its sides are not divisible by the patch.
+            ValueError: the shape is wrong, or its sides are not divisible by the patch.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [n, 3, height, width], got {list(images.shape)}")
@@ -174,7 +174,7 @@ class BEiT3(nn.Module):
         layout: Layout,
         hidden_patches: Tensor | None = None,
     ) -> Encoded:
-        """`forward` of a batch that is laid out already, by arguments that were checked then."""
+        """`forward` for a batch whose arguments were checked when it was laid out."""
         hidden = self.hidden(images, text, layout, hidden_patches)
         vision = hidden.vision
         return Encoded(
@@ -191,9 +191,9 @@ class BEiT3(nn.Module):
         hidden_patches: Tensor | None = None,
         read: Read | None = None,
     ) -> Streams:
-        """The encoder's output, `[tokens, hidden]` of each stream, or `[read, hidden]`.
+        """The encoder's output per stream: `[tokens, hidden]`, or `[read, hidden]`.
 
-        Only this part touches the device, and `torch.compile` takes it whole.
+        Only this part touches the device, and `torch.compile` compiles all of it.
         """
         vision = language = None
         if images is not None and layout.images:
@@ -231,7 +231,7 @@ class BEiT3(nn.Module):
 
 
 def pack_texts(padded: Tensor, padding: Tensor) -> tuple[Tensor, list[int]]:
-    """Padded texts as the model takes them: packed ids `[sum(lengths)]`, and the lengths.
+    """Pack padded texts for the model: ids `[sum(lengths)]`, and the lengths.
 
     Args:
         padded: `[texts, longest]` token ids.

@@ -1,7 +1,7 @@
 """The Multiway Transformer: shared attention, one feed-forward expert per modality.
 
-The tokens of a batch are two packed sequences, one of each modality, `[tokens, hidden]`. In both,
-the samples of one kind stand together, and the pairs meet at their common border:
+The tokens of a batch form two packed sequences, one per modality, `[tokens, hidden]`. In both, the
+samples of one kind stand together, and the pairs meet at their common border:
 
     vision:    | images alone | pictures of pairs |     the vision expert reads all of it
     language:  | captions of pairs | texts alone |      the language expert reads all of it
@@ -34,8 +34,8 @@ from beit3.config import ModelConfig
 
 Modality = Literal["vision", "language"]
 TEXT_GROUPS = 8
-"""Texts alone attend in so many groups at most. Neighbours share a group, so a batch whose texts
-are sorted by length pads little."""
+"""Maximum groups in which texts alone attend. Neighbours share a group, so a batch whose texts are
+sorted by length needs little padding."""
 
 
 class Streams(NamedTuple):
@@ -61,9 +61,9 @@ class AttentionGroup:
         `samples * image_tokens` tokens; none in a group of texts alone.
     text_tokens: the texts stand one after another in the language stream; 0 in a group of pictures
         alone.
-    text: `[samples, longest]` places of the texts' tokens among these, padding repeating the first;
-        None where nothing needs padding, since there is one text or none.
-    inside: `[text_tokens]` the places in `text`, flattened, that are no padding; None as `text`.
+    text: `[samples, longest]` indices of the texts' tokens among these; padding repeats a text's
+        first token. None if there is one text or none: nothing needs padding.
+    inside: `[text_tokens]` indices into `text`, flattened, that are not padding; None if `text` is.
     mask: bool, broadcastable to `[samples, 1, length, length]`, True where a query may see a key;
         None where every token sees every other.
     """
@@ -82,11 +82,11 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class Spans:
-    """Whose a token is, wherever that matters after attention.
+    """The sample of each token, where that matters after attention.
 
-    singles: vision tokens of images alone; those of pairs follow.
-    paired: language tokens of pairs; those of texts alone follow.
-    sample: of each stream `[tokens]` the sample that a token belongs to (a pair is one sample).
+    singles: number of vision tokens of images alone; those of pairs follow.
+    paired: number of language tokens of pairs; those of texts alone follow.
+    sample: `[tokens]` per stream, the sample of each token (a pair is one sample).
     """
 
     singles: int
@@ -98,7 +98,7 @@ class Spans:
 class Read:
     """The tokens whose output is read; the last block computes no others.
 
-    places: of each stream `[read]`, ascending.
+    places: `[read]` per stream, ascending.
     """
 
     places: Streams
@@ -109,11 +109,11 @@ class Read:
 class Layout:
     """Where each sample's tokens stand in the two streams.
 
-    It is made of numbers that are known before the batch reaches the model, so that the model
-    itself is tensors only: made beside the batch, on the CPU, and moved with it.
+    It depends only on numbers known before the batch reaches the model, so it is built with the
+    batch, on the CPU, and moved with it; the model itself handles tensors only.
 
-    images, image_tokens: pictures, and the tokens of one, `[CLS]` included.
-    samples: images, pairs and texts.
+    images, image_tokens: number of pictures, and of tokens in each, `[CLS]` included.
+    samples: number of images alone, pairs and texts alone.
     groups: the samples as attention sees them, in the streams' order: images alone, pairs, texts.
     positions: `[text tokens]` each token's place in its text.
     starts: `[texts]` where each text begins in the language stream.
@@ -183,7 +183,7 @@ class Layout:
         )
 
     def reading(self, vision: Tensor | None, language: Tensor | None) -> Read:
-        """Read these tokens only, ascending places in the vision and in the language stream."""
+        """Read only these tokens, given as ascending places in the vision and language streams."""
         singles = 0 if vision is None else int((vision < self.spans.singles).sum())
         paired = 0 if language is None else int((language < self.spans.paired).sum())
         places = Streams(
@@ -195,7 +195,7 @@ class Layout:
 
 
 def _group(lengths: Tensor, image_tokens: int, *, causal: bool) -> AttentionGroup:
-    """Texts, each with a picture or all without."""
+    """An attention group of texts, all with a picture or all without."""
     samples, total = len(lengths), int(lengths.sum())
     starts = torch.cumsum(lengths, 0) - lengths
     column = torch.arange(int(lengths.max()))
@@ -329,7 +329,7 @@ def _parts(stream: Tensor | None, lengths: list[int]) -> list[Tensor]:
 
 
 def _cut(stream: Tensor | None, at: int) -> tuple[Tensor | None, Tensor | None]:
-    """What stands before and behind a border."""
+    """The parts of a stream before and after `at`."""
     if stream is None:
         return None, None
     before, behind = stream.split([at, len(stream) - at])
@@ -351,7 +351,7 @@ class Experts(nn.Module):
         self.fusion_expert = FeedForward(config) if fusion else None
 
     def of(self, modality: Modality) -> FeedForward:
-        """The expert of tokens that belong to no pair."""
+        """The expert for tokens outside pairs."""
         if modality == "language" and self.language_expert is not None:
             return self.language_expert
         return self.vision_expert
@@ -359,8 +359,8 @@ class Experts(nn.Module):
     def forward(self, x: Streams, spans: Spans) -> Streams:
         if self.fusion_expert is None:
             return self._apart(x)
-        # Each expert is called, be it with no token: workers must call the same modules in the same
-        # order, whatever their batches hold.
+        # Every expert is called, even with no tokens: workers must call the same modules in the
+        # same order, whatever their batches hold.
         alone, pictures = _cut(x.vision, spans.singles)
         captions, texts = _cut(x.language, spans.paired)
         paired = [part for part in (pictures, captions) if part is not None]
@@ -459,7 +459,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Streams, layout: Layout, read: Read | None = None) -> Streams:
         """`[tokens, hidden] -> [tokens, hidden]` of each stream, normalised if there is a final
-        norm; of the tokens in `read` only, `[read, hidden]`, if that is given."""
+        norm; if `read` is given, `[read, hidden]` of its tokens only."""
         last = len(self.blocks) - 1
         for number, block in enumerate(self.blocks):
             x = self._through(block, x, layout, read if number == last else None)
@@ -476,9 +476,9 @@ class Encoder(nn.Module):
 
     def _initialise(self, config: ModelConfig) -> None:
         """Sub-LN: Xavier with Magneto's gain on values and outputs (arXiv 2210.06423, section 3).
-        Else BEiT's, as the paper's footnote 4 has it: uniform in a small range, and the output
-        matrices of layer l divided by sqrt(2l). The range, 0.02 at the paper's width of 1408, grows
-        as the square root of the width shrinks, so that activations begin alike at every size.
+        Else BEiT's, as in the paper's footnote 4: uniform in a small range, with the output
+        matrices of layer l divided by sqrt(2l). The range is 0.02 at the paper's width of 1408 and
+        scales as 1 / sqrt(width), so that activations start alike at every size.
         """
         gain = math.sqrt(math.log(2 * config.layers)) if config.sub_ln else 1.0
         extent = 0.02 * math.sqrt(1408 / config.hidden)
@@ -493,7 +493,7 @@ class Encoder(nn.Module):
                     nn.init.uniform_(module.weight, -bound, bound)
                     continue
                 nn.init.xavier_normal_(module.weight)
-                # Of queries, keys and values, the values only.
+                # Only the values, not the queries and keys.
                 scaled = module.weight[2 * config.hidden :] if ".qkv" in name else module.weight
                 with torch.no_grad():
                     scaled *= gain

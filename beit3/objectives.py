@@ -22,7 +22,7 @@ from beit3.config import ModelConfig
 from beit3.model import BEiT3
 from beit3.multiway import Layout, Read, Streams
 
-# In the order in which their places follow each other in a batch.
+# In the order of their places in a batch.
 IMAGE_OBJECTIVES = ("image", "pair_image")
 TEXT_OBJECTIVES = ("pair_text", "text")
 PIXEL_EPS = 1e-6
@@ -35,11 +35,11 @@ def normalise(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Masked:
-    """What one objective predicts, all `[masked]`.
+    """Targets of one objective, and where they are; all fields are `[masked]`.
 
-    targets: what was there.
-    places: where: indices into the batch's patches, `[images * patches]`, or its text tokens.
-    rows: which rows of the encoder's output, of those that are read, predict them.
+    targets: the visual words or token ids that were there.
+    places: indices into the batch's patches, `[images * patches]`, or its text tokens.
+    rows: the rows of the encoder's read output that predict them.
     """
 
     targets: Tensor
@@ -56,12 +56,12 @@ class MaskedBatch:
     visual_words: `[images, patches]` codes of the image tokenizer.
     text: `[tokens]` packed ids, texts of pairs first, masked ones replaced by `<mask>`.
     layout: where each sample stands in the two streams.
-    read: the encoder's output that is read: of masked positions, and of `[CLS]` and `<s>`.
+    read: the encoder outputs that are read: masked positions, `[CLS]` and `<s>`.
     masked: what is predicted, by objective (`image`, `text`, `pair_image`, `pair_text`); an
         objective with nothing to predict is absent.
     lengths: tokens of each text.
     pairs: how many of the pictures and texts are pairs.
-    ids, sources: each sample's own name and that of its dataset, for inspection.
+    ids, sources: names of each sample and of its dataset, for inspection.
     """
 
     images: Tensor
@@ -77,7 +77,7 @@ class MaskedBatch:
     sources: tuple[str, ...] = ()
 
     def original_text(self) -> Tensor:
-        """`text` with what was masked put back, `[tokens]`."""
+        """`text` with the masked tokens put back, `[tokens]`."""
         text = self.text.clone()
         for kind in TEXT_OBJECTIVES:
             if kind in self.masked:
@@ -85,7 +85,7 @@ class MaskedBatch:
         return text
 
     def with_visual_words(self, words: Tensor) -> MaskedBatch:
-        """The batch with these visual words, `[images, patches]`, which are predicted then."""
+        """The batch with `words`, `[images, patches]`, as the visual words to predict."""
         codes = words.flatten()
         masked = {
             kind: replace(one, targets=codes[one.places]) if kind in IMAGE_OBJECTIVES else one
@@ -108,16 +108,16 @@ class MaskedBatch:
     ) -> MaskedBatch:
         """Pack samples: pictures alone before those of pairs, captions before texts alone.
 
-        Texts alone are put in the order of their lengths, so that neighbours need little padding.
+        Texts alone are sorted by length, so that neighbours need little padding.
 
         Args:
             images: uint8 `[images, 3, height, width]`; the last `pairs` of them belong to pairs.
             hidden_patches: bool `[images, patches]`, True where a patch is hidden and predicted.
             visual_words: `[images, patches]`.
             texts: Ids of each text, uncorrupted; the first `pairs` of them belong to pairs.
-            token_masks: Of each text, bool `[tokens]`, True where a token is to be predicted.
+            token_masks: bool `[tokens]` for each text, True where a token is to be predicted.
             mask_id: The id of `<mask>`.
-            ids, sources: Of images alone, pairs and texts alone, in this order.
+            ids, sources: Names for images alone, pairs and texts alone, in this order.
 
         Raises:
             ValueError: shapes or counts don't fit; the message names the argument.
@@ -181,7 +181,7 @@ class MaskedBatch:
 
 @dataclass(frozen=True)
 class ObjectiveWeights:
-    """What is predicted, and the weight of each objective in the loss; 0 turns it off."""
+    """The objectives and the weight of each in the loss; 0 turns it off."""
 
     image: float = 1.0
     """Hidden patches of images alone."""
@@ -192,8 +192,8 @@ class ObjectiveWeights:
     pair_text: float = 1.0
     """Words of captions with an image."""
     image_target: Literal["codes", "pixels"] = "codes"
-    """What is predicted of a hidden patch: its visual word, or its pixels, each patch normalised by
-    its own mean and deviation (mean squared error)."""
+    """Target for a hidden patch: its visual word, or its pixels, each patch normalised by its own
+    mean and deviation (mean squared error)."""
 
     def __post_init__(self) -> None:
         for name in (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES):
@@ -206,8 +206,8 @@ class ObjectiveWeights:
 class MaskedDataModelling(nn.Module):
     """BEiT-3 with its two pretraining heads, computed at masked positions only.
 
-    The head of images is `image_head`, one output per visual word, or with pixels as the target
-    `pixel_head`, one per value of a patch.
+    The image head is `image_head`, one output per visual word, or, if pixels are the target,
+    `pixel_head`, one output per value of a patch.
     """
 
     def __init__(self, config: ModelConfig, weights: ObjectiveWeights | None = None) -> None:
@@ -229,7 +229,7 @@ class MaskedDataModelling(nn.Module):
         return self.pixel_head if self.pixels else self.image_head
 
     def predict(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        """What is predicted for each objective present: logits `[masked, codes]` of images (or
+        """Predictions for each objective present: logits `[masked, codes]` of images (or
         normalised pixels `[masked, patch * patch * 3]`), logits `[masked, words]` of texts."""
         found = self._predictions(self._hidden(batch), batch)
         return {kind: own for kind, own in found.items() if kind in batch.masked}
@@ -245,8 +245,8 @@ class MaskedDataModelling(nn.Module):
         )
 
     def _predictions(self, hidden: Streams, batch: MaskedBatch) -> dict[str, Tensor]:
-        """Of each objective, `[0, out]` where nothing is masked: both heads are called whatever the
-        batch holds, since workers that gather their parameters must call the same modules."""
+        """Predictions of all objectives, `[0, out]` where nothing is masked: both heads are always
+        called, since workers that gather their parameters must call the same modules."""
         some = next(output for output in hidden if output is not None)
         nothing = batch.layout.starts[:0]
         predictions: dict[str, Tensor] = {}
@@ -263,9 +263,9 @@ class MaskedDataModelling(nn.Module):
 
     @torch.no_grad()
     def restore(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        """The batch undone: visual words `[images, patches]` and text `[tokens]`, both with the
-        likeliest prediction at each hidden place and what was given at the others. With pixels as
-        the target the visual words stay as they are; see `restore_pixels`."""
+        """The batch restored: visual words `[images, patches]` and text `[tokens]`, both with the
+        likeliest prediction at each hidden place and the input at the others. If pixels are the
+        target, the visual words stay as they are; see `restore_pixels`."""
         words, text = batch.visual_words.clone(), batch.text.clone()
         for kind, found in self.predict(batch).items():
             if self.pixels and kind in IMAGE_OBJECTIVES:
@@ -276,11 +276,11 @@ class MaskedDataModelling(nn.Module):
 
     @torch.no_grad()
     def restore_pixels(self, batch: MaskedBatch) -> Tensor:
-        """The batch's images, uint8 `[images, 3, height, width]`, with the hidden patches as they
-        are predicted; a patch's mean and deviation, which nothing predicts, are the true ones.
+        """The batch's images, uint8 `[images, 3, height, width]`, with the hidden patches as
+        predicted; a patch's mean and deviation, which are not predicted, are the true ones.
 
         Raises:
-            ValueError: pixels are not what is predicted.
+            ValueError: pixels are not the target.
         """
         if not self.pixels:
             raise ValueError("restore_pixels: the target of images is codes")
@@ -298,15 +298,15 @@ class MaskedDataModelling(nn.Module):
 
     def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
         """The loss and, per objective present, `loss/*` and `accuracy/*` (scalars); pixels have no
-        accuracy. An objective of weight 0 is measured where the batch has it, and no more.
+        accuracy. An objective of weight 0 is measured if the batch has it, but not trained.
 
-        In training with several workers they are means over all workers' masked places, and the
-        workers' mean of `loss` is the loss: every worker must call this."""
+        In training with several workers, metrics are means over all workers' masked places, and the
+        loss is the workers' mean of `loss`: every worker must call this."""
         results: dict[str, Tensor] = {}
         hidden = self._hidden(batch)
         predictions = self._predictions(hidden, batch)
-        # What nothing is learned from stays in the graph: engines want a gradient of every
-        # parameter, the same ones on every worker.
+        # Outputs that enter no loss stay in the graph: engines want a gradient for every parameter,
+        # the same ones on every worker.
         kept = [output for output in hidden if output is not None]
         kept += [p for k, p in predictions.items() if not self._learns(batch, k)]
         loss = torch.stack([output.float().sum() for output in kept]).sum() * 0.0
@@ -348,16 +348,16 @@ def over_workers(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Means over the masked places of all workers, which must all call this.
 
-    Workers have as many samples as each other but not as many masked places, so that the mean of
-    their means would change with their number.
+    Workers have equally many samples but different numbers of masked places, so the mean of their
+    means would depend on the number of workers.
 
     Args:
         means: `loss/*` and `accuracy/*` over a worker's own places.
-        places: How many these are, by objective.
+        places: Number of the worker's own places, by objective.
 
     Returns:
-        The same means over all places; and by objective the worker's number of places in relation
-        to the mean of all workers, by which its own loss counts.
+        The same means over all places; and, by objective, the factor of the worker's own loss: its
+        number of places divided by the mean number over all workers.
     """
     kinds = (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES)
     none = torch.zeros((), device=device)
@@ -384,14 +384,14 @@ def patches(images: Tensor, size: int) -> Tensor:
 
 
 class DualEncoder(nn.Module):
-    """Images and texts apart, projected into one space: the contrastive stage and retrieval."""
+    """Encodes images and texts apart into one space: for the contrastive stage and retrieval."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.backbone = BEiT3(config)
         self.vision_head = nn.Linear(config.hidden, config.hidden, bias=False)
         self.language_head = nn.Linear(config.hidden, config.hidden, bias=False)
-        # One element, not a scalar: DeepSpeed broadcasts parameters as bytes, which scalars lack.
+        # One element, not a scalar: DeepSpeed can't view scalars as bytes to broadcast them.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         for head in (self.vision_head, self.language_head):
             nn.init.xavier_normal_(head.weight)

@@ -1,4 +1,4 @@
-"""Learning-rate schedule, layer-wise decay and weight-decay groups, as BEiT-3's recipes have them.
+"""Learning-rate schedule, layer-wise decay and weight-decay groups of BEiT-3's recipes.
 
 Source: microsoft/unilm `beit3/optim_factory.py`; "Image as a Foreign Language" table 11.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-# Of VQ-KD's encoder and decoder (beit2 `modeling_vqkd.py`, no_weight_decay).
+# Positions of VQ-KD's encoder and decoder (beit2 `modeling_vqkd.py`, no_weight_decay).
 _TOKENIZER_POSITIONS = ("tokenizer.embedding.positions", "tokenizer.decoder_positions")
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 
@@ -28,7 +28,7 @@ def cosine_schedule(
 
 
 def layer_scale(name: str, layers: int, decay: float) -> float:
-    """Learning-rate multiplier of a parameter: `decay` to the number of layers above it.
+    """Learning-rate multiplier of a parameter: `decay ** (layers above it)`.
 
     Embeddings and positions count as layer 0, block `i` as layer `i + 1`, heads and final norms as
     layer `layers + 1`.
@@ -44,7 +44,7 @@ def layer_scale(name: str, layers: int, decay: float) -> float:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to biases, norms, `[CLS]`, vision positions, the scale."""
+    """Whether to decay a parameter: not biases, norms, `[CLS]`, vision positions, logit scale."""
     exempt = name.endswith(("vision_embedding.positions", *_TOKENIZER_POSITIONS))
     return parameter.ndim > 1 and not exempt
 

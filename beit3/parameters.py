@@ -1,4 +1,4 @@
-"""How many parameters a preset has, part by part, without allocating any.
+"""Counts a preset's parameters, part by part, without allocating any.
 
     python -m beit3.parameters --preset giant
 

@@ -1,15 +1,15 @@
-"""The authors' checkpoints (microsoft/unilm, `beit3_{base,large}_*.pth`), in and out.
+"""Converts the authors' checkpoints (microsoft/unilm, `beit3_{base,large}_*.pth`), both ways.
 
     python -m beit3.released beit3_base_patch16_224.pth folder --image-size 384
     python -m beit3.released folder exported.pth
 
-The first makes a model folder (`beit3.weights`) of a checkpoint, the second the reverse. Tensors
-pass bit by bit, unless the position table is interpolated. A pickle is read with
-`weights_only=True` and in no other way.
+The first makes a model folder (`beit3.weights`) from a checkpoint, the second the reverse. Tensors
+stay bit-identical, unless the position table is interpolated. Pickles are only ever read with
+`weights_only=True`.
 
-The released files name and split tensors otherwise, and their position tables start at row 2 (a
-fairseq habit). `released.safetensors` in the folder keeps the two rows that are never used; without
-it they are written as zeros.
+The released files name and split tensors differently, and their position tables start at row 2 (a
+fairseq habit). `released.safetensors` in the folder keeps the two unused rows; without it they are
+written as zeros.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from beit3.model import BEiT3, interpolate_positions
 UNUSED_POSITIONS = 2
 UNUSED = "released.safetensors"
 HEAD_WIDTH = 64
-"""Of the published models; shapes don't tell the number of heads."""
+"""Head width of the published models; shapes don't tell the number of heads."""
 
 _MODALITY = {"A": "vision", "B": "language"}
 _PATCHES = "beit3.vision_embed.proj.weight"
@@ -44,7 +44,7 @@ _POSITIONS = {
     "text_positions": "beit3.encoder.embed_positions.B.weight",
 }
 _FC1 = "beit3.encoder.layers.0.ffn.A.fc1.weight"
-# Beginnings of the heads' names, theirs and ours; what is not here is called the same.
+# Prefixes of the heads' names, theirs and ours; other names are the same.
 _HEADS = {
     "mlm_head.": "text_head.",
     "mim_head.": "image_head.",
@@ -52,7 +52,7 @@ _HEADS = {
     "pooler.dense.": "pooler.",
 }
 _CLASSES = {"vqa": "head.3.weight", "imagenet": "head.weight"}
-_PASSES = "passes"  # the captioning model's count of its own training steps, which they lack
+_PASSES = "passes"  # the captioning model's count of its training steps; theirs have none
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Released:
 
     kind: `backbone`, `pretrained`, `dual_encoder` (contrastive stage, retrieval), `captioning`,
         `vqa`, `nlvr2` or `imagenet`.
-    backbone: what `BEiT3(config)` loads.
+    backbone: tensors that `BEiT3(config)` loads.
     heads: named as in the model of that kind; `imagenet` and `nlvr2` keep the released names.
-    unused: the rows of the position tables that are never read, by released name; may be empty.
+    unused: the unused rows of the position tables, by released name; may be empty.
     """
 
     kind: str
@@ -79,7 +79,7 @@ class Released:
 
     @property
     def classes(self) -> int:
-        """Classes of a head whose number the kind leaves open; else 0."""
+        """Classes of the head, if the kind leaves their number open; else 0."""
         return len(self.heads[_CLASSES[self.kind]]) if self.kind in _CLASSES else 0
 
 
@@ -89,12 +89,12 @@ def load_released(
     """Read a checkpoint: `.safetensors`, or else a pickle of tensors.
 
     Args:
-        image_size: Side of the pictures to interpolate the position table for.
-        heads: Attention heads, where they are not 64 wide.
+        image_size: Side of the pictures that the position table is interpolated for.
+        heads: Attention heads, if they are not 64 wide.
 
     Raises:
-        ValueError: the file holds anything but tensors, or tensors of something else; each key that
-            is missing, unexpected or of another shape is named.
+        ValueError: the file holds anything but tensors, or another model's; each key that is
+            missing, unexpected or of the wrong shape is named.
     """
     try:
         return from_released(read_tensors(path), image_size=image_size, heads=heads)
@@ -116,11 +116,11 @@ def save_released(path: Path, released: Released) -> None:
 
 
 def load_folder(folder: Path) -> Released:
-    """A model folder, on its way to the released layout.
+    """Read a model folder, to convert it to the released layout.
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: its heads are those of no released model.
+        ValueError: no released model has its heads.
     """
     config, _ = weights.load_config(folder)
     backbone: dict[str, Tensor] = {}
@@ -148,7 +148,7 @@ def save_folder(folder: Path, released: Released) -> None:
 def from_released(
     tensors: Mapping[str, Tensor], *, image_size: int | None = None, heads: int | None = None
 ) -> Released:
-    """`load_released` of tensors at hand.
+    """`load_released` for tensors in memory.
 
     Raises:
         ValueError: as `load_released`.
@@ -210,7 +210,7 @@ def read_tensors(
     """A file of tensors by name: `.safetensors`, or else a pickle, read with `weights_only=True`.
 
     Args:
-        inside: Names under which a pickle may hold them, the first that is there.
+        inside: Keys under which a pickle may hold them; the first one found counts.
 
     Raises:
         ValueError: the file holds anything but tensors, or is damaged.
@@ -249,7 +249,7 @@ def read_tensors(
 
 
 def _infer(tensors: Mapping[str, Tensor], heads: int | None) -> ModelConfig:
-    """The configuration that a checkpoint's shapes tell."""
+    """The configuration, inferred from a checkpoint's shapes."""
     dimensions = {_PATCHES: 4, _WORDS: 2, _FC1: 2, **dict.fromkeys(_POSITIONS.values(), 2)}
     problems = [
         f"{key}: missing"
@@ -404,7 +404,7 @@ def _pairs(config: ModelConfig) -> list[tuple[str, list[str]]]:
 def read_arguments(
     module: str, description: str, source: str, target: str, arguments: Sequence[str] | None
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The command line of a converter: `source` and `target` say what the two paths are.
+    """Parse a converter's command line; `source` and `target` explain its two paths.
 
     Ends the program if the target exists.
     """

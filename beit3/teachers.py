@@ -1,15 +1,15 @@
-"""Teachers of VQ-KD: pictures to the patch features that the tokenizer learns to reconstruct.
+"""VQ-KD's teachers: they give the patch features that the tokenizer learns to reconstruct.
 
     CLIP            features of the last layer's patch tokens after the final norm, times the
                     projection into the joint space (BEiT v2's teacher is OpenAI's ViT-B/16)
-    a dual encoder  the same of a model of this project (`beit3.objectives.DualEncoder`)
+    a dual encoder  the same from a model of this project (`beit3.objectives.DualEncoder`)
     pixels          the patches themselves, each normalised (the ablation without a teacher)
 
-Every teacher has one feature per patch of the tokenizer. Pictures are resized to the size at which
-its own patches make that grid; its positions are interpolated if that is not the size that it was
-trained at.
+Every teacher gives one feature per patch of the tokenizer. Pictures are resized so that the
+teacher's own patches form the same grid; its positions are interpolated if that is not the size it
+was trained at.
 
-`read_clip` opens a CLIP's files as Hugging Face's transformers or as OpenCLIP left them; neither
+`read_clip` reads a CLIP's files as written by Hugging Face's transformers or OpenCLIP; neither
 package is needed. Sources: "Learning Transferable Visual Models From Natural Language Supervision"
 (arXiv 2103.00020); the layouts of transformers' `CLIPVisionModelWithProjection` and of OpenCLIP's
 `VisionTransformer`; "Masked Autoencoders" (arXiv 2111.06377) for normalised pixels.
@@ -37,14 +37,14 @@ from beit3.released import read_tensors
 
 TEACHER_FILE = "teacher.json"
 MOST_STRETCH = 1.5
-"""A position table is interpolated to a grid at most so many times finer or coarser."""
+"""Largest factor by which a position table is interpolated to a finer or coarser grid."""
 Activation = Literal["gelu", "quick_gelu"]
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Teacher(nn.Module):
-    """Frozen; a call gives features of patches.
+    """A frozen model that gives patch features.
 
     dim: width of the features.
     side: pixels that pictures are resized to.
@@ -72,12 +72,12 @@ class Teacher(nn.Module):
 
 
 def side_for(image_size: int, patch_size: int, *, grid: int, teacher_patch: int, name: str) -> int:
-    """At how many pixels a teacher has one patch for each of a tokenizer's.
+    """Image side in pixels at which a teacher's patch grid is the tokenizer's.
 
     Args:
         image_size, patch_size: The tokenizer's.
-        grid, teacher_patch: Patches along a side that the teacher was trained with, and their size.
-        name: What the error calls the teacher.
+        grid, teacher_patch: The teacher's patches along a side in training, and their size.
+        name: The teacher's name in the error.
 
     Raises:
         ValueError: the grids are too different for the teacher's positions to be interpolated.
@@ -152,7 +152,7 @@ def load_teacher(folder: Path, image_size: int, patch_size: int, name: str = "te
     """Read a teacher's folder: a CLIP tower (`save_clip`) or a dual encoder.
 
     Raises:
-        ValueError: the folder holds something else, or its grid can't be made the tokenizer's.
+        ValueError: the folder holds something else, or its grid can't match the tokenizer's.
     """
     if (folder / TEACHER_FILE).exists():
         return ClipTeacher(load_clip(folder), image_size, patch_size, name)
@@ -189,7 +189,7 @@ class ClipConfig:
 
 
 class ClipTower(nn.Module):
-    """A pre-norm ViT with a norm before its first block too, and no bias in the patch embedding."""
+    """A pre-norm ViT with another norm before its first block, and no patch-embedding bias."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ def load_clip(folder: Path) -> ClipTower:
 
 # -- CLIP's files ----------------------------------------------------------------------------------
 
-# Our names of a block's tensors with those in a file, `{}` being weight or bias.
+# Our names of a block's tensors and those in a file, without `weight` or `bias`.
 _HUGGING_FACE = {
     "ln_1": ["layer_norm1"],
     "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -283,17 +283,17 @@ _OPEN_CLIP = {
 def read_clip(
     path: Path, *, activation: Activation | None = None, heads: int | None = None
 ) -> tuple[ClipConfig, dict[str, Tensor]]:
-    """A CLIP's vision tower from local files; what belongs to its texts is left out.
+    """Read a CLIP's vision tower from local files; its text tower is left out.
 
     Args:
         path: A folder that transformers' `save_pretrained` wrote (`config.json`), a folder of
             OpenCLIP's (`open_clip_config.json`), or an OpenCLIP weights file alone.
-        activation: Of a weights file alone, which doesn't tell.
-        heads: Of a weights file alone, where heads are not 64 wide.
+        activation: Needed for a weights file alone, which doesn't tell it.
+        heads: For a weights file alone, if its heads are not 64 wide.
 
     Raises:
         ValueError: the files hold something else, or more than tensors; keys that are missing,
-            unexpected or of another shape are named.
+            unexpected or of the wrong shape are named.
         FileNotFoundError: the folder has no configuration or no weights.
     """
     if not path.is_dir():
@@ -384,7 +384,7 @@ def _converted(
     facts: Mapping[str, Any],
     path: Path,
 ) -> tuple[ClipConfig, dict[str, Tensor]]:
-    """Configuration by shapes and `facts`, and the tensors under our names, in fp32."""
+    """The configuration, from shapes and `facts`, and the tensors under our names, in fp32."""
     needed = (names["conv.weight"], names["positions"], names["projection.weight"])
     absent = [name for name in needed if name not in theirs]
     if absent:

@@ -24,7 +24,7 @@ class TextTokenizer:
     """Text to ids and back.
 
     Raises:
-        ValueError: the bytes are no SentencePiece model, or its special pieces are not the first.
+        ValueError: the bytes are not a SentencePiece model, or its special pieces are not first.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -63,7 +63,7 @@ class TextTokenizer:
         return [p + 1 if p else UNK for p in self.pieces.EncodeAsIds(text)]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """`encode` of each. One thread unless told: SentencePiece would take every CPU, in every
+        """`encode` for each. One thread by default: SentencePiece would take every CPU, in every
         process that calls it."""
         found = self.pieces.EncodeAsIds(list(texts), num_threads=threads)
         return [[p + 1 if p else UNK for p in ids] for ids in found]
@@ -74,7 +74,7 @@ class TextTokenizer:
         """Texts cut into pieces of at most `max_length` tokens, `<s>` and `</s>` around each.
 
         Returns the ids, one piece after another, int32 `[tokens]`; the length of each piece
-        `[pieces]`; and how many pieces each text has `[texts]`, none if it is empty.
+        `[pieces]`; and each text's number of pieces `[texts]`, 0 if it is empty.
         """
         inner, parts, lengths, counts = max_length - 2, [_BOS], [], []
         # As arrays: a Python integer for every token would cost a sixth of SentencePiece's time.
@@ -104,7 +104,7 @@ class TextTokenizer:
         return [BOS, *ids[: max_length - 2], EOS]
 
     def encode_packed(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, list[int]]:
-        """Texts as `wrap` has them, one after another, int64 `[tokens]`, and their lengths."""
+        """Texts as `wrap` returns them, one after another, int64 `[tokens]`, and their lengths."""
         wrapped = [self.wrap(ids, max_length) for ids in self.encode_batch(texts)]
         lengths = [len(ids) for ids in wrapped]
         return np.fromiter(chain.from_iterable(wrapped), np.int64, sum(lengths)), lengths

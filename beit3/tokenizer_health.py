@@ -1,17 +1,17 @@
-"""Is an image tokenizer usable? Numbers, and what they mean in words.
+"""Measures whether an image tokenizer is usable, and explains the numbers in words.
 
 A codebook can collapse: a few codes stand for everything, and pretraining learns to predict nothing
-(microsoft/unilm issues 877, 936 and 1724 are of that). The loss alone doesn't show it. So usage and
-reconstruction are measured on pictures that the tokenizer has not learned from, and reconstruction
-is put between two others of the same features:
+(microsoft/unilm issues 877, 936 and 1724 report that). The loss alone doesn't show it. So usage and
+reconstruction are measured on pictures that the tokenizer was not trained on, and reconstruction is
+compared with two others of the same features:
 
-- the floor: one vector for every patch, the best there is. What is not above it says nothing.
-- k-means: as many centres as there are codes, found in the teacher's features of training pictures;
-  each held-out feature is replaced by its nearest centre.
+- the floor: the best single vector for all patches. A score that is not above it says nothing.
+- k-means: one centre per code, fitted to the teacher's features of training pictures; each held-out
+  feature is replaced by its nearest centre.
 
-The two are not the same task. K-means is given the teacher's own feature of the very patch that it
-reconstructs; the tokenizer sees pixels only. On the other hand the tokenizer's decoder reads all
-codes of a picture at once, k-means one. So k-means is a yardstick, and no bound on either side.
+K-means and the tokenizer have different tasks. K-means is given the teacher's feature of the very
+patch that it reconstructs; the tokenizer sees pixels only. But the tokenizer's decoder reads all
+codes of a picture at once, k-means one. So k-means is a yardstick, not a bound either way.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from beit3.vqkd import VQKD, kmeans, nearest, usage_health
 Verdict = Literal["usable", "doubtful", "unusable"]
 ITERATIONS = 5
 PER_CENTRE = 40
-"""Training features per centre that k-means learns from, at most."""
+"""Maximum training features per centre that k-means learns from."""
 _MORE_PICTURES = "more and more varied pictures"
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What reconstruction is compared with: of the teacher's features of training pictures.
+    """Baselines for reconstruction, from the teacher's features of training pictures.
 
     centres: unit vectors `[centres, dim]`; fewer than codes where there were fewer features.
-    mean: `[dim]` their mean direction, the floor's one vector.
-    features: how many the centres were found in.
+    mean: `[dim]` mean direction of the features, the floor's vector.
+    features: number of features that the centres were fitted to.
     """
 
     centres: Tensor
@@ -48,9 +48,9 @@ class Baseline:
 
     @staticmethod
     def of(features: Iterable[Tensor], codes: int) -> Baseline:
-        """From a teacher's features of training pictures, `[pictures, patches, dim]` each.
+        """Fit to a teacher's features of training pictures, `[pictures, patches, dim]` each.
 
-        Of many features, evenly spread ones are taken.
+        If there are too many features, evenly spread ones are used.
         """
         parts = [F.normalize(part.float(), dim=-1).flatten(0, 1) for part in features]
         rows = torch.cat(parts)
@@ -61,7 +61,7 @@ class Baseline:
         return Baseline(centres, F.normalize(rows.mean(0), dim=-1), len(rows))
 
     def cosines(self, target: Tensor) -> tuple[float, float]:
-        """Sums over patches of a held-out `target`: of k-means and of the floor."""
+        """Cosines of k-means and of the floor, summed over a held-out `target`'s patches."""
         rows = F.normalize(target.float(), dim=-1).flatten(0, -2)
         found = self.centres[nearest(rows, self.centres)]
         return float((rows * found).sum()), float((rows @ self.mean).sum())
@@ -71,13 +71,12 @@ class Baseline:
 class Health:
     """A tokenizer's numbers on held-out pictures; `judge` says what they mean.
 
-    used, dead, perplexity: of the visual words of the pictures.
-    expected: the codes that so many words would use if each code were equally likely: with few
+    used, dead, perplexity: of the pictures' visual words.
+    expected: the codes that `words` words would use if all codes were equally likely: with few
         pictures not every code can occur.
-    cosine, kmeans, floor: of the reconstruction and of what it is compared with; None where there
-        is no teacher.
-    centres, baseline_features: of k-means.
-    held_out: False where the pictures are of those that the tokenizer has learned from.
+    cosine, kmeans, floor: cosines of the reconstruction and its baselines; None without a teacher.
+    centres, baseline_features: k-means' numbers of centres and features.
+    held_out: False if the tokenizer was trained on these pictures.
     """
 
     pictures: int
@@ -96,24 +95,24 @@ class Health:
 
     @property
     def usage(self) -> float:
-        """Used codes as a share of those that could be expected, at most 1."""
+        """Used codes as a share of the expected codes, at most 1."""
         return min(1.0, self.used * self.codes / self.expected)
 
     @property
     def evenness(self) -> float:
-        """Perplexity as a share of the codes that could be expected, at most 1."""
+        """Perplexity as a share of the expected codes, at most 1."""
         return min(1.0, self.perplexity / self.expected)
 
     @property
     def gain(self) -> float | None:
-        """How far the reconstruction is from the floor, k-means being at 1."""
+        """The reconstruction's gain over the floor, as a share of k-means' gain."""
         if self.cosine is None or self.kmeans is None or self.floor is None:
             return None
         return (self.cosine - self.floor) / max(1e-6, self.kmeans - self.floor)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For a tracker."""
+        """Metrics for a tracker."""
         values = {
             "used": self.used,
             "dead": float(self.dead),
@@ -158,7 +157,7 @@ def measure(
     Args:
         batches: uint8 `[n, 3, size, size]` with the teacher's features `[n, patches, dim]`, or with
             None where there is no teacher; both on the model's device.
-        held_out: Whether the tokenizer has not learned from these pictures.
+        held_out: Whether the tokenizer was not trained on these pictures.
 
     Raises:
         ValueError: there are no pictures.
@@ -203,7 +202,7 @@ def measure(
 
 
 def same_in_bf16(model: VQKD, batches: Iterable[Tensor]) -> float:
-    """Share of the visual words in fp32 that are the same in bf16.
+    """Share of visual words that are the same in fp32 and bf16.
 
     Args:
         batches: uint8 `[n, 3, size, size]`, on the model's device.
@@ -213,15 +212,15 @@ def same_in_bf16(model: VQKD, batches: Iterable[Tensor]) -> float:
 
 
 def judge(health: Health, *, revived: bool = False, trained_on: int = 0) -> Judgement:
-    """What a tokenizer's numbers mean, and what to try.
+    """Judge a tokenizer's numbers, and advise what to try.
 
-    Usable: at least half of the codes that could occur do, they are used evenly enough, and the
-    reconstruction has at least half of what k-means gains over one vector for all. Unusable: under
-    a tenth, or no better than one vector. Else doubtful.
+    Usable: at least half of the expected codes occur, they are used evenly enough, and the
+    reconstruction has at least half of k-means' gain over the floor. Unusable: under a tenth, or no
+    better than the floor. Else doubtful.
 
     Args:
         revived: Whether dead codes were revived in training.
-        trained_on: Pictures that it learned from, where that is known.
+        trained_on: Number of training pictures, if known.
     """
     reasons, grades = [], []
 
@@ -236,7 +235,7 @@ def judge(health: Health, *, revived: bool = False, trained_on: int = 0) -> Judg
         f"{health.pictures:,} pictures; {health.expected:,.0f} would if all were equally likely "
         f"({health.usage:.0%} of that).",
     )
-    # Words are like those of a language: a few are common. A fifth of the possible is even.
+    # As in a language, a few words are common: a fifth of the possible counts as even.
     grade(
         min(1.0, health.evenness / 0.2) if occur > 1 else 0.0,
         f"Perplexity: {health.perplexity:,.1f}, as if so many codes were used equally.",

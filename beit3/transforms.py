@@ -1,4 +1,4 @@
-"""Pictures to model inputs: decoding, and views (crop, flip, colours) to be replayed exactly."""
+"""Pictures to model inputs: decoding, and views (crop, flip, colours) that replay exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class View:
     """A crop of a picture, whether it is mirrored, and how its colours are changed.
 
     box: left, top, right, bottom as shares of the picture's width and height (0..1), so that a view
-    drawn for one copy of a picture holds for a resized one.
+    drawn for one copy of a picture fits a resized one too.
     jitter: factors of brightness, contrast and saturation; None leaves the colours.
     """
 
@@ -32,13 +32,13 @@ def decode(data: bytes) -> Image.Image:
     """Encoded bytes to an upright RGB picture.
 
     Raises:
-        OSError: the bytes are no picture, or a broken one.
+        OSError: the bytes are not a picture, or a broken one.
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:
             ImageOps.exif_transpose(picture, in_place=True)  # loads it
             return picture if picture.mode == "RGB" else picture.convert("RGB")
-    except UnidentifiedImageError:  # whose message has the address of the bytes in memory
+    except UnidentifiedImageError:  # its message has the bytes' memory address
         raise UnidentifiedImageError("cannot identify image file") from None
     except OSError:
         raise
@@ -58,8 +58,8 @@ def sample_view(
     """A random resized crop, as BEiT draws it.
 
     Args:
-        scale: Least and largest share of the picture's area.
-        aspect: Least and largest ratio of the crop's width to its height.
+        scale: Smallest and largest share of the picture's area.
+        aspect: Smallest and largest ratio of the crop's width to its height.
         flip: Probability of mirroring.
     """
     flipped = bool(rng.random() < flip)
@@ -85,13 +85,13 @@ def apply_view(
 ) -> np.ndarray:
     """Crop, resize to a square (bicubic), perhaps change colours, mirror: uint8 `[3, size, size]`.
 
-    Colours change as torchvision's ColorJitter does it, but for two things. It takes brightness,
-    contrast and saturation in a random order; here they follow in this one. It changes the picture
-    before it is cropped; here the crop is changed, which has fewer pixels, and contrast is relative
-    to the crop's own mean.
+    Colours change as in torchvision's ColorJitter, with two differences. ColorJitter changes
+    brightness, contrast and saturation in random order; here the order is fixed. ColorJitter
+    changes the picture before cropping; here the crop is changed, which has fewer pixels, and
+    contrast is relative to the crop's own mean.
 
     Args:
-        out: Where to write it, such as a picture's place in a batch.
+        out: Array to write to, such as a picture's place in a batch.
     """
     width, height = picture.size
     left, top, right, bottom = view.box

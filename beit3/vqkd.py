@@ -1,7 +1,7 @@
-"""VQ-KD, the image tokenizer: pictures to visual words, distilled from a teacher's features.
+"""Image tokenizer (VQ-KD): pictures to visual words, distilled from a teacher's features.
 
-Encoder -> l2-normalised code of low dimension -> nearest of the codebook -> decoder -> the
-teacher's patch features. The codebook is updated by moving averages, never by gradients.
+Encoder -> l2-normalised code of low dimension -> nearest codebook entry -> decoder -> the teacher's
+patch features. The codebook is updated by moving averages, never by gradients.
 
 Source: "BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers"
 (arXiv 2208.06366) and microsoft/unilm `beit2`.
@@ -29,7 +29,7 @@ from beit3.objectives import normalise
 
 SHAPE_FILE = "vqkd.json"
 NORM_EPS = 1e-6
-"""Of every norm, as in the released tokenizers."""
+"""Epsilon of every norm, as in the released tokenizers."""
 _ROWS = 1 << 13
 """Features compared with the codebook at once: 8192 x 8192 cosines are 256 MiB."""
 
@@ -52,8 +52,8 @@ class VQKDConfig:
     decay: float = 0.99
     """Decay of the codebook's moving average."""
     revive_below: float = 0.0
-    """Replace codes whose average use per step falls below this by features of the batch; 0, as the
-    authors have it, never does."""
+    """Codes whose average use per step falls below this are replaced by features of the batch; 0,
+    as in the authors' code, never does so."""
 
     def __post_init__(self) -> None:
         if self.codebook_size > 65536:
@@ -63,7 +63,7 @@ class VQKDConfig:
 
     @property
     def patches(self) -> int:
-        """Visual words of a picture."""
+        """Visual words per picture."""
         return (self.image_size // self.patch_size) ** 2
 
     def transformer(self, layers: int) -> ModelConfig:
@@ -105,10 +105,9 @@ PRESETS: dict[str, VQKDConfig] = {
 class Codebook(nn.Module):
     """Unit vectors `[codes, dim]`, kept as moving averages of the features they stand for.
 
-    Its statistics are those of all workers: trained on several, it moves as it does on one that has
-    the whole batch, if each picture goes to the worker of its number modulo theirs (as
-    `pipelines.loader` deals them out). Its arithmetic is fp32, under autocast too: bf16 can't tell
-    neighbouring codes apart.
+    Its statistics cover all workers: it moves as it would on one worker with the whole batch, if
+    picture `i` goes to worker `i` modulo their number (as `pipelines.loader` deals them out). Its
+    arithmetic is fp32 even under autocast: bf16 can't tell neighbouring codes apart.
     """
 
     vectors: Tensor
@@ -130,7 +129,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start(self, features: Tensor, iterations: int = 10) -> None:
-        """K-means (cosine) over all workers' first features; every worker ends with the same.
+        """Initialise by k-means (cosine) over all workers' first features, alike on every worker.
 
         Args:
             features: Unit vectors `[n, dim]`, or `[pictures, patches, dim]`.
@@ -139,7 +138,7 @@ class Codebook(nn.Module):
             return
         with computing_in("fp32", features.device):
             vectors = kmeans(_gather(features.float()), len(self.vectors), iterations)
-        # Sums on a GPU are added in any order: one worker's result holds for all.
+        # GPU sums have no fixed order: all workers take the first one's result.
         self.vectors.copy_(_of_first_worker(vectors))
         self.ready.fill_(True)
 
@@ -183,7 +182,7 @@ class Codebook(nn.Module):
 def kmeans(features: Tensor, count: int, iterations: int = 10) -> Tensor:
     """Spherical k-means of unit features `[n, dim]`: `count` unit vectors `[count, dim]`.
 
-    Centres start at features evenly spread over the rows; one that no feature is nearest to stays
+    Centres start at features evenly spread over the rows; one that is nearest to no feature stays
     where it is.
     """
     pick = torch.linspace(0, len(features) - 1, count, device=features.device).long()
@@ -230,7 +229,7 @@ class VQKD(nn.Module):
         """uint8 `[n, 3, height, width]` to unit code features `[n, patches, code_dim]`, fp32.
 
         Bytes only: the released tokenizers take [0, 1] and scale it to [-1, 1] themselves, other
-        models take [-1, 1], and a batch of floats doesn't tell which it is in.
+        models take [-1, 1], and a batch of floats doesn't tell its range.
 
         Raises:
             ValueError: the images are not bytes, or not of the tokenizer's size.
@@ -250,8 +249,8 @@ class VQKD(nn.Module):
     def encode(self, images: Tensor, precision: Precision = "fp32") -> Tensor:
         """uint8 `[n, 3, height, width]` to visual words `[n, patches]`.
 
-        In that precision whatever autocast it is called in. From the encoder's output on it is fp32
-        in either, as in BEiT v2.
+        The encoder runs in `precision`, whatever the caller's autocast. Everything after it is
+        fp32, as in BEiT v2.
         """
         with computing_in(precision, images.device):
             features = self.features(images)
@@ -337,14 +336,14 @@ def load(folder: Path) -> VQKD:
 def batch_that_fits(
     model: VQKD, share: float = 1.0, most: int = 1024, precision: Precision = "fp32"
 ) -> int:
-    """How many pictures `encode` may take at once: a power of two.
+    """Number of pictures that `encode` can take at once: a power of two.
 
-    On a GPU, most of the memory that is free, by what a few pictures take. On a CPU, where larger
-    batches are no faster, 256 MiB of activations.
+    On a GPU it fills most of the free memory, judging by a few pictures. On a CPU, where larger
+    batches are no faster, it takes 256 MiB of activations.
 
     Args:
-        share: Of the GPU that is this process's.
-        precision: That it will encode in.
+        share: This process's share of the GPU.
+        precision: Precision to encode in.
     """
     config = model.config
     device = model.codebook.vectors.device
@@ -371,7 +370,7 @@ def codebook_health(codes: Tensor, codebook_size: int) -> dict[str, float]:
 
 
 def usage_health(counts: Tensor, least: float = 0.0) -> dict[str, float]:
-    """`codebook_health` of each code's number of uses `[codes]`; used are those above `least`."""
+    """`codebook_health` from each code's uses `[codes]`; a code is used if above `least`."""
     share = counts / counts.sum().clamp(min=1e-12)
     entropy = -torch.special.xlogy(share, share).sum()
     used = int((counts > least).sum())
@@ -397,7 +396,7 @@ def _sums(features: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest(features: Tensor, vectors: Tensor) -> Tensor:
-    """Which of `vectors` `[m, dim]` has the largest cosine: unit features `[n, dim]` to `[n]`."""
+    """Indices `[n]` of the `vectors` `[m, dim]` nearest by cosine to unit features `[n, dim]`."""
     return torch.cat([(part @ vectors.T).argmax(-1) for part in features.split(_ROWS)])
 
 

@@ -1,14 +1,14 @@
-"""The authors' VQ-KD tokenizers (microsoft/unilm beit2, `vqkd_encoder_base_decoder_*.pth`).
+"""Reads the authors' VQ-KD tokenizers (microsoft/unilm beit2, `vqkd_encoder_base_decoder_*.pth`).
 
     python -m beit3.vqkd_released vqkd_encoder_base_decoder_3x768x12_clip.pth folder
 
-makes a tokenizer folder (`beit3.vqkd.save`) of a checkpoint. A pickle is read with
-`weights_only=True` and in no other way.
+makes a tokenizer folder (`beit3.vqkd.save`) from a checkpoint. Pickles are only ever read with
+`weights_only=True`.
 
-What differs: they split the bias of queries, keys and values, of which keys have none; and their
-network is given [0, 1] and scales it to [-1, 1] itself, which is what `beit3.vqkd.VQKD` makes of
-bytes. Their own code multiplies by 255 only if the largest value of a batch is at most 1, so that
-it reads an all but black batch of bytes as another one; this project's takes bytes only.
+Differences: their queries and values have separate biases, their keys none; and their network takes
+[0, 1] and scales it to [-1, 1] itself, the range to which `beit3.vqkd.VQKD` scales bytes. Their
+code multiplies by 255 only if a batch's largest value is at most 1, so it misreads an all but black
+batch of bytes; this project's takes bytes only.
 """
 
 from __future__ import annotations
@@ -51,13 +51,12 @@ def load_released(
 
     Args:
         path: `.safetensors`, or else a pickle of tensors, bare or under "model" or "state_dict".
-        image_size: Side of the pictures to interpolate the encoder's and the decoder's positions
-            for.
-        heads: Attention heads, where they are not 64 wide.
+        image_size: Side of the pictures that both position tables are interpolated for.
+        heads: Attention heads, if they are not 64 wide.
 
     Raises:
-        ValueError: the file holds anything but tensors, or tensors of something else; each key that
-            is missing, unexpected or of another shape is named.
+        ValueError: the file holds anything but tensors, or another model's; each key that is
+            missing, unexpected or of the wrong shape is named.
     """
     try:
         tensors = read_tensors(path, ("model", "state_dict"))
@@ -69,7 +68,7 @@ def load_released(
 def from_released(
     tensors: Mapping[str, Tensor], *, image_size: int | None = None, heads: int | None = None
 ) -> tuple[VQKDConfig, dict[str, Tensor]]:
-    """`load_released` of tensors at hand.
+    """`load_released` for tensors in memory.
 
     Raises:
         ValueError: as `load_released`.
@@ -89,7 +88,7 @@ def from_released(
             block, attention = f"{side}.blocks.{i}.attention.qkv.both", f"{side}.blocks.{i}.attn"
             query, value = theirs[f"{attention}.q_bias"], theirs[f"{attention}.v_bias"]
             ours[f"{block}.weight"] = theirs[f"{attention}.qkv.weight"]
-            # A bias of the keys shifts all of a query's scores alike: none is as good as any.
+            # A bias of the keys shifts all scores of a query equally: zero is as good as any.
             ours[f"{block}.bias"] = torch.cat([query, torch.zeros_like(query), value])
     ours["from_code.weight"] = theirs["decoder.patch_embed.proj.weight"][:, :, 0, 0]
     ours["codebook.ready"] = torch.tensor(True)
@@ -107,7 +106,7 @@ def from_released(
 
 
 def _infer(tensors: Mapping[str, Tensor], heads: int | None) -> VQKDConfig:
-    """The configuration that a checkpoint's shapes tell."""
+    """The configuration, inferred from a checkpoint's shapes."""
     dimensions = {_PATCHES: 4, _POSITIONS: 3, _FC1: 2, _CODES: 2, _TARGET: 2, _STARTED: 1}
     problems = [
         f"{key}: missing"
@@ -180,7 +179,7 @@ def _shapes(config: VQKDConfig) -> dict[str, list[int]]:
             attention = f"{side}.blocks.{i}.attn"
             shapes |= {f"{attention}.q_bias": [d], f"{attention}.v_bias": [d]}
             shapes[f"{attention}.qkv.weight"] = [3 * d, d]
-    return shapes | {  # counters, besides; nothing reads them
+    return shapes | {  # plus counters that nothing reads
         "quantize.embedding.cluster_size": [codes],
         "quantize.embedding.embed_avg": [codes, config.code_dim],
         _STARTED: [1],
@@ -188,7 +187,7 @@ def _shapes(config: VQKDConfig) -> dict[str, list[int]]:
 
 
 def _pairs(config: VQKDConfig) -> dict[str, str]:
-    """Our keys with the released ones, where these differ by name only."""
+    """Our keys and the released ones, where only the names differ."""
     pairs = {"codebook.vectors": _CODES, "codebook.usage": _USAGE}
     modules = {"embedding.projection": "encoder.patch_embed.proj"}
     for i in (0, 2):

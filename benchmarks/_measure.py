@@ -1,4 +1,4 @@
-"""What benchmarks share: time, memory, FLOPs, the machine's peak, and fresh processes."""
+"""Helpers for benchmarks: time, memory, FLOPs, the machine's name, and fresh processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def machine(device: torch.device) -> str:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long some work takes, the device's part included."""
+    """Seconds that `work` takes, the device's part included."""
     synchronise(device)
     start = time.perf_counter()
     work()
@@ -72,11 +72,10 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure the most memory that a block of code holds above what is held at its start.
+    """Measure the peak memory of a block of code above the level at its start.
 
     On a GPU it is the allocator's own count. On a CPU it is resident memory, sampled every 5 ms by
-    a thread; what was freed before is given back to the system first, so that it isn't reused
-    unseen.
+    a thread; freed memory is given back to the system first, so that it isn't reused unseen.
     """
     gc.collect()
     peak = Peak()
@@ -108,7 +107,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process; where the system doesn't tell, the most it ever had."""
+    """Memory of this process; if the system doesn't tell, its peak so far."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -118,9 +117,9 @@ def resident_bytes() -> int:
 
 
 def counted_flops(work: Callable[[], object]) -> int:
-    """FLOPs of the matrix products, convolutions and attention of some work, as it runs.
+    """FLOPs of the matrix products, convolutions and attention of `work`, as it runs.
 
-    Operations that PyTorch's counter doesn't know count nothing; a CPU's attention is added here.
+    Operations that PyTorch's counter doesn't know count as 0; a CPU's attention is added here.
     """
     aten = torch.ops.aten
 
@@ -155,9 +154,9 @@ _FAMILIES = {
 
 
 def time_by_family(work: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of some work by family of operators, most first.
+    """Seconds of `work` by family of operators, most first.
 
-    On a CPU the time that each operator spends itself, on a GPU that of its kernels.
+    On a CPU, each operator's own time; on a GPU, that of its kernels.
     """
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]

@@ -1,10 +1,11 @@
-"""A web of photos for benchmarks, in a process of its own: many URLs, always well behaved.
+"""Serves photos for benchmarks, in a process of its own: many URLs, always well behaved.
 
     python -m benchmarks._photos --photos 200     # prints its address, and serves until killed
 
 The pictures are noise with the spectrum of photos (amplitude falls with frequency), so that their
-JPEGs cost to decode, and weigh, about what photos do. `/<number>.jpg` is one of them; `/stats` says
-how many were asked for, and when the first was, by the system's monotonic clock; `/reset` forgets.
+JPEGs have about the decoding cost and size of photos. `/<number>.jpg` is one of them; `/stats`
+gives the number of requests for them, and the time of the first by the system's monotonic clock;
+`/reset` forgets both.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ async def _serve(photos: int, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Web:
-    """The running web."""
+    """The running server."""
 
     url: str
 
@@ -101,7 +102,7 @@ class Web:
 
 @contextlib.contextmanager
 def serve(photos: int = 200, seed: int = 0) -> Iterator[Web]:
-    """The web, for a while."""
+    """Run the server during the context."""
     command = [sys.executable, "-m", __name__, "--photos", str(photos), "--seed", str(seed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

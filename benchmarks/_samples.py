@@ -1,16 +1,17 @@
-"""Random samples to measure with: pictures, texts of mixed length, pictures with captions.
+"""Random samples for benchmarks: pictures, texts of mixed length, pictures with captions.
 
-Ids, visual words and pixels are uniform noise: no time or memory depends on them. What does, the
-lengths of texts, is drawn from distributions like those of the data:
+Ids, visual words and pixels are uniform noise: no time or memory depends on them. The lengths of
+texts, which do matter, are drawn from distributions like those of the data:
 
 - Documents: log-normal, median 200 tokens, sigma 0.9 (mean 300 before it is cut), cut to 16..512.
-  So look paragraphs and articles of web text, news and Wikipedia; 512 is where
-  `pipelines/tokenize_corpus.py` cuts a text. About one in seven is cut.
+  Paragraphs and articles of web text, news and Wikipedia are like this;
+  `pipelines/tokenize_corpus.py` cuts texts at 512. About one in seven is cut.
 - Captions: log-normal, median 15 tokens, sigma 0.35, cut to 8..30: COCO's captions have about 10
   words, web captions up to twice as many; `<s>` and `</s>` are counted.
 
-Half of all texts are longer than the median and half are shorter, also in a small draw: lengths are
-quantiles of the distribution, one of each of as many slices as there are texts, in random order.
+Even in a small draw, half of all texts are longer than the median and half are shorter: the
+distribution is cut into equally likely slices, one per text, and each gives one length, in random
+order.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Samples:
     hidden_patches: bool `[images, patches]`.
     visual_words: `[images, patches]`.
     texts: uncorrupted ids; those of pairs are the first.
-    token_masks: bool, as long as its text.
+    token_masks: bool, each as long as its text.
     """
 
     images: Tensor
@@ -84,7 +85,7 @@ class Samples:
         return self.texts[self.pairs :]
 
     def packed(self) -> MaskedBatch:
-        """As `beit3` takes them."""
+        """The batch that `beit3` takes."""
         return MaskedBatch.collate(
             self.images,
             self.hidden_patches,

@@ -1,4 +1,4 @@
-"""Checkpoints: how long a save holds up the training, and how soon a run goes on from one.
+"""Measures how long saving a checkpoint holds up training, and how soon a run resumes from one.
 
     python -m benchmarks.checkpoints                      # base, one worker, this machine's CPU
     python -m benchmarks.checkpoints --zero-stage 3 --store s3://bucket/benchmark
@@ -8,8 +8,8 @@ Masked pretraining of random samples (`benchmarks/_samples.py`) by one worker, w
 
 A save is synchronous if the training waits until the checkpoint is committed, and asynchronous if
 it waits only until the state is copied. Both are measured in one process, `--repeats` of each in
-turns. What a checkpoint costs while it is written beside the training counts too: the time of the
-steps until it is committed, less that of as many steps with nothing beside them.
+turns. The cost of writing during training counts too: the time of the steps until the commit, less
+that of as many steps without it.
 
 Prints the seconds of both kinds and their ratio; the share of time that is lost with a checkpoint
 every `--every` steps; the seconds from the start of restoring, in a new process, until the engine

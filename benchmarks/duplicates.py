@@ -1,16 +1,16 @@
-"""The search for duplicates: time per picture and memory, for few and for many pictures.
+"""Measures the search for duplicates: time per picture and memory, for few and many pictures.
 
     python -m benchmarks.duplicates                         # 2,000 and 50,000 signatures
     python -m benchmarks.duplicates --counts 2000 1000000
 
-Signatures are drawn: smooth fields of colour, one in ten of them the copy of an earlier one, half
-of the copies with some bits and colours changed. The search runs in one process, from side files to
+Signatures are drawn at random: smooth fields of colour. One in ten copies an earlier one, half of
+the copies with some bits and colours changed. The search runs in one process, from side files to
 lists, with slabs of 10,000 pictures and buckets of about 2,000. Each count has fresh processes, and
 the counts take turns.
 
-Prints, for each count, the median microseconds for each picture (by the clock and of the processor,
-which tells more on a machine that others use, too), the peak memory of the process and how much of
-that came on top of what it held before; and the largest of each divided by the smallest.
+Prints, for each count, the median microseconds per picture (by the clock and of the CPU, which
+tells more on a shared machine), the peak memory of the process and how far it is above the level at
+the start; and the largest of each divided by the smallest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SIZES = Sizes(slab_rows=10_000, bucket_rows=24_000)
 
 
 def draw(rng: np.random.Generator, count: int) -> pa.Table:
-    """Signatures of a part: corners of random colours with what lies between them, and noise."""
+    """Signatures of a part: random corner colours, interpolated, with noise."""
     corners = rng.integers(0, 256, (count, 4, 3)).astype(np.float32)
     side = np.linspace(0, 1, 8, dtype=np.float32)
     weights = np.stack([np.outer(a, b) for a in (1 - side, side) for b in (1 - side, side)])
@@ -58,7 +58,7 @@ def draw(rng: np.random.Generator, count: int) -> pa.Table:
 
 
 def measure(count: int, seed: int) -> dict[str, float]:
-    """Search once; seconds, bytes at the peak and before."""
+    """Search once; returns seconds, and bytes at the peak and above the start."""
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="beit3-duplicates-") as folder:
         dataset = Store(folder).dataset("images/drawn")

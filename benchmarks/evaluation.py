@@ -1,16 +1,16 @@
-"""Evaluation: what `pipelines/evaluate.py` adds to the bare model on tensors in memory.
+"""Measures what `pipelines/evaluate.py` adds to the bare model on tensors in memory.
 
     python -m benchmarks.evaluation                        # base, every task, this machine's CPU
     python -m benchmarks.evaluation --device cuda --pictures 2048 --batch-size 64 --decoders 8
     python -m benchmarks.evaluation --preset tiny --tasks retrieval --pictures 5000 --repeats 1
-    python -m benchmarks.evaluation --scoring 5000 25000   # recall of so many images and texts
+    python -m benchmarks.evaluation --scoring 5000 25000   # recall of 5,000 images, 25,000 texts
 
-Pictures are drawn JPEGs as a prepared split has them, texts drawn words, weights random. Ours is
-the worker that every part of a split goes through: Parquet in, decoding, batches, predictions out.
-The baseline is the same task's `predict` on the same batches, ready on the device. Both run in one
-process, `--repeats` times in turns; medians are printed. Beside the ratio of times stands that of
-CPU seconds, which suffer less from what else runs on the machine. The program fails if the
-predictions differ, or if the encoder sees a picture or a text of retrieval more than once.
+Pictures are random JPEGs in a prepared split, texts are random words, weights are random. Ours is
+the worker that processes every part of a split: Parquet in, decoding, batches, predictions out. The
+baseline is the same task's `predict` on the same batches, ready on the device. Both run in one
+process, `--repeats` times in turns; medians are printed, with the ratio of times and that of CPU
+seconds, which other programs on the machine disturb less. The program fails if the predictions
+differ, or if the encoder sees a picture or a text of retrieval more than once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from pipelines.storage import Store
 from pipelines.train_text_tokenizer import TextTokenizerConfig
 
 TEXTS = {"retrieval": 5, "vqa": 5, "captioning": 1, "nlvr2": 2, "imagenet": 1}
-"""Examples of a record, about as many as the benchmark has."""
+"""Examples per record, about as many as in the benchmark."""
 LABELS = {"vqa": 3129, "imagenet": 1000}
 TARGETS: dict[str, str] = {"vqa": '{"answers": ["1"], "type": "other"}', "nlvr2": "true"}
 _DISTINCT = 64  # drawn pictures; a split repeats them
@@ -84,13 +84,13 @@ def publish(store: Store, task: str, count: int) -> None:
 
 
 def build(options: argparse.Namespace, name: str, tokenizer: TextTokenizer) -> Finetuned:
-    """A model of random weights with the task's published head."""
+    """A model with random weights and the task's published head."""
     torch.manual_seed(0)
     config = PRESETS[options.preset]
     labels = [f"n{i:08d}" for i in range(LABELS.get(name, 0))]
     task = tasks.create(name, labels=labels)
     module = task.build(config).eval().to(options.device)
-    for parameter in module.parameters():  # heads that start at nothing tell no two answers apart
+    for parameter in module.parameters():  # heads that start near 0 can't tell answers apart
         if parameter.ndim == 2 and float(parameter.detach().std()) < 1e-3:
             nn.init.normal_(parameter, std=0.02)
     return Finetuned(f"models/{name}", name, task, module, tokenizer, config.image_size, {})
@@ -108,7 +108,7 @@ def config_of(options: argparse.Namespace, store: Store, task: str) -> EvaluateC
 
 
 class Counted:
-    """How many pictures and texts an encoder was given, alone and in pairs."""
+    """Counts the pictures and texts that an encoder is given, alone and in pairs."""
 
     def __init__(self, backbone: nn.Module) -> None:
         self.seen: Counter[str] = Counter()
@@ -176,7 +176,7 @@ def compare(options: argparse.Namespace, store: Store, task: str, tokenizer: Tex
 
 
 def scoring(images: int, texts: int, width: int) -> str:
-    """How long recall both ways takes, of random vectors."""
+    """Time and memory of recall both ways, on random vectors."""
     rng = np.random.default_rng(0)
     vectors = [rng.normal(size=(n, width)).astype(np.float32) for n in (images, texts)]
     owner = np.arange(texts) % images

@@ -1,12 +1,12 @@
-"""Caption generation: `beit3.generate` with its keys and values cached, against no cache.
+"""Measures caption generation: `beit3.generate` with cached keys and values, against no cache.
 
     python -m benchmarks.generation                       # base, beams 1 and 3, this machine's CPU
     python -m benchmarks.generation --device cuda --pictures 32
 
 The baseline is the same search in its simplest form: at every step each beam's picture and all its
-words so far are read anew with the generation mask, pictures and beams in one batch, and the words'
-head is computed at the last position only. (The released code keeps a cache too; this measures what
-a cache is worth, not the released code.)
+words so far are encoded again with the generation mask, pictures and beams in one batch, and the
+text head is computed at the last position only. (The released code keeps a cache too; this measures
+what a cache is worth, not the released code.)
 
 Weights are random, and `</s>` is banned, so that every caption has `--tokens` tokens. Both must
 find the same captions; the program fails if they don't.
@@ -57,7 +57,7 @@ def generate_uncached(
     beams: int,
     tokens: int,
 ) -> list[tuple[int, ...]]:
-    """Beam search for the likeliest captions of `tokens` tokens, everything read anew each step."""
+    """Beam search for the likeliest captions of `tokens` tokens, encoding all anew each step."""
     pictures, vocabulary = len(images), backbone.config.vocab_size
     repeated = normalise(images).repeat_interleave(beams, 0)
     forbidden = [EOS, *never_emitted(tokenizer, vocabulary)]
@@ -81,12 +81,12 @@ def generate_uncached(
 
 
 def build(options: argparse.Namespace) -> tuple[BEiT3, nn.Linear, Tensor]:
-    """A model of random weights, a head that tells words apart, and pictures of noise."""
+    """A model with random weights, a head that tells words apart, and pictures of noise."""
     torch.manual_seed(options.seed)
     config, device = PRESETS[options.preset], torch.device(options.device)
     backbone = BEiT3(config).eval().to(device)
     head = nn.Linear(config.hidden, config.vocab_size, bias=False)
-    # Far larger than at the start of training: no two beams are as likely up to rounding.
+    # Far larger than at the start of training: no two beams tie up to rounding.
     nn.init.normal_(head.weight, std=0.2)
     side = config.image_size
     images = torch.randint(0, 256, (options.pictures, 3, side, side), dtype=torch.uint8)

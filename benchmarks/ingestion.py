@@ -1,26 +1,26 @@
-"""Ingestion of images over HTTP: against bare img2dataset, for few and for many, and done again.
+"""Measures image ingestion over HTTP: against bare img2dataset, for few and many, and repeated.
 
     python -m benchmarks.ingestion                    # a quarter of an hour on 2 idle cores
     python -m benchmarks.ingestion --large 0          # the comparison alone
     python -m benchmarks.ingestion --repeats 0        # the small and the large alone
 
 A web server in a process of its own serves noise JPEGs of 400 to 640 pixels (`benchmarks/_photos`).
-`ours` is `pipelines.ingest.run` on a local Ray, one shard at once for each core. `bare` is
-`img2dataset.download` with as many processes, as many threads in each, the same shards, the same
-shorter side, filter and JPEG quality, Parquet too, and its own default checks. Both write to a
-folder. (Ours is `--downscale area` here, as `bare` is; its own default is hamming.)
-The data report, which a job makes of what it has ingested, is no part of it unless asked for.
+`ours` is `pipelines.ingest.run` on a local Ray, one shard per core at a time. `bare` is
+`img2dataset.download` with the same number of processes and threads in each, the same shards,
+shorter side, filter and JPEG quality, also to Parquet, with its own default checks. Both write to a
+folder. (Ours uses `--downscale area` here, as `bare` does; its own default is hamming.) The data
+report that a job makes of its images is not included unless asked for.
 
 Every measurement has a fresh process. Its life has two parts, told apart by the server:
 
 - start-up: from the process's start to the first request. Imports, Ray, the workers' imports;
 - work: from the first request until the dataset is committed (`ours`) or `download` returns.
 
-Images a second are those of the work alone. Both take turns, so that a busy moment of a shared
-machine hits both; medians. CPU seconds are those of the process and all its children, the server's
-not among them: other programs on the machine change them less. Memory is the sum of their PSS
-(resident memory, what is shared counted once), sampled twice a second. Sampled like this, a process
-loses what it did in its last half second.
+Images per second are of the work alone. Both take turns, so that a busy moment of a shared machine
+hits both; medians are printed. CPU seconds are of the process and all its children, without the
+server: other programs on the machine disturb them less. Memory is the sum of their PSS (resident
+memory, shared parts counted once). Sampling is twice a second: what a process does in its last half
+second is lost.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def files(options: argparse.Namespace) -> None:
 
 
 def once(options: argparse.Namespace) -> None:
-    """Do it here, and tell how many images there are and when it was done."""
+    """Run it in this process, and print the number of images and the end time."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     work = {"ours": ours, "bare": bare, "again": again}[options.once]
     images = work(Path(options.folder), options)
@@ -172,7 +172,7 @@ def once(options: argparse.Namespace) -> None:
 
 
 class Watch:
-    """CPU and memory of a process and all it started, sampled by a thread."""
+    """CPU and memory of a process and all its children, sampled by a thread."""
 
     def __init__(self, pid: int, web: _photos.Web) -> None:
         self.root, self.web = psutil.Process(pid), web
@@ -216,7 +216,7 @@ class Watch:
 
 
 def write_urls(folder: Path, web: _photos.Web, count: int) -> None:
-    """The same list as both programs want it."""
+    """Write the same list in both programs' formats."""
     with (
         (folder / "Train_GCC-training.tsv").open("w") as published,
         (folder / "urls.tsv").open("w") as plain,
@@ -273,7 +273,7 @@ def measure(
 
 @contextlib.contextmanager
 def prepared(web: _photos.Web, count: int) -> Iterator[Path]:
-    """A folder with the lists of so many URLs."""
+    """A folder with the lists of `count` URLs."""
     with tempfile.TemporaryDirectory(prefix="beit3-benchmark-") as folder:
         write_urls(Path(folder), web, count)
         yield Path(folder)
@@ -326,7 +326,7 @@ def _list(values: Sequence[float]) -> str:
 
 
 def grow(web: _photos.Web, options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Few, more and many images, and a second run over the many."""
+    """Measure few, more and many images, and a second run over the many."""
     middle = max(options.small + 1, 2 * options.large // 5)
     runs: dict[int, list[Measured]] = {options.small: [], middle: [], options.large: []}
     seconds, asked = 0.0, 0
@@ -350,7 +350,7 @@ def grow(web: _photos.Web, options: argparse.Namespace, arguments: Sequence[str]
     ):
         ratio = median(map(of, many)) / median(map(of, few))
         print(f"{what}, {options.large:,} / {options.small:,}: {ratio:.3f}")
-    # What is done once, as the workers start, is in both terms of a difference.
+    # One-off work as the workers start cancels out in the differences.
     few_s, more_s, many_s = (median(m.work for m in measured) for measured in runs.values())
     first = (more_s - few_s) / (middle - options.small)
     later = (many_s - more_s) / (options.large - middle)

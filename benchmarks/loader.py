@@ -1,19 +1,19 @@
-"""The loader alone: pretraining's batches in training's order, against bare decoding.
+"""Measures the loader alone: pretraining batches in training order, against bare decoding.
 
-    python -m benchmarks.loader                    # as many processes as there are CPUs
-    python -m benchmarks.loader --processes 0      # a thread of this process, as without the option
+    python -m benchmarks.loader                    # one process per CPU
+    python -m benchmarks.loader --processes 0      # a thread of this process, as jobs do by default
 
-Pictures are drawn JPEGs with the spectrum of photos, shrunk to a shorter side of 288 pixels and
-encoded as ingestion does; they lie in committed Parquet, with the tokens of four views beside each.
-The loader (`pipelines.loader_workers.prefetch`) feeds batches of images alone for `base` at 224
-pixels: it finds the rows in the run's order, reads, decodes, crops, masks, collates, and brings the
-batches into this process, which only takes them. No picture comes twice.
+Pictures are random JPEGs with the spectrum of photos, shrunk to a shorter side of 288 pixels and
+encoded as in ingestion; they are in committed Parquet, each with the tokens of four views. The
+loader (`pipelines.loader_workers.prefetch`) feeds batches of images alone for `base` at 224 pixels:
+it finds the rows in the run's order, reads, decodes, crops, masks, collates, and brings the batches
+into this process, which only takes them. No picture comes twice.
 
-The baseline does what can't be left out, on bytes in memory: it decodes the same pictures and
-applies the same views, in as many processes. Both run `--repeats` times in turns; what the loader
-had made ahead is taken before its clock starts. Not measured is reading: the first batches need
-rows of every row group, and all of them fit into the loader's memory. Prints the medians of images
-per second, and their ratio.
+The baseline does only what can't be left out, on bytes in memory: it decodes the same pictures and
+applies the same views, in equally many processes. Both run `--repeats` times in turns; batches that
+the loader made ahead are taken before its clock starts. Reading is not measured: the first batches
+need rows of every row group, and all of them fit into the loader's memory. Prints the medians of
+images per second, and their ratio.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from pipelines.tokenize_corpus import image_tokens
 
 MODEL = MODELS["base"]
 SIDE, QUALITY = 288, 92
-VIEWS = 4  # tokenized of each picture; in the first epoch the first of them is shown
+VIEWS = 4  # tokenized per picture; the first epoch shows the first of them
 PART = 2048  # rows of a file
 QUEUE = 3  # batches that wait in this process
 
 
 class Mask(TextTokenizer):
-    """All that batches ask of a tokenizer."""
+    """The part of a tokenizer that batches need."""
 
     def __init__(self, model: ModelConfig) -> None:
         self.model = b""
@@ -71,7 +71,7 @@ class Mask(TextTokenizer):
 
 
 def photos(count: int, seed: int) -> list[bytes]:
-    """Different JPEGs, as ingestion stores them."""
+    """Different JPEGs, like those that ingestion stores."""
     rng, made = np.random.default_rng(seed), []
     for _ in range(count):
         picture = decode(draw(rng))
@@ -135,12 +135,12 @@ _held: list[tuple[bytes, View]] = []
 
 
 def hold(pictures: Sequence[bytes], drawn: Sequence[View]) -> None:
-    """Have them at hand in this process: handing them over is no part of decoding."""
+    """Keep them in this process: handing them over is not part of decoding."""
     _held.extend((pictures[i % len(pictures)], view) for i, view in enumerate(drawn))
 
 
 def bare(rows: range) -> int:
-    """Decode and crop; bytes made."""
+    """Decode and crop; returns the bytes made."""
     return sum(apply_view(decode(_held[i][0]), _held[i][1], MODEL.image_size).size for i in rows)
 
 

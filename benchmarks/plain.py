@@ -1,9 +1,9 @@
-"""The plain formulation of masked pretraining: what `beit3` is measured against.
+"""The plain formulation of masked pretraining: the baseline for `beit3`.
 
 A library for `benchmarks/pretraining_step.py`; run by itself it does nothing.
 
-This is BEiT-3's pretraining as it is written from the released code (microsoft/torchscale, model
-`BEiT3`; microsoft/unilm, folder `beit3`), which has the model but no pretraining step:
+This is BEiT-3's pretraining as one would write it from the released code (microsoft/torchscale,
+model `BEiT3`; microsoft/unilm, folder `beit3`), which has the model but no pretraining step:
 
 - one forward for each kind of data (images, texts, pairs), each a padded batch
   `[samples, longest, hidden]`; texts are padded to the longest of the batch;
@@ -11,14 +11,14 @@ This is BEiT-3's pretraining as it is written from the released code (microsoft/
   concatenates;
 - queries, keys and values are three projections; attention is a matrix product, a softmax in fp32
   with -inf on padded keys, and a matrix product;
-- both heads are computed at every position of what they read, and cross-entropy ignores the
+- both heads are computed at every position of their modality, and cross-entropy ignores the
   positions that are not masked. `heads="masked"` computes them at masked positions only, as the
   released captioning model does: a stronger baseline than a plain pretraining loop.
 
 It computes the same loss and the same gradients as `beit3.objectives.MaskedDataModelling`, from the
 same weights (`from_ours`); `tests/benchmarks/test_plain.py` proves it. It computes no accuracies.
 
-Left out as the released recipe leaves it unused: dropout, stochastic depth.
+Dropout and stochastic depth are left out, as the released recipe doesn't use them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Padded:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """One step's samples, by kind; None where there are none of it."""
+    """One step's samples, by kind; None for a kind without samples."""
 
     images: Padded | None
     texts: Padded | None
@@ -262,7 +262,7 @@ class PlainMaskedDataModelling(nn.Module):
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
 
     def _encode(self, batch: Padded) -> tuple[Tensor, int]:
-        """`[samples, length, hidden]`, and how many of the length are vision tokens."""
+        """`[samples, length, hidden]`, and how many of the tokens are vision tokens."""
         sides: list[Tensor] = []
         split, padding = 0, batch.padding
         if batch.images is not None:
@@ -290,7 +290,7 @@ class PlainMaskedDataModelling(nn.Module):
         return torch.cat([cls, x], dim=1) + self.vision_positions
 
 
-# Beginnings and parts of names, ours and here, replaced in this order.
+# Prefixes and parts of names, ours and those here, replaced in this order.
 _NAMES = {
     "backbone.encoder.blocks.": "layers.",
     "backbone.encoder.norm.": "layer_norm.",
@@ -332,7 +332,7 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_ours(module: MaskedDataModelling, heads: Heads = "all") -> PlainMaskedDataModelling:
-    """The plain formulation of a module, with its weights; most tensors are the very same."""
+    """The plain formulation of a module, with its weights; most tensors are shared."""
     with torch.device("meta"):
         plain = PlainMaskedDataModelling(module.backbone.config, heads)
     weights = {name: value.detach() for name, value in module.state_dict().items()}

@@ -1,7 +1,7 @@
-"""One step of masked pretraining, forward and backward: `beit3` against the plain formulation.
+"""Measures a masked pretraining step, forward and backward: `beit3` against the plain formulation.
 
     python -m benchmarks.pretraining_step                        # base, fp32, this machine's CPU
-    python -m benchmarks.pretraining_step --profile              # and what the time goes to
+    python -m benchmarks.pretraining_step --profile              # and where the time goes
     python -m benchmarks.pretraining_step --device cuda --precision bf16
     python -m benchmarks.pretraining_step --plain-heads masked   # against a stronger baseline
 
@@ -12,21 +12,21 @@ of mixed length, pairs), and the losses must agree. The optimizer's step, the sa
 measured; gradients start as None. `beit3` computes accuracies too, the plain formulation doesn't.
 
 Each formulation is measured in fresh processes, `--repeats` of each in turns, so that memory is its
-own and a busy moment of a shared machine hits both. Of a process the first steps are warm-up; the
-time is the median over all other steps, peak memory the median over processes.
+own and a busy moment of a shared machine hits both. A process's first steps are warm-up; the time
+is the median over all other steps, peak memory the median over processes.
 
-Prints, of both and as a ratio:
+Prints, for both and as a ratio:
 
-- samples per second and seconds per step, fastest and slowest beside the median, and the seconds
-  that CPU cores were busy with a step, which suffer less from what else runs on the machine;
+- samples per second and seconds per step, fastest and slowest beside the median, and CPU seconds
+  per step, which other programs on the machine disturb less;
 - peak memory above model and batch, gradients included (they are the same in both), and what
   `beit3.memory` estimates of ours;
 - FLOPs of a step as counted while it runs (torch.utils.flop_counter), and the machine's peak: the
-  fastest matrix product of the same precision and threads found in the same run (where the least
-  found is far below it, the machine was busy, and so is the utilisation too low);
+  fastest matrix product of the same precision and threads found in the same run (if the lowest
+  found is far below it, the machine was busy, and the utilisation is too low);
 - utilisation. `of the model`: the FLOPs that the step needs (matrix products of the real tokens,
-  heads at masked positions, by formula) over time and peak: the comparable number. `of the
-  hardware`: the FLOPs counted, padding and recomputation with them.
+  heads at masked positions, by formula) over time and peak: the comparable number.
+  `of the hardware`: the counted FLOPs, padding and recomputation included.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def inspect_step(options: argparse.Namespace) -> dict[str, Any]:
-    """FLOPs of a step, uncompiled, and if asked its time by family of operators."""
+    """FLOPs of a step, uncompiled, and on request its time by family of operators."""
     step = build(options)
     flops = _measure.counted_flops(step)
     device = torch.device(options.device)
@@ -154,7 +154,7 @@ def measure_peak(options: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass
 class Result:
-    """What the processes of one formulation found."""
+    """Measurements of one formulation's processes."""
 
     times: list[float]
     busy: list[float]
@@ -167,7 +167,7 @@ class Result:
 def measure(
     options: argparse.Namespace, arguments: Sequence[str]
 ) -> tuple[dict[str, Result], list[float]]:
-    """Both formulations, in turns, and the peak in FLOP/s found before each turn."""
+    """Measure both formulations, in turns, and the peak in FLOP/s before each turn."""
 
     def worker(task: str, formulation: str = "ours") -> dict[str, Any]:
         extra = ["--worker", task, "--formulation", formulation]
@@ -255,7 +255,7 @@ def _families(results: dict[str, Result]) -> list[str]:
 
 
 def check_losses(options: argparse.Namespace, results: dict[str, Result]) -> None:
-    """Both formulations computed the same thing.
+    """Check that both formulations computed the same.
 
     Raises:
         RuntimeError: the losses differ by more than rounding.

@@ -1,12 +1,13 @@
-"""What frozen models and visual words know of a picture: linear probes of its thing's look.
+"""Measures by linear probes what frozen models and visual words know of an object's look.
 
     python -m benchmarks.probe --store demo/store --models teacher pretrained --tokenizers vqkd
 
-Pictures of one thing are drawn (`pipelines.sample_world`); neither training nor the store has them.
-A linear classifier learns the thing's shape (one of five) and its colour (one of seven) from what
-is frozen, and is scored on other pictures. Of a model it is the image encoder's summary, the output
-at the class token; of a tokenizer, how often each visual word stands in the picture. A teacher that
-doesn't know shapes makes visual words that don't either, and predicting those teaches none.
+Pictures of one object are drawn (`pipelines.sample_world`); neither training nor the store has
+them. A linear classifier learns the object's shape (one of five) and its colour (one of seven) from
+frozen features, and is scored on other pictures. A model's features are its image encoder's
+summary, the output at the class token; a tokenizer's are how often each visual word occurs in the
+picture. A teacher that doesn't know shapes makes visual words that don't either, and predicting
+those teaches none.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LOOKS = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS)}
 
 
 def pictures(count: int, size: int, seed: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """uint8 `[count, 3, size, size]`, and of each look its index `[count]`."""
+    """uint8 `[count, 3, size, size]`, and the index of each look `[count]`."""
     pixels, looks = [], {name: [] for name in LOOKS}
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
@@ -47,7 +48,7 @@ def pictures(count: int, size: int, seed: str) -> tuple[Tensor, dict[str, Tensor
 
 
 def probe(known: Tensor, labels: Tensor, asked: Tensor, answers: Tensor) -> float:
-    """Accuracy on `asked` `[m, dim]` of a linear classifier of `known` `[n, dim]`."""
+    """Accuracy on `asked` `[m, dim]` of a linear classifier trained on `known` `[n, dim]`."""
     mean, deviation = known.mean(0), known.std(0) + 1e-5
     known, asked = (known - mean) / deviation, (asked - mean) / deviation
     classifier = nn.Linear(known.shape[1], int(labels.max()) + 1)
@@ -69,7 +70,7 @@ def probe(known: Tensor, labels: Tensor, asked: Tensor, answers: Tensor) -> floa
 
 
 def frozen(store: Store, options: argparse.Namespace) -> Iterator[tuple[str, int, Callable]]:
-    """Of each model and tokenizer its name, its image size, and pictures to features."""
+    """Each model's and tokenizer's name, image size, and function of pictures to features."""
     for name in options.models:
         with models.opened(store, f"models/{name}") as folder:
             config, _ = weights.load_config(folder)

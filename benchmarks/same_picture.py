@@ -1,11 +1,11 @@
-"""How well signatures tell pictures apart: copies that are missed, and scenes that are confused.
+"""Measures how well signatures tell pictures apart: missed copies, and confused scenes.
 
     python -m benchmarks.same_picture
 
-Scenes are drawn (`pipelines.sample_world`) and cleaned as ingestion cleans them. Copies of the
-first `--copied` are compared with their scene: how far apart the farthest are, and how many are
-missed, by the limits of duplicates (which also need a cell in common) and by those of leaks. All
-`--scenes` are compared with each other: by either limits, how many pairs are taken for the same.
+Scenes are drawn (`pipelines.sample_world`) and cleaned as in ingestion. Copies of the first
+`--copied` are compared with their scene: the largest distance, and how many are missed by the
+limits of duplicates (which also need a cell in common) and by those of leaks. All `--scenes` are
+compared with each other: how many pairs each of the limits takes for the same.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def cleaned(data: bytes) -> bytes:
 
 
 def apart(a: Signature, b: Signature) -> tuple[int, int]:
-    """Bits and levels of colour."""
+    """Distance in bits and in levels of colour."""
     bits = (int.from_bytes(a.bits) ^ int.from_bytes(b.bits)).bit_count()
     one, other = (np.frombuffer(s.colours, np.uint8).astype(int) for s in (a, b))
     return bits, int(np.abs(one - other).max())

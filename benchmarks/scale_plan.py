@@ -1,4 +1,4 @@
-"""What ingesting everything that BEiT-3 was pretrained on would take, on paper.
+"""Estimates on paper what ingesting all of BEiT-3's pretraining data would take.
 
     python -m benchmarks.scale_plan                             # the tables of docs/scale.md
     python -m benchmarks.scale_plan --nodes 8 --resolver 1e5    # eight nodes, own resolvers
@@ -78,7 +78,7 @@ PAIRS = (
     Pairs("COCO, Karpathy's train and restval", 113_287, 5),
     Pairs("Visual Genome", 108_077, 50),
 )
-"""Published counts; Visual Genome's phrases as many as ingestion keeps of an image."""
+"""Published counts; for Visual Genome, as many phrases as ingestion keeps per image."""
 
 MEASURED_SHARD = 1_000
 DEAD = (0.1, 0.2, 1 / 3)
@@ -102,7 +102,7 @@ TYPES = (
 
 
 def limits(i: Inputs, dead: float) -> dict[str, float]:
-    """URLs a second of one node, by what may hold it back; the least one does."""
+    """URLs a second of one node, by possible bottleneck; the lowest one decides."""
     hung = i.timeout * (1 + i.retries)
     thread_seconds = (1 - dead * i.hanging) * i.latency + dead * i.hanging * hung
     return {
@@ -130,14 +130,14 @@ def text_hours(i: Inputs) -> float:
 
 
 def memory_gb(i: Inputs) -> float:
-    """What a node needs: larger shards than were measured add what they hold more."""
+    """Memory that a node needs; shards larger than those measured add the difference."""
     more = max(0.0, i.shard - MEASURED_SHARD) * i.stored_kb / 1e3 * i.copies
     return (i.cores * (i.process_mb + more) + i.fixed_mb) / 1e3
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one kind of data takes."""
+    """The cost of one kind of data."""
 
     name: str
     hours: float
@@ -159,7 +159,7 @@ def rows(i: Inputs, dead: float) -> list[Row]:
 
 
 def requests(i: Inputs, row: Row) -> tuple[float, float]:
-    """PUTs and GETs: a part's list, file, rows set aside, record; and what is read of inputs."""
+    """PUTs and GETs: a part's list, file, rows set aside, record; and the reads of inputs."""
     pieces = row.stored_gb * 1e3 / i.upload_mb
     puts = 4 * row.parts + pieces
     gets = 3 * row.parts + row.read_gb * 1e3 / 8 * (row.name != "pairs")

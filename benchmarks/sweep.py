@@ -1,4 +1,4 @@
-"""Sweeps: how busy they keep the workers.
+"""Measures how busy a sweep keeps its workers.
 
     python -m benchmarks.sweep                                    # 16 trials on 2 workers
     python -m benchmarks.sweep --trials 8 --workers 2 --steps 400 --scheduler asha
@@ -6,9 +6,9 @@
 A worker is room for one trial, a CPU of this machine. Each trial finetunes a small model on the
 sample world's retrieval task (`pipelines/sample_world`). A worker is busy from the moment at which
 a process takes up a trial until Tune hears that the trial has ended; loading data, building the
-model and evaluating are part of the trial. What is lost: *waiting*, the start of the first
-processes and the time between two trials; and the *tail*, when fewer trials are left than there are
-workers.
+model and evaluating are part of the trial. Time is lost in *waiting*, the start of the first
+processes and the time between two trials; and in the *tail*, when fewer trials are left than there
+are workers.
 
 Prints the share of the workers' time in which they were busy, the aim (0.9), both losses, and how
 long a trial took and a worker waited for one.
@@ -45,7 +45,7 @@ AIM = 0.9
 
 
 def prepare(store: Store, world_folder: Path) -> None:
-    """A pretrained model, of random weights, and the data of a retrieval task."""
+    """Make a pretrained model, with random weights, and the data of a retrieval task."""
     world = generate(world_folder, size=WorldSize.tiny(), base_url="http://127.0.0.1:1")
     prepare_task.run(
         replace(

@@ -1,25 +1,25 @@
-"""Tokenizing a corpus: what the pipeline adds to the encoders, its memory, and what tokens save.
+"""Measures tokenizing a corpus: overhead over the encoders, memory, and what stored tokens save.
 
     python -m benchmarks.tokenization                       # tiny images: seconds on a CPU
     python -m benchmarks.tokenization --preset base --images 64
     python -m benchmarks.tokenization --device cuda --preset base --images 20000 --batch-size 0
     python -m benchmarks.tokenization --memory 2000 50000   # peak memory of parts of these sizes
-    python -m benchmarks.tokenization --offline             # tokens at hand, or made in each step
+    python -m benchmarks.tokenization --offline             # tokens stored, or made in each step
 
-Pictures are drawn JPEGs, texts drawn words (a SentencePiece model is learned from them first);
+Pictures are random JPEGs, texts random words (a SentencePiece model is trained on them first);
 tokenizers have random weights: no time depends on them. Everything runs in fresh processes, each
 kind `--repeats` times in turns, so that a busy moment of a shared machine hits all; the medians are
 printed.
 
-Seconds of CPUs, which suffer less from what else runs on the machine, stand beside the rates.
+CPU seconds, which other programs on the machine disturb less, stand beside the rates.
 
 - images: views per second of the worker that `pipelines/tokenize_corpus.py` runs on every part
   (Parquet in, decoding, views, words, table out), beside those of the encoder alone on tensors in
   memory, same batch, device and threads;
-- texts: characters per second of the worker in as many processes as there are CPUs, each with a
-  part of its own, beside so many times that of plain single-threaded SentencePiece;
-- memory: the image worker's peak, and what of it came on top, for parts of both sizes;
-- offline: the seconds of a forward and backward pass of pretraining with words at hand and with the
+- texts: characters per second of the worker with one process per CPU, each with its own part,
+  beside plain single-threaded SentencePiece times the number of processes;
+- memory: the image worker's peak, and how far it is above the start, for parts of both sizes;
+- offline: the seconds of a forward and backward pass of pretraining with stored words and with the
   tokenizer inside the step, at the sizes of `base`.
 """
 
@@ -176,7 +176,7 @@ def config_of(options: argparse.Namespace) -> TokenizeConfig:
 
 
 def image_worker(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the worker for its part, after one picture to warm up."""
+    """The worker's rate on its part, after one picture to warm up."""
     worker = ImagePart(config_of(options), "images/part-0")
     unit = {"name": "00000", "path": "part-00000.parquet"}
     device = torch.device(options.device)
@@ -188,7 +188,7 @@ def image_worker(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def image_encoder(options: argparse.Namespace) -> dict[str, Any]:
-    """The encoder alone, on tensors in memory, as many pictures at once as the worker takes."""
+    """The encoder alone, on tensors in memory, with the worker's batch size."""
     worker = ImagePart(config_of(options), "images/part-0")  # the same threads and device
     size, total = worker.images.config.image_size, options.images * options.views
     device = torch.device(options.device)
@@ -206,7 +206,7 @@ def image_encoder(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace, number: int) -> dict[str, Any]:
-    """Most memory above the level before the part."""
+    """Peak memory, and how far it is above the level before the part."""
     worker = ImagePart(config_of(options), f"images/part-{number}")
     worker._encode([np.zeros((3, *[worker.images.config.image_size] * 2), np.uint8)] * 8)
     level = _measure.resident_bytes()
@@ -221,7 +221,7 @@ def memory(options: argparse.Namespace, number: int) -> dict[str, Any]:
 def _text_part(store: str, number: int, start: Any, ends: Any) -> None:
     worker = TextPart(TokenizeConfig(store=store, texts=("words",)), "text/words")
     unit = {"name": f"{number:05d}", "path": f"part-{number:05d}.parquet"}
-    worker(unit)  # a first time is slower, with or without us
+    worker(unit)  # the first run is slower, with or without us
     start.wait()
     began, busy = time.perf_counter(), time.process_time()
     worker(unit)
@@ -264,7 +264,7 @@ def _texts(options: argparse.Namespace, number: int) -> list[str]:
 
 
 def step(options: argparse.Namespace, inside: bool) -> dict[str, Any]:
-    """A pretraining step of `base` on pictures and pairs, its words made inside or at hand."""
+    """A pretraining step of `base` on pictures and pairs, its words made inside or given."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     if inside:
@@ -303,7 +303,7 @@ WORKERS = {
 def compare(
     options: argparse.Namespace, arguments: Sequence[str], store: str, tasks: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Fresh processes of each task, in turns."""
+    """Run fresh processes of each task, in turns."""
     found: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
     for repeat in range(options.repeats):
         for task in tasks if repeat % 2 == 0 else reversed(tasks):

@@ -1,23 +1,23 @@
-"""The training job against a bare PyTorch loop: what Ray Train, the loader and MLflow take.
+"""Measures what Ray Train, the loader and MLflow cost a training job over a bare PyTorch loop.
 
     python -m benchmarks.training_loop                                  # base, this machine's CPU
     python -m benchmarks.training_loop --device cuda --precision bf16 --loader-workers 8
 
 The job is the real one (`pipelines.trainer.fit`, as `pipelines/pretrain.py` calls it): a Ray Train
-worker with its DeepSpeed engine and its guards, batches made from committed Parquet beside the
+worker with its DeepSpeed engine and its guards, batches made from committed Parquet during the
 steps, curves and the machine's use in MLflow (a SQLite file, or MLFLOW_TRACKING_URI). Checkpoints
-are off: `benchmarks/checkpoints.py` measures those. Its data are drawn JPEGs, alone and with
+are off: `benchmarks/checkpoints.py` measures those. Its data are random JPEGs, alone and with
 captions, and documents (`benchmarks/_samples.py`).
 
 The bare loop is what a competent person writes: the same model, fused AdamW of the same groups,
 clipping by `torch.nn.utils`, on the same batches, which lie on the device before its clock starts.
 It has no loader, engine, guard or log. After the same steps both must have the same loss.
 
-Each runs in a fresh process, `--repeats` of each in turns. Of a run the steps up to the first log
-are warm-up: they take the batches that were made ahead, and measure the machine's peak. Prints of
-the others, medians over the turns and as a ratio, the steps per second, and the seconds that CPU
-cores were busy with a step in the process that trains, which suffer less from what else runs on the
-machine; and the ratio of each turn.
+Each runs in a fresh process, `--repeats` of each in turns. The steps up to the first log are
+warm-up: they take the batches that were made ahead, and measure the machine's peak. For the other
+steps, it prints, as medians over the turns and as a ratio, the steps per second and the training
+process's CPU seconds per step, which other programs on the machine disturb less; and the ratio of
+each turn.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Recipe(PretrainRecipe):
     """Pretraining that notes when each of its steps begins, and leaves no model."""
 
     begun: list[tuple[float, float]] = field(default_factory=list)
-    """When, and how long the process had been busy by then."""
+    """The time, and the process's CPU seconds by then."""
 
     def flops(self, batch: MaskedBatch) -> float:
         self.begun.append(_now())  # its batch has come
@@ -112,12 +112,12 @@ def recipe(options: argparse.Namespace) -> Recipe:
 
 
 def steps_of(options: argparse.Namespace) -> int:
-    """Those of a run: warm-up, what is timed, and one that ends the time of the one before."""
+    """Steps of a run: warm-up, the timed ones, and one that ends the time of the last."""
     return options.log_every + options.steps + 1
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Commit as many rows of each kind as a run takes."""
+    """Commit the rows of each kind that a run takes."""
     store, model = Store(options.store), PRESETS[options.preset]
     rows = options.samples * steps_of(options)
     texts = draw(model, images=0, texts=rows, pairs=rows, seed=options.seed)
@@ -140,7 +140,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def run_job(options: argparse.Namespace) -> dict[str, Any]:
-    """Train as a job does: seconds of each timed step, the last loss, and the wait for batches."""
+    """Train as a job does; returns seconds per timed step, last loss, and the wait for batches."""
     store, wanted = Store(options.store), recipe(options)
     cluster.start()
     cfg = wanted.cfg
@@ -177,7 +177,7 @@ def _per_step(
 
 
 def run_bare(options: argparse.Namespace) -> dict[str, Any]:
-    """Train in a plain loop: seconds of a timed step, and the last loss."""
+    """Train in a plain loop; returns seconds per timed step, and the last loss."""
     wanted, device = recipe(options), torch.device(options.device)
     train = wanted.cfg.train
     torch.manual_seed(train.seed)
@@ -213,10 +213,10 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, list[Any]]:
-    """What the runs of both found, in turns.
+    """Run both in turns; returns their measurements.
 
     Raises:
-        RuntimeError: they did not compute the same.
+        RuntimeError: their losses differ.
     """
     found: dict[str, list[Any]] = {kind: [] for kind in KINDS}
     for turn in range(options.repeats):

@@ -1,13 +1,13 @@
-"""The paper's ablations: each row pretrained, finetuned and scored, and tables of their shape.
+"""Runs the paper's ablations: pretrains, finetunes and scores each row, and tabulates them.
 
     python tuning/ablate.py --store demo/store --world demo/world --dry-run
     python tuning/ablate.py --store demo/store --world demo/world --seeds 3
     python tuning/ablate.py --preset gpu --store s3://bucket/beit3 --pretrain.train.steps 50000
 
-Rows that are the same configuration, the paper's default, are trained once. All rows have the same
-data, steps and seeds. Every job skips what is done, so a run that was killed goes on where it was,
-and more `--seeds`, rows or tasks are added to what is there; the tables are renewed after each row.
-On CPUs as many rows go side by side as there are CPUs for. The tables are `ablations/<name>.md` and
+Rows that share a configuration, the paper's default, are trained once. All rows have the same data,
+steps and seeds. Every job skips finished work, so a killed run continues where it stopped, and more
+`--seeds`, rows or tasks are added to earlier results; the tables are updated after each row. On
+CPUs, rows run side by side as far as the CPUs allow. The tables are `ablations/<name>.md` and
 `.json` in the store.
 """
 
@@ -58,7 +58,7 @@ MEASURED = 4  # steps that a dry run times
 
 @dataclass(frozen=True)
 class Speeds:
-    """Optimizer steps per second; 0: where training is on CPUs, a few are measured here."""
+    """Optimizer steps per second; 0: if training is on CPUs, a few are measured here."""
 
     pretrain: float = 0.0
     finetune: float = 0.0
@@ -80,16 +80,16 @@ class AblateConfig:
     seeds: int = 3
     """Runs of each row."""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """Which to train; rows of the others stay empty."""
+    """Variants to train; rows of the others stay empty."""
     world: str = ""
-    """Folder of the sample world that the data come from, which makes the data of NLVR2 and
-    ImageNet where they are missing; empty: they are there."""
+    """Folder of the sample world that the data come from; it gives NLVR2's and ImageNet's data if
+    they are missing. Empty: they are there."""
     dry_run: bool = False
-    """Train nothing, but say how many steps and hours it would take, one row after another."""
+    """Train nothing; print the steps and hours that it would take, one row after another."""
     speeds: Speeds = field(default_factory=Speeds)
-    """What a dry run reckons with."""
+    """Speeds that a dry run assumes."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    """What pretraining has in common in all rows, `store` and `name` apart."""
+    """Pretraining options that all rows share, except `store` and `name`."""
     tasks: TasksConfig = field(default_factory=TasksConfig)
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class AblateConfig:
 
     @property
     def cpus(self) -> int:
-        """Of a row that trains in a process of its own, on CPUs; 0 of others."""
+        """CPUs of a row that trains in its own process, on CPUs; 0 for others."""
         train = self.pretrain.train
         if train.workers or train.gpus_per_worker or not self.tasks.cpus:
             return 0
@@ -121,7 +121,7 @@ PRESETS = {
             model=dataclasses.replace(  # of the demo's tokenizers
                 MODELS["tiny"], vocab_size=320, codebook_size=TOKENIZERS["tiny"].codebook_size
             ),
-            # As many of each kind, as in the paper.
+            # Equally many of each kind, as in the paper.
             image_batch=24,
             text_batch=24,
             pair_batch=24,
@@ -159,7 +159,7 @@ PRESETS = {
 
 
 def run(cfg: AblateConfig) -> dict[str, Any]:
-    """Train every row, or go on; returns what `ablations/<name>.json` holds.
+    """Train every row, or continue; returns the contents of `ablations/<name>.json`.
 
     `scores` has, by variant and task, a list of metrics, by seed.
 
@@ -321,8 +321,8 @@ def _agreement(values: Mapping[str, Mapping[str, list[float]]], tasks: Sequence[
 
 
 def limit(rows: Sequence[Sequence[float]]) -> float | None:
-    """How far apart two rows' means must be not to be taken for chance (two-sided 5 %): Student's t
-    with the deviation pooled over all rows. None without a row of two."""
+    """Smallest difference between two rows' means that is not put down to chance (two-sided 5 %):
+    Student's t with the deviation pooled over all rows. None if no row has two."""
     from scipy.stats import t
 
     rows = [row for row in rows if len(row) > 1]
@@ -335,7 +335,7 @@ def limit(rows: Sequence[Sequence[float]]) -> float | None:
 
 
 def verdict(here: Sequence[float], paper: float, limit: float | None) -> str:
-    """Whether differences say what the paper's says: agrees, contradicts, or open."""
+    """Whether differences confirm the paper's: agrees, contradicts, or open."""
     if limit is None or len(here) < 2 or abs(statistics.fmean(here)) <= limit:
         return "open"
     return "agrees" if statistics.fmean(here) * paper > 0 else "contradicts"
@@ -349,11 +349,11 @@ def _short(task: str) -> str:
 
 
 def plan(cfg: AblateConfig) -> list[dict[str, Any]]:
-    """What each variant would take: `name`, `pretrain_steps` and `finetune_steps` that are still to
-    be done over all seeds, and `hours`, None where no speed is known.
+    """Work left for each variant: `name`, the `pretrain_steps` and `finetune_steps` still to be
+    done over all seeds, and `hours`, None if no speed is known.
 
     Raises:
-        StoreError, ValueError: data are missing that speeds are measured on, or a name is taken.
+        StoreError, ValueError: data to measure speeds on are missing, or a name is taken.
     """
     store = Store(cfg.store)
     _check_names(cfg, store)
@@ -378,7 +378,7 @@ def plan(cfg: AblateConfig) -> list[dict[str, Any]]:
 
 
 def _pretrain_seconds(cfg: AblateConfig, chosen: PretrainConfig) -> float:
-    """Of a step; on GPUs as `pretrain.py --dry-run` reckons."""
+    """Seconds of a step; on GPUs as estimated by `pretrain.py --dry-run`."""
     if cfg.speeds.pretrain:
         return 1 / cfg.speeds.pretrain
     if chosen.train.gpus_per_worker:
@@ -388,7 +388,7 @@ def _pretrain_seconds(cfg: AblateConfig, chosen: PretrainConfig) -> float:
 
 
 def _finetune_seconds(cfg: AblateConfig, chosen: PretrainConfig, task: str) -> float:
-    """Of a step; not a number where nobody said it of GPUs."""
+    """Seconds of a step; NaN on GPUs if no speed is given."""
     if cfg.speeds.finetune:
         return 1 / cfg.speeds.finetune
     if cfg.tasks.gpus_per_worker:
@@ -430,8 +430,7 @@ def measured(recipe: Recipe, train: TrainConfig) -> float:
 
 
 def show_plan(rows: Sequence[Mapping[str, Any]], cpus: int = 0) -> None:
-    """Print a plan, its sum, and what is left of its hours where rows of so many CPUs go side by
-    side."""
+    """Print a plan, its sum, and its hours if rows of `cpus` CPUs each run side by side."""
     known = all(row["hours"] is not None for row in rows)
     total = {key: sum(row[key] for row in rows) for key in ("pretrain_steps", "finetune_steps")}
     hours = sum(row["hours"] for row in rows) if known else None

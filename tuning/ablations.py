@@ -14,7 +14,7 @@ from pipelines import config
 from pipelines.pretrain_config import PretrainConfig
 
 DEFAULT = "default"
-# A variant's values lie over what all have in common.
+# A variant's values override the common ones.
 VARIANTS: dict[str, Mapping[str, Any]] = {
     DEFAULT: {},
     "standard": {"model": {"multiway": False, "vl_layers": 0, "attention": "shared"}},
@@ -34,7 +34,7 @@ PAPER_TASKS = ("vqa", "nlvr2", "retrieval")
 
 @dataclass(frozen=True)
 class Row:
-    """A row: one of VARIANTS ("" is none of ours), and the paper's numbers by `PAPER_TASKS`."""
+    """A row: one of VARIANTS ("" if we have none), and the paper's numbers by `PAPER_TASKS`."""
 
     label: str
     variant: str
@@ -103,14 +103,14 @@ ABLATIONS = (
 
 
 def variant(base: PretrainConfig, name: str) -> PretrainConfig:
-    """What all rows have in common, with a variant's values laid over it."""
+    """The configuration common to all rows, with a variant's values laid over it."""
     return config.from_dict(PretrainConfig, config.merge(config.to_dict(base), VARIANTS[name]))
 
 
 def check_default(base: PretrainConfig) -> None:
     """
     Raises:
-        ValueError: what all rows have in common is not the paper's default where rows differ.
+        ValueError: the common configuration is not the paper's default where rows differ.
     """
     objectives, wrong = base.objectives, ""
     if not base.model.multiway:

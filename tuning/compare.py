@@ -1,13 +1,13 @@
-"""Compare starts: each task finetuned from pretrained weights and from random ones, several times.
+"""Compares starts: finetunes each task from pretrained and from random weights, several times.
 
     python tuning/compare.py --store demo/store --world demo/world
     python tuning/compare.py --preset gpu --store s3://bucket/beit3 --seeds 5
 
-Both starts get the same data, steps and seeds, and are scored on held-out data. Beside them stand
-"blind", what can be had without a look at the picture, and on the sample world the ceiling: its
-scenes are known, so that what a perfect reader would score can be worked out. On CPUs runs go side
-by side. Started again, it goes on where it was; more `--seeds` are added. The table is
-`comparisons/<name>.md` and `.json` in the store.
+Both starts get the same data, steps and seeds, and are scored on held-out data. Two scores stand
+beside them: "blind", without a look at the picture, and, on the sample world, the ceiling: what a
+perfect reader would score, worked out from the known scenes. On CPUs, runs go side by side. A rerun
+continues where the last one stopped; more `--seeds` add runs. The table is `comparisons/<name>.md`
+and `.json` in the store.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class CompareConfig:
     init: str = "models/pretrained"
     """The pretrained start; the random one has its architecture."""
     inits: tuple[str, ...] = ()
-    """Pretrained start of each task, such as models/aligned of retrieval, which the contrastive
-    stage left (`contrast.py --init`); "" of a task, or none at all: `init`."""
+    """Pretrained start of each task, such as models/aligned for retrieval, made by the contrastive
+    stage (`contrast.py --init`). "" for a task, or none at all: `init`."""
     seeds: int = 3
     """Runs of each task from each start."""
     world: str = ""
-    """Folder of the sample world that the data come from: gives the ceiling, and the data of NLVR2
-    and ImageNet where they are missing. Empty: there is no ceiling."""
+    """Folder of the sample world that the data come from: gives the ceiling, and NLVR2's and
+    ImageNet's data if they are missing. Empty: no ceiling."""
     tasks: TasksConfig = field(default_factory=TasksConfig)
 
     def __post_init__(self) -> None:
@@ -92,10 +92,10 @@ PRESETS = {
 
 
 def run(cfg: CompareConfig) -> dict[str, Any]:
-    """Compare, or go on; returns what `comparisons/<name>.json` holds.
+    """Compare, or continue; returns the contents of `comparisons/<name>.json`.
 
-    `tasks` has, by task, the metrics of `blind` and `ceiling` (None where it isn't known), and of
-    each start a list of metrics, by seed.
+    `tasks` has, by task, the metrics of `blind` and `ceiling` (None if unknown), and for each start
+    a list of metrics, by seed.
 
     Raises:
         FileNotFoundError: there is no sample world in `world`.
@@ -160,7 +160,7 @@ def _score(cfg: CompareConfig, parent: str, run: tuple[int, str, str]) -> dict[s
 
 
 def _ceilings(store: Store, place: str) -> dict[str, Any]:
-    """Those that an earlier run has worked out: retrieval's takes minutes."""
+    """Ceilings that an earlier run worked out: retrieval's takes minutes."""
     if not store.exists(f"{place}.json"):
         return {}
     tasks = store.read_json(f"{place}.json")["tasks"]
@@ -182,7 +182,7 @@ def _ceiling(
 def table(found: Mapping[str, Any]) -> str:
     """The comparison as a table, in hundredths: means and standard deviations over the seeds.
 
-    "learnt" is the share of the way from blind to the ceiling that the pretrained start went.
+    "learnt" is how far the pretrained start got from blind to the ceiling, as a share.
     """
     head = ("", "blind", "from scratch", "pretrained", "ceiling", "better in", "learnt")
     return markdown(head, [_line(task, scores) for task, scores in found.items()])

@@ -1,4 +1,4 @@
-"""Finetuning from starts and scoring them, task by task: what ablations and comparisons share."""
+"""Finetunes starts and scores them, task by task; used by ablations and comparisons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.storage import Store, StoreError
 
 @dataclass(frozen=True)
 class Measure:
-    """The number of a task's metrics that tables show, in hundredths as papers do."""
+    """The metric of a task that tables show, in hundredths as in papers."""
 
     title: str
     keys: tuple[str, ...]
@@ -32,12 +32,12 @@ class Measure:
 MEASURES = {
     "vqa": Measure("VQA accuracy", ("accuracy",)),
     "nlvr2": Measure("NLVR2 accuracy", ("accuracy",)),
-    # As the paper has it, the mean of both directions.
+    # The mean of both directions, as in the paper.
     "retrieval": Measure("retrieval R@1", ("text_recall_1", "image_recall_1")),
     "captioning": Measure("CIDEr", ("cider",)),
     "imagenet": Measure("ImageNet top-1", ("top_1",)),
 }
-# What the sample world holds too little of for a score to tell much, drawn beside it.
+# The sample world has too little of these for scores to tell much; more is drawn beside it.
 _MORE = {"nlvr2": 8000, "imagenet1k": 1750, "synsets": 35}
 _FOLDERS = {"nlvr2": "nlvr2", "imagenet": "imagenet1k"}
 
@@ -51,18 +51,18 @@ class TasksConfig:
     recipe: str = "tiny"
     """Each task is finetuned as by `finetune.py --preset <recipe>-<task>`: tiny, base or large."""
     data: tuple[str, ...] = ()
-    """The data of each task, `tasks/<data>/<split>`, such as flickr30k of retrieval; empty: of the
+    """The data of each task, `tasks/<data>/<split>`, such as flickr30k for retrieval; empty: the
     tasks' names."""
     steps: tuple[int, ...] = ()
     """Steps of each task; empty: the recipe's. The warm-up keeps its share."""
     learning_rates: tuple[float, ...] = ()
     """Peak learning rate of each task; empty: the recipe's."""
     workers: int = 0
-    """Ray Train workers of a run. 0: it trains in a process of its own, and as many runs go side by
-    side as the cluster has CPUs for."""
+    """Ray Train workers of a run. 0: it trains in its own process, and runs go side by side as far
+    as the cluster's CPUs allow."""
     gpus_per_worker: float = 0.0
     threads: int = 1
-    """Torch threads of a run on CPU; 0: all of the machine's, for one run after another."""
+    """Torch threads of a run on CPU; 0: all of the machine's, one run after another."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.names) - set(MEASURES))
@@ -77,7 +77,7 @@ class TasksConfig:
             finetune.preset(self.recipe, task)
 
     def check_one_for_each(self, name: str, given: Sequence[Any]) -> None:
-        """Raises: ValueError: there is neither one value for each task nor none."""
+        """Raises: ValueError: there are values, but not one for each task."""
         if given and len(given) != len(self.names):
             raise ValueError(
                 f"{name}: {len(given)} for the {len(self.names)} of tasks.names: give one for "
@@ -86,11 +86,11 @@ class TasksConfig:
 
     @property
     def cpus(self) -> int:
-        """Of a run that trains in a process of its own, on CPUs; 0 of others."""
+        """CPUs of a run that trains in its own process, on CPUs; 0 for others."""
         return 0 if self.workers or self.gpus_per_worker else self.threads
 
     def of(self, values: Sequence[Any], task: str, default: Any) -> Any:
-        """A task's own value of a field that has one for each."""
+        """A task's value of a field that has one per task."""
         return values[self.names.index(task)] if values else default
 
     def dataset(self, task: str) -> str:
@@ -125,7 +125,7 @@ def finetuning(
 
 
 def evaluation(cfg: TasksConfig, store: str, task: str, name: str) -> EvaluateConfig:
-    """The configuration that scores `models/<name>` on what it was not finetuned on."""
+    """The configuration that scores `models/<name>` on data it was not finetuned on."""
     base = evaluate.PRESETS["gpu" if cfg.gpus_per_worker else "tiny"]
     return dataclasses.replace(
         base,
@@ -133,14 +133,14 @@ def evaluation(cfg: TasksConfig, store: str, task: str, name: str) -> EvaluateCo
         model=f"models/{name}",
         data=f"tasks/{cfg.dataset(task)}/{TEST_SPLITS[task]}",
         name=name,
-        track=False,  # the scores go to the whole's run
+        track=False,  # the scores go to the parent run
     )
 
 
 def score(
     cfg: TasksConfig, task: str, chosen: FinetuneConfig, *, parent: str | None = None
 ) -> dict[str, float]:
-    """Finetune as `finetuning` says, or find it done; the task's metrics on held-out data.
+    """Finetune as `chosen`, unless done; returns the task's metrics on held-out data.
 
     Raises:
         StoreError: data or start are missing, or the name is taken by another run.
@@ -150,8 +150,8 @@ def score(
 
 
 def check_names(store: Store, trainings: Iterable[FinetuneConfig]) -> None:
-    """Raises: StoreError: a model is still to be trained, and another's predictions have its name,
-    which would stop the job when it comes to score it."""
+    """Raises: StoreError: a model still to be trained has the name of another's predictions, which
+    would stop the job at scoring."""
     for chosen in trainings:
         name = chosen.name
         made = store.dataset(f"predictions/{name}").find_commit()
@@ -163,10 +163,10 @@ def check_names(store: Store, trainings: Iterable[FinetuneConfig]) -> None:
 
 
 def prepare_sample(cfg: TasksConfig, store: str, folder: Path) -> World:
-    """Make the sample world's NLVR2 and ImageNet datasets where they are wanted and missing.
+    """Make the sample world's NLVR2 and ImageNet datasets if they are wanted and missing.
 
-    They come from a world of the same seed with more of them, drawn beside the one in `folder`.
-    Returns that one.
+    They come from a world of the same seed with more of both, drawn beside the one in `folder`.
+    Returns the one in `folder`.
 
     Raises:
         FileNotFoundError: there is no sample world in the folder.
@@ -205,7 +205,7 @@ def prepare_sample(cfg: TasksConfig, store: str, folder: Path) -> World:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation of a sample (n - 1); None of fewer than two."""
+    """Standard deviation of a sample (n - 1); None for fewer than two."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -226,7 +226,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @contextlib.contextmanager
 def tracked(store: Store, key: str, cfg: Any) -> Iterator[tracking.RunHandle]:
-    """The MLflow run of a whole, named by its place `key`, for as long as the context lasts."""
+    """The MLflow run of a comparison or ablation, named by its place `key`, open in the context."""
     handle = tracking.start_run(store, key, config.flatten(cfg), key=key)
     try:
         yield handle
@@ -237,7 +237,7 @@ def tracked(store: Store, key: str, cfg: Any) -> Iterator[tracking.RunHandle]:
 
 
 def log_spread(handle: tracking.RunHandle, values: Mapping[str, Sequence[float]]) -> None:
-    """Log means and standard deviations by name; the step says of how many values."""
+    """Log means and standard deviations by name; the step is the number of values."""
     with tracking.Logger(handle) as logger:
         for name, found in values.items():
             logger.metrics(len(found), {name: statistics.fmean(found)})
@@ -249,7 +249,7 @@ def log_spread(handle: tracking.RunHandle, values: Mapping[str, Sequence[float]]
 def publish(
     store: Store, name: str, handle: tracking.RunHandle, outcome: Mapping[str, Any], text: str
 ) -> None:
-    """Leave an outcome as `<name>.json` and `<name>.md` in the store, and with its MLflow run."""
+    """Write an outcome as `<name>.json` and `<name>.md` to the store, and to its MLflow run."""
     store.write_json(f"{name}.json", outcome)
     store.write(f"{name}.md", text.encode())
     tracker = tracking.client(handle.uri)

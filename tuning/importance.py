@@ -1,4 +1,4 @@
-"""How much each hyperparameter decides, by Optuna's fANOVA."""
+"""Estimates how much each hyperparameter matters, by Optuna's fANOVA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ray.tune.search.optuna import OptunaSearch
 
 LEAST = 4
-"""Scores below which nothing can be said."""
+"""Minimum number of scores to say anything."""
 
 
 def importance(
@@ -18,14 +18,14 @@ def importance(
 ) -> dict[str, float]:
     """Each hyperparameter's share of the differences between scores, the largest first.
 
-    fANOVA (Hutter et al. 2014): a random forest learns scores from values; the share is that of
-    the variance of its predictions which the hyperparameter explains alone. Shares add up to 1.
+    fANOVA (Hutter et al. 2014): a random forest learns scores from values; the share is the part of
+    its predictions' variance that the hyperparameter explains alone. Shares add up to 1.
 
     Args:
         trials: The values and the score of each.
 
     Returns:
-        Nothing if there are fewer than `LEAST` trials or their scores don't differ.
+        An empty dict if there are fewer than `LEAST` trials or their scores don't differ.
     """
     scores = [score for _, score in trials]
     if len(trials) < LEAST or max(scores) == min(scores):

@@ -1,4 +1,4 @@
-"""What became of a sweep: its table, its best model, and what the console shows."""
+"""A sweep's outcome: its table, its best model, and what the console shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"
 
 
 def gather(cfg: SweepConfig, store: Store, folder: str) -> dict[str, Any]:
-    """What became of a sweep: the table of its trials, and what follows from it.
+    """Gather a sweep's outcome: the table of its trials, and what follows from it.
 
     Raises:
         RuntimeError: no trial was trained to its end.
@@ -76,7 +76,7 @@ def _row(cfg: SweepConfig, store: Store, seen: dict[str, Any], metric: str) -> d
 
 
 def export(store: Store, outcome: dict[str, Any]) -> str:
-    """Make the best trial's model, with a card that has the table, the bundle `<sweep>/best`."""
+    """Export the best trial's model as the bundle `<sweep>/best`, with the table in its card."""
     name = f"models/{outcome['name']}/best"
     kept = ("name", "parameters", "score", "steps", "status")
     rows = [{key: row[key] for key in kept} for row in outcome["trials"]]

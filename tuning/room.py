@@ -1,4 +1,4 @@
-"""How many trials a cluster has room for at once."""
+"""Computes how many trials a cluster has room for at once."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import ray
 
 from pipelines.recipe import TrainConfig
 
-_EXACT = 1e-6  # fractions of a GPU are summed
+_EXACT = 1e-6  # tolerance: fractions of a GPU are summed
 
 
 @dataclass
 class _Node:
     cpus: float
     gpus: list[float]
-    """What is free of each GPU."""
+    """The free share of each GPU."""
 
     def take(self, bundle: Mapping[str, float]) -> bool:
-        """Take what a process wants from this node, if it is all there."""
+        """Take a process's resources from this node, if all are there."""
         cpus, gpus = bundle["CPU"], bundle["GPU"]
         if cpus > self.cpus + _EXACT:
             return False
@@ -40,7 +40,7 @@ class _Node:
 
 
 def demand(train: TrainConfig, own_cpus: float) -> list[dict[str, float]]:
-    """What the processes of one trial want: its own, its Ray Train workers, those that load."""
+    """Resources of one trial's processes: its own, its Ray Train workers, its loaders."""
     worker = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
     loaders = max(1, train.workers) * train.loader_workers
     return [
@@ -53,7 +53,7 @@ def demand(train: TrainConfig, own_cpus: float) -> list[dict[str, float]]:
 def fitting(
     bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]], most: int
 ) -> int:
-    """How many trials of these processes fit on these nodes, counted up to `most`."""
+    """How many trials, each with these `bundles`, fit on these nodes, counted up to `most`."""
     free = [_Node(n.get("CPU", 0.0), [1.0] * int(n.get("GPU", 0))) for n in nodes]
     largest_first = sorted(bundles, key=lambda b: (b["GPU"], b["CPU"]), reverse=True)
     for count in range(most):
@@ -69,9 +69,9 @@ def at_once(
 
     Args:
         own_cpus: CPUs of a trial's own process.
-        wanted: So many, if there is room; 0: as many as there is room for.
-        samples: There are no more trials than that.
-        autoscaling: The cluster brings the machines for what is `wanted`.
+        wanted: Trials to run, if there is room; 0: as many as there is room for.
+        samples: Trials of the whole sweep.
+        autoscaling: The cluster adds machines for the `wanted` trials.
 
     Raises:
         ValueError: there is no room for them, and there never will be.

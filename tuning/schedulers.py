@@ -1,13 +1,13 @@
-"""Which trials go on: ASHA, and population based training on this project's own checkpoints.
+"""Decides which trials go on: ASHA, and population based training on this project's checkpoints.
 
 Tune's `PopulationBasedTraining` copies checkpoints that trials have handed to Tune. A trial with
-Ray Train workers hands over none: `TuneReportCallback` passes metrics on and no more, so that
-scheduler skips every copy ("didn't save any checkpoint before and can't be exploited"). Here the
-copy is one of the run's checkpoints in the store, which workers of any number go on from.
+Ray Train workers hands over none: `TuneReportCallback` passes on metrics only, so that scheduler
+skips every copy ("didn't save any checkpoint before and can't be exploited"). Here the copy is one
+of the run's checkpoints in the store, from which any number of workers can resume.
 
-Tune keeps no scheduler's state for a sweep that is killed, and of the trials what it knew some
-seconds before. These need no state: what they knew follows from the trials' results; and a trial
-that begins is told which of its results Tune has.
+When a sweep is killed, Tune keeps no scheduler state, and the trials' state of some seconds before.
+The schedulers here need none: it follows from the trials' results; and a trial that starts is told
+which of its results Tune has.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENDED = (Trial.TERMINATED, Trial.ERROR)
 
 
 class Controller(Protocol):
-    """What a scheduler may ask of Tune."""
+    """The part of Tune that a scheduler may call."""
 
     def get_trials(self) -> Sequence[Trial]: ...
 
@@ -42,10 +42,10 @@ class Known(Protocol):
 
 
 class Limited(FIFOScheduler):
-    """Lets so many trials run at once; all go to their end.
+    """Runs at most `workers` trials at once, all to their end.
 
-    Left alone, Tune begins every trial whose own process finds room. It doesn't know of the Ray
-    Train workers that a trial will want: they could wait for each other's room for ever.
+    Left alone, Tune starts every trial whose own process finds room. It doesn't know of the Ray
+    Train workers that a trial will need: trials could wait for each other's room for ever.
     """
 
     def __init__(self, *, workers: int, **options: Any) -> None:
@@ -68,15 +68,15 @@ class Limited(FIFOScheduler):
         return chosen
 
     def rank(self, trial: Trial) -> int:
-        """The lowest is the next; among equals, who was drawn first."""
+        """The lowest rank starts next; among equals, the first drawn."""
         return 0
 
 
 class Halving(Limited, ASHAScheduler):
-    """ASHA (Li et al. 2018, arXiv:1810.05934) that a killed sweep goes on with.
+    """ASHA (Li et al. 2018, arXiv:1810.05934) that a killed sweep can resume.
 
     Args:
-        known: Asked for the earlier results of a trial that Tune has restored.
+        known: Gives the earlier results of a trial that Tune has restored.
     """
 
     def __init__(self, known: Known, *, workers: int, metric: str, **options: Any) -> None:
@@ -87,29 +87,29 @@ class Halving(Limited, ASHAScheduler):
         super().on_trial_add(tune_controller, trial)
         last = trial.last_result.get("step", 0)
         for step, score in self._known(trial.config) if last else ():
-            if step <= last:  # what Tune had not heard of will be reported again
+            if step <= last:  # results that Tune missed will be reported again
                 self.on_trial_result(tune_controller, trial, {"step": step, self.metric: score})
 
 
 class Population(Limited):
     """Population based training (Jaderberg et al. 2017, arXiv:1711.09846).
 
-    At every `every`-th step a trial among the worst gives up: it goes on from the newest checkpoint
-    of one of the best, with values a little off that one's. Its new values make it a run of its
-    own. If there are more trials than room, they take turns, so that all get equally far.
+    Every `every` steps, a trial that is among the worst gives up: it continues from the newest
+    checkpoint of one of the best, with values slightly off that one's. Its new values make it a new
+    run. If there are more trials than room, they take turns, so that all get equally far.
 
     Args:
         sweep: The sweep's name.
-        space: What the values may be.
+        space: The search space.
         metric: The result to maximise.
-        every: Steps between two such decisions of a trial.
+        every: Steps between two such decisions on a trial.
         steps: Steps of a whole trial.
-        share: The share of the trials that gives up, and that may be copied.
+        share: The share of trials that give up, and of those that may be copied.
         seed: Decisions are a function of it, the trial's name and the step.
     """
 
     FACTORS = (0.8, 1.2)  # as in the paper's experiments
-    RESAMPLED = 0.25  # how often a value is drawn anew
+    RESAMPLED = 0.25  # probability of drawing a value anew
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Population(Limited):
     def _donor(
         self, trial: Trial, score: float, others: Sequence[Trial], rng: np.random.Generator
     ) -> Trial | None:
-        """Whose weights a trial should take; None: it is good enough to keep its own."""
+        """The trial to take weights from; None: this one is good enough to keep its own."""
         living = [
             t for t in others
             if t.status not in ENDED and self._metric in t.last_result and heard(t)
@@ -178,10 +178,10 @@ class Population(Limited):
 
 
 class Drawn(BasicVariantGenerator):
-    """Draws all trials at the beginning, and is finished when they are.
+    """Draws all trials at the beginning, but finishes only when they do.
 
-    Once a search is finished, Tune ends the process of each trial that ends; here one of the trials
-    that wait takes it over.
+    Once a search is finished, Tune ends the process of each trial that ends; here a waiting trial
+    takes it over.
     """
 
     def is_finished(self) -> bool:
@@ -189,17 +189,17 @@ class Drawn(BasicVariantGenerator):
 
 
 def drawn(trial: Trial) -> int:
-    """Which of the sweep's trials it is, in the order of drawing. Tune restores them in another."""
+    """A trial's number in the order of drawing. Tune restores trials in another order."""
     return int(trial.experiment_tag.partition("_")[0])
 
 
 def reached(trial: Trial) -> int:
-    """Steps that are in a trial's weights, as far as Tune knows."""
+    """Steps that a trial's weights were trained for, as far as Tune knows."""
     return int(trial.last_result.get("step", 0) if heard(trial) else trial.config[ORIGIN]["step"])
 
 
 def heard(trial: Trial) -> bool:
-    """Whether the last result is of the weights that a trial has now, not of those it gave up."""
+    """Whether a trial's last result is of its present weights, not of those it gave up."""
     origin = trial.config.get(ORIGIN)
     return origin is None or trial.last_result.get("config", {}).get(ORIGIN) == origin
 
@@ -207,7 +207,7 @@ def heard(trial: Trial) -> bool:
 def perturbed(
     space: Mapping[str, Any], chosen: Mapping[str, Any], rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Values near the chosen ones: numbers a fifth up or down, choices one place on.
+    """Values near the chosen ones: numbers a fifth up or down, choices one place up or down.
 
     Now and then a value is drawn from the space as if for a new trial.
     """

@@ -1,12 +1,12 @@
-"""Sweep finetuning: Ray Tune over learning rate, layer decay, drop path.
+"""Sweeps finetuning: Ray Tune over learning rate, layer decay, drop path.
 
     python tuning/sweep.py --preset tiny --samples 8 --finetune.task vqa
     python tuning/sweep.py --preset tiny --scheduler pbt --samples 6
     ray job submit --working-dir . -- python tuning/sweep.py --preset gpu --search optuna ...
 
 Each trial is a run of `pipelines/finetune.py`, logged as an MLflow run nested under the sweep's. A
-sweep that was killed goes on when run again. It leaves `sweeps/<name>.json`, the table of trials;
-`sweeps/<name>.html`, the same to look at; and `models/<name>/best`.
+killed sweep continues when run again. It writes `sweeps/<name>.json`, the table of trials;
+`sweeps/<name>.html`, the same as a page; and `models/<name>/best`.
 """
 
 from __future__ import annotations
@@ -33,30 +33,29 @@ class SweepConfig:
     name: str = "sweep"
     """The table becomes `sweeps/<name>.json`, trials `models/<name>/<trial>`."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """What every trial has in common; the search space lies over it."""
+    """Options that all trials share; the search space overrides them."""
     samples: int = 16
     """Trials to draw."""
     search: Literal["random", "optuna"] = "random"
-    """Where values come from: drawn at random, or from Optuna's TPE, which learns from the trials
-    before."""
+    """Where values come from: random draws, or Optuna's TPE, which learns from earlier trials."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    """ASHA stops poor trials early. Population based training lets poor trials go on from good
-    ones' checkpoints with other values. `none` trains all to the end."""
+    """ASHA stops poor trials early. Population based training lets poor trials continue from good
+    ones' checkpoints with new values. `none` trains all to the end."""
     grace_evaluations: int = 1
     """ASHA: evaluations before a poor trial may be stopped."""
     reduction: int = 2
-    """ASHA: at each rung, one in so many trials goes on."""
+    """ASHA: at each rung, one in this many trials goes on."""
     exploit_evaluations: int = 1
-    """Population based training: after so many evaluations a trial may take another's weights."""
+    """Population based training: evaluations between chances to take another trial's weights."""
     exploit_share: float = 0.25
-    """Population based training: the share of the trials that are poor, and that are good."""
+    """Population based training: the share of trials that count as poor, and as good."""
     concurrent: int = 0
     """Trials at once; 0: as many as the cluster has room for now."""
     cpus_per_trial: float = 1.0
     """CPUs of a trial's own process; its Ray Train workers come on top."""
     autoscaling: bool = False
-    """The cluster brings machines by itself, so that what it has no room for now is waited for.
-    Needs `concurrent`."""
+    """The cluster adds machines by itself, so trials wait for room that it doesn't have yet. Needs
+    `concurrent`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,10 +106,10 @@ PRESETS = {
 
 
 def run(cfg: SweepConfig) -> dict[str, Any]:
-    """Sweep, or go on, or read the finished table.
+    """Sweep, or continue, or read the finished table.
 
     Returns:
-        What `sweeps/<name>.json` holds: `metric`, `best`, `trials` (the best first, each with
+        The contents of `sweeps/<name>.json`: `metric`, `best`, `trials` (the best first, each with
         `parameters`, `score`, `status`, `curve`), `importance`, `model`, and how busy the
         `workers` were: `seconds` by what they did, `busy`.
 
@@ -161,7 +160,7 @@ def run(cfg: SweepConfig) -> dict[str, Any]:
 
 
 def _fingerprint(cfg: SweepConfig) -> str:
-    """Of what decides the outcome: not where and how fast it runs."""
+    """Fingerprint of what decides the outcome: not where or how fast it runs."""
     plain = config.to_dict(cfg)
     for name in ("concurrent", "cpus_per_trial", "autoscaling"):
         del plain[name]
@@ -175,7 +174,7 @@ def _fingerprint(cfg: SweepConfig) -> str:
 def _tune(
     cfg: SweepConfig, store: Store, folder: str, workers: int, parent: tracking.RunHandle
 ) -> None:
-    """Run the trials, those that an earlier start has left."""
+    """Run the trials, or those that an earlier start has left."""
     from ray import tune
 
     space, metric = spaces.load(cfg.finetune.task)
@@ -189,7 +188,7 @@ def _tune(
     if tune.Tuner.can_restore(where):
         begun = store.read_json(note)["workers"]
         if workers < begun and len(room.demand(cfg.finetune.train, 0)) > 1:
-            # More trials would begin than find room for their workers, and wait for each other.
+            # More trials would start than have room for their workers, and wait for each other.
             raise ValueError(
                 f"sweep {cfg.name} was begun with {begun} trials at once, and there is room for "
                 f"{workers}: start a cluster as large as then"
@@ -206,10 +205,10 @@ def _tune(
                 num_samples=cfg.samples,
                 scheduler=_scheduler(cfg, store, workers),
                 search_alg=_search(cfg, metric),
-                # Optuna is to learn from a trial before it says the next.
+                # Optuna should learn from a trial before it proposes the next.
                 max_concurrent_trials=workers if cfg.search == "optuna" else None,
                 # A process that has imported everything takes the next trial. One that waits for
-                # Ray Train workers can't leave them; it ends, and they with it.
+                # Ray Train workers can't leave them: it ends with them.
                 reuse_actors=in_process,
             ),
             run_config=tune.RunConfig(
@@ -275,7 +274,7 @@ def _known(
 
 
 def common(cfg: SweepConfig) -> FinetuneConfig:
-    """What all trials have in common, as they are run."""
+    """The configuration that all trials share when they run."""
     train = cfg.finetune.train
     if not train.workers and not train.threads:  # they share the machine
         train = dataclasses.replace(train, threads=max(1, int(cfg.cpus_per_trial)))

@@ -1,4 +1,4 @@
-"""A sweep's pictures as inline SVG: parallel coordinates and learning curves, one line a trial."""
+"""A sweep's charts as inline SVG: parallel coordinates and learning curves, a line per trial."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Line:
 
 
 def short(name: str) -> str:
-    """A hyperparameter's name as a person says it."""
+    """A hyperparameter's name for display."""
     return name.removeprefix("train.").replace("_", " ")
 
 
 def styles() -> Html:
-    """What these pictures want beside the page's own style sheet."""
+    """Styles that these charts need beside the page's own."""
     return el("style", Html(_CSS))
 
 
@@ -199,7 +199,7 @@ def curves(metric: str, lines: Sequence[Line], *, percent: bool) -> Html:
 
 
 def _in_order(lines: Sequence[Line]) -> list[Line]:
-    """So that the better are drawn over the worse."""
+    """Worst first, so that better trials are drawn over worse."""
     return sorted(lines, key=lambda line: (line.best, line.score))
 
 

@@ -25,7 +25,7 @@ def render(outcome: Mapping[str, Any], fields: Mapping[str, Range | Choice]) -> 
 
     Args:
         outcome: A sweep's table, as `sweeps/<name>.json` holds it.
-        fields: What the hyperparameters could be.
+        fields: The hyperparameters' possible values.
     """
     metric, rows = outcome["metric"], outcome["trials"]
     best = next(row for row in rows if row["name"] == outcome["best"]["name"])
@@ -101,7 +101,7 @@ def _importance(shares: Mapping[str, float], trials: int) -> Html | None:
 
 
 def _schedule(best: Mapping[str, Any]) -> Html | None:
-    """The values that the best trial's weights were trained with, one after the other."""
+    """The values that the best trial's weights were trained with, in order."""
     if len(best["runs"]) < 2:
         return None
     names = list(best["parameters"])

@@ -17,19 +17,19 @@ from pipelines.storage import Store
 from pipelines.tracking import RunHandle
 
 ORIGIN = "origin"
-"""Stands beside a trial's values if it goes on from another: `{"run", "step", "by"}`, whose
-checkpoint, when that was chosen, and which trial chose."""
+"""Key beside a trial's values if it continues from another: `{"run", "step", "by"}`, the run that
+gives the checkpoint, the step at which it was chosen, and the trial that chose."""
 
 
 HEARD = "heard"
-"""Stands beside a trial's values while it runs: the step of the last evaluation of it that Tune has
-had. A sweep that is killed may have lost some."""
+"""Key beside a trial's values while it runs: the step of its last evaluation that Tune has. A
+killed sweep may have lost some."""
 
 
 def run_name(sweep: str, chosen: Mapping[str, Any]) -> str:
     """A trial's name, such as `sweep/1f2e3d4c`.
 
-    It follows from the values, so that a trial that starts again finds its checkpoints.
+    It follows from the values, so that a restarted trial finds its checkpoints.
     """
     decisive = {name: value for name, value in chosen.items() if name != HEARD}
     text = json.dumps(decisive, sort_keys=True)
@@ -42,8 +42,8 @@ def values(chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def among_equals(chosen: Mapping[str, Any]) -> str:
-    """What trials of equal scores are ordered by: their values, since a sweep that was killed may
-    not have them in the order in which they were drawn."""
+    """Sort key for trials of equal scores: their values, since a killed sweep may not have them in
+    the order of drawing."""
     return json.dumps(values(chosen), sort_keys=True)
 
 
@@ -61,10 +61,10 @@ def train(
     metric: str,
     parent: RunHandle,
 ) -> None:
-    """Train a trial, in a process of Tune's, and report its evaluations there."""
-    # Tune changes into a folder of its own, where a local tracking file would be another one.
+    """Train a trial, in one of Tune's processes, and report its evaluations to Tune."""
+    # Tune changes to its own folder, where a local tracking file would be another one.
     os.environ["MLFLOW_TRACKING_URI"] = parent.uri
-    # The process serves the next trial only if this one has left it by then.
+    # The process can take the next trial only if this one has left it by then.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
     trial = configured(sweep, common, chosen)
     store, run = Store(trial.store), f"runs/{trial.name}"
@@ -79,7 +79,7 @@ def train(
 
 
 def _say_again(store: Store, trial: FinetuneConfig, heard: int, metric: str) -> None:
-    """Report the evaluations that Tune has lost and that this trial won't make again."""
+    """Report the evaluations that Tune has lost and that this trial won't repeat."""
     done = checkpoints.newest(store, f"runs/{trial.name}")
     if bundles.exists(store, trial.output):
         done = trial.train.steps - 1  # the last one is reported with the model
@@ -99,7 +99,7 @@ def scores(store: Store, name: str, metric: str) -> list[tuple[int, float]]:
 
 
 def lineage(store: Store, name: str) -> list[dict[str, Any]]:
-    """The runs whose training is in a trial's weights, the first one first.
+    """The runs that trained a trial's weights, the first one first.
 
     Each has its `run`, the `step` it began after, and its `values`.
     """
@@ -129,7 +129,7 @@ def learning_curve(store: Store, runs: list[dict[str, Any]], metric: str) -> lis
 
 
 def close(store: Store, sweep: str, failed: set[str]) -> None:
-    """End the MLflow runs of trials that Tune ended: they could not.
+    """End the MLflow runs of trials that Tune ended, which could not do so.
 
     Args:
         failed: Names of the trials that failed.

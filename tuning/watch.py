@@ -1,8 +1,8 @@
 """Watches a sweep from within Tune: trials that end, and how busy the workers are.
 
-A *worker* is room for one trial. It is busy while the process of a trial is there and works on it.
-It waits while a process starts, also between two trials; at the tail, when fewer trials are left
-than there are workers, it has nothing to do.
+A *worker* is room for one trial. It is busy while a trial's process is there and works on it. It
+waits while a process starts, also between two trials; in the tail, when fewer trials are left than
+workers, it is idle.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _ENDED = (Trial.TERMINATED, Trial.ERROR)
 
 
 class Watch(tune.Callback):
-    """Leaves `<folder>/ended.json`, what became of the trials: see `ended`.
+    """Writes the outcome of the trials to `<folder>/ended.json`: see `ended`.
 
     Args:
-        workers: Trials that there is room for at once.
-        total: Trials that there will be.
+        workers: Trials that can run at once.
+        total: Trials of the whole sweep.
         metric: The score's name in a result.
     """
 
@@ -36,17 +36,17 @@ class Watch(tune.Callback):
         self.store, self.folder, self.sweep, self.metric = store, folder, sweep, metric
         self.workers, self.total = workers, total
         self.seconds = {"busy": 0.0, "waiting": 0.0, "tail": 0.0}
-        """Of all workers together."""
+        """Totals over all workers."""
         self._last: float | None = None
         self._running: set[str] = set()
         self._left: list[dict[str, str]] = []
-        """Room of workers whose trials were ended or paused."""
+        """Placement groups of ended or paused trials that are still to be removed."""
 
     def get_state(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """What Tune has kept of a sweep that was killed."""
+        """Restore what Tune kept of a killed sweep."""
         self.seconds = dict(state["seconds"])
 
     def setup(self, *_: Any, **__: Any) -> None:
@@ -93,7 +93,7 @@ class Watch(tune.Callback):
         self.store.write_json(f"{self.folder}/ended.json", body)
 
     def _give_back(self, running: set[str]) -> None:
-        """Give back the room of trials that don't run any more."""
+        """Remove the placement groups of trials that no longer run."""
         ended = (placement.held(self.store, f"runs/{name}") for name in self._running - running)
         self._left = [
             room
@@ -113,8 +113,8 @@ class Watch(tune.Callback):
 
 
 def ended(store: Store, folder: str) -> dict[str, Any]:
-    """What became of a sweep's trials: `trials` with their values, last result and error,
-    `workers`, and the workers' `seconds` by what they did."""
+    """A sweep's outcome: `trials` with their values, last result and error, `workers`, and the
+    workers' `seconds` by what they did."""
     return store.read_json(f"{folder}/ended.json")
 
 
@@ -124,6 +124,6 @@ def busy_share(seconds: dict[str, float]) -> float:
 
 
 def _last_line(trial: Trial) -> str:
-    """What a failed trial raised."""
+    """The last line of a failed trial's error."""
     lines = str(trial.get_error() or "").strip().splitlines()
     return lines[-1][:500] if lines else "unknown error"

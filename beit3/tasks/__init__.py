@@ -48,7 +48,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in the published files that is no record, and where it stands."""
+    """An entry of the published files that gives no record, and where it is."""
 
     reason: str
     detail: str
@@ -68,7 +68,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Published finetuning hyperparameters of one model size; `source` says where they stand."""
+    """Published finetuning hyperparameters of one model size; `source` says where."""
 
     source: str
     image_size: int
@@ -82,7 +82,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     head_scale: float = 1.0
     scale: tuple[float, float] = (0.5, 1.0)
-    """Least and largest share of the picture that a training view shows."""
+    """Smallest and largest share of the picture that a training view shows."""
     flip: float = 0.5
 
 
@@ -90,7 +90,7 @@ class Task(Protocol):
     """A downstream task. Its dataclass fields other than `labels` are its options, all numbers."""
 
     centre_crop: ClassVar[bool]
-    """Evaluation sees the square in a picture's middle; else the whole, squeezed to a square."""
+    """Evaluate on a picture's central square; else on the whole, squeezed to a square."""
 
     labels: tuple[str, ...]
     """The classes of the head; empty for tasks without."""
@@ -101,7 +101,7 @@ class Task(Protocol):
 
         Raises:
             FileNotFoundError: a published file is missing.
-            ValueError: the split is unknown, or a file is of something else or another version.
+            ValueError: the split is unknown, or a file holds something else or another version.
         """
         ...
 
@@ -134,13 +134,13 @@ class Task(Protocol):
         """A batch (a dataclass of tensors on CPU) of every sample's examples.
 
         Args:
-            rngs: One per sample, for training: what is drawn for a sample then does not depend on
-                which worker draws it.
+            rngs: One per sample, for training, so that a sample's draws don't depend on which
+                worker makes them.
         """
         ...
 
     def predict(self, module: nn.Module, batch: Any, tokenizer: TextTokenizer) -> list[Any]:
-        """JSON-able predictions, one for each example of the batch, in order."""
+        """JSON-able predictions, one per example of the batch, in order."""
         ...
 
     def score(
@@ -149,20 +149,20 @@ class Task(Protocol):
         """Metrics of aligned predictions and examples; a prediction of None counts as wrong.
 
         Args:
-            thorough: With metrics that take too long for every evaluation of a training run.
+            thorough: Add metrics that take too long for every evaluation in training.
         """
         ...
 
     def submission(
         self, predictions: Sequence[Any], examples: Sequence[Example]
     ) -> list[dict[str, Any]] | str | None:
-        """The predictions as the benchmark takes them, as JSON or as a CSV file's text; None where
-        it takes none."""
+        """The predictions in the benchmark's format, as JSON or as a CSV file's text; None if it
+        takes none."""
         ...
 
 
 def names() -> list[str]:
-    """The tasks that there are."""
+    """Names of all tasks."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in found if not name.startswith("_"))
 

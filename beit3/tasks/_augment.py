@@ -1,6 +1,6 @@
 """Augmentations of classification, on uint8 pixels: RandAugment, random erasing, mixup and CutMix.
 
-As timm has them by the names in microsoft/unilm's recipe for ImageNet: `rand-m9-mstd0.5-inc1`,
+They are timm's, named as in microsoft/unilm's recipe for ImageNet: `rand-m9-mstd0.5-inc1`,
 `reprob`, `mixup` and `cutmix`. Here every draw comes from a generator that the caller gives.
 """
 
@@ -14,16 +14,16 @@ from PIL import Image, ImageEnhance, ImageOps
 
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
-"""Of ImageNet's pixels, 0..1."""
+"""Statistics of ImageNet's pixels, 0..1."""
 
 _FILL = tuple(round(255 * value) for value in MEAN)
-_OPERATIONS = 2  # of RandAugment on an image
-_CHANCE = 0.5  # of each of them to happen
+_OPERATIONS = 2  # of RandAugment per image
+_CHANCE = 0.5  # that each of them happens
 _SPREAD = 0.5  # deviation of their magnitude
 _BICUBIC = Image.Resampling.BICUBIC
 
 Operation = Callable[[Image.Image, float, int], Image.Image]
-"""Of a picture, a strength 0..1, and a direction 1 or -1."""
+"""Takes a picture, a strength 0..1, and a direction 1 or -1."""
 
 
 def _solarize_add(picture: Image.Image, strength: float, _: int) -> Image.Image:
@@ -62,11 +62,11 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def rand_augment(pixels: np.ndarray, rng: np.random.Generator, magnitude: float) -> np.ndarray:
-    """Two operations drawn at random, each with chance one half (RandAugment, arXiv 1909.13719).
+    """Apply two random operations, each with chance one half (RandAugment, arXiv 1909.13719).
 
     Args:
         pixels: uint8 `[3, height, width]`.
-        magnitude: 0..10; each operation's is drawn around it.
+        magnitude: 0..10; each operation's magnitude is drawn around it.
     """
     picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     for name in rng.choice(list(OPERATIONS), _OPERATIONS):
@@ -77,9 +77,9 @@ def rand_augment(pixels: np.ndarray, rng: np.random.Generator, magnitude: float)
 
 
 def erase(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Noise in a rectangle of 2% to a third of the picture (random erasing, arXiv 1708.04896).
+    """Put noise in a rectangle of 2% to a third of the picture (random erasing, arXiv 1708.04896).
 
-    The noise has the deviation of ImageNet's pixels around their mean, cut to what a byte holds.
+    The noise has the mean and deviation of ImageNet's pixels, clipped to bytes.
     """
     height, width = pixels.shape[1:]
     for _ in range(10):
@@ -106,15 +106,15 @@ def mix(
     mixup: float,
     cutmix: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mix the first image with the last, the second with the last but one, and so on, and so their
-    targets: all pixels in one proportion (mixup, arXiv 1710.09412), or a rectangle of the other
-    (CutMix, arXiv 1905.04899). If both are on, a coin decides for the batch.
+    """Mix the first image with the last, the second with the last but one, and so on, and their
+    targets likewise: all pixels in one proportion (mixup, arXiv 1710.09412), or a rectangle of the
+    other (CutMix, arXiv 1905.04899). If both are on, a coin toss decides for the batch.
 
     Args:
         images: uint8 `[images, 3, height, width]`.
         targets: `[images, classes]`.
         mixup: Parameter of the beta distribution of the proportion; 0 turns it off.
-        cutmix: The same, of the rectangle's area.
+        cutmix: The same, for the rectangle's area.
     """
     cuts = cutmix > 0 and (mixup <= 0 or rng.random() < 0.5)
     if not cuts and mixup <= 0:

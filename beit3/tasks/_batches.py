@@ -1,4 +1,4 @@
-"""What the tasks' batches share: images stacked, texts packed."""
+"""Helpers for the tasks' batches: stack images, pack texts."""
 
 from __future__ import annotations
 

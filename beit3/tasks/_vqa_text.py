@@ -29,13 +29,13 @@ you've
 
 
 def _without_one_apostrophe() -> dict[str, str]:
-    """Each contraction by its spellings that lack one apostrophe."""
+    """Maps spellings that lack one apostrophe to contractions."""
     table = {}
     for word in _CONTRACTED.split():
         for place, letter in enumerate(word):
             if letter == "'":
                 table[word[:place] + word[place + 1 :]] = word
-    # As the official table has it, so that scores agree with the server's.
+    # As in the official table, so that scores agree with the server's.
     table["somebody'd"] = "somebodyd"
     return table
 
@@ -44,12 +44,12 @@ _CONTRACTIONS = _without_one_apostrophe()
 
 
 def clean(answer: str) -> str:
-    """White space as the evaluation has it."""
+    """Clean white space as the evaluation does."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def normalise(answer: str) -> str:
-    """An answer as the evaluation compares it."""
+    """An answer in the form that the evaluation compares."""
     text = answer = clean(answer)
     number = _COMMA_IN_NUMBER.search(answer) is not None
     for mark in _PUNCTUATION:

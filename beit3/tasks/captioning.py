@@ -57,7 +57,7 @@ class Model(nn.Module):
         nn.init.trunc_normal_(self.text_head.weight, std=0.02)
         nn.init.zeros_(self.text_head.bias)
         self.task = task
-        # How often the module was trained on: kept with the weights, so that a resumed run knows.
+        # Number of training passes: kept with the weights, so that a resumed run knows it.
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -77,13 +77,13 @@ class Model(nn.Module):
         return {"loss": self._mean(losses), "accuracy": accuracy}
 
     def _mean(self, losses: Tensor) -> Tensor:
-        """Of all, or later in training of all but the worst, `[masked] -> []`."""
+        """Mean of all, or later in training of all but the worst, `[masked] -> []`."""
         share, after = self.task.drop_worst, self.task.drop_worst_after
         if not (self.training and share):
             return losses.mean()
         keep = max(1, int(len(losses) * (1 - share)))
         best = losses.topk(keep, largest=False).values
-        # Both, for to ask a GPU how often it was trained on would be to wait for it.
+        # Compute both: reading the number of passes from a GPU would wait for it.
         return torch.where(self.passes > after, best.mean(), losses.mean())
 
 
@@ -106,14 +106,14 @@ class Task:
     centre_crop: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
     max_text_length: int = 32
-    """Tokens of a caption, `<s>` and `</s>` included; the longest that is generated, too."""
+    """Maximum tokens of a caption, `<s>` and `</s>` included, also in generation."""
     mask_ratio: float = 0.7
     label_smoothing: float = 0.1
     drop_worst: float = 0.2
-    """Share of the masked words, those with the largest loss, left out of it later on: captions
-    disagree, and some are wrong."""
+    """Share of the masked words, those with the largest loss, that are dropped later in training:
+    captions disagree, and some are wrong."""
     drop_worst_after: int = 12_000
-    """Forward passes after which they are left out."""
+    """Forward passes after which they are dropped."""
     beams: int = 3
     length_penalty: float = 0.6
 

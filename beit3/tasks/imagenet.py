@@ -1,10 +1,10 @@
 """Image classification on ImageNet-1K.
 
 Published files, in the annotations' folder, which may be the images' folder: `train/n01440764/...`;
-`val/n01440764/...`, or flat as it is published, `val/ILSVRC2012_val_00000001.JPEG`, with the
-devkit's ground truth (`ILSVRC2012_devkit_t12/data`) or Kaggle's `LOC_val_solution.csv`. With
-Kaggle's `train_cls.txt` no folder of images is listed: so it is with images in a bucket. Classes
-are WordNet ids in alphabetical order.
+`val/n01440764/...`, or flat as published, `val/ILSVRC2012_val_00000001.JPEG`, with the devkit's
+ground truth (`ILSVRC2012_devkit_t12/data`) or Kaggle's `LOC_val_solution.csv`. With Kaggle's
+`train_cls.txt` no folder of images is listed, so images can be in a bucket. Classes are WordNet ids
+in alphabetical order.
 Source of head, augmentation and recipe: microsoft/unilm, `beit3/`, whose colour jitter takes no
 effect: timm leaves it out where RandAugment is on.
 """
@@ -59,8 +59,8 @@ class Batch:
 class Model(nn.Module):
     """The vision encoder, and a linear classifier on the mean of the patches.
 
-    The encoder has no final norm, since the mean has one; its parts for text are kept as they came,
-    and are not trained.
+    The encoder has no final norm, since the mean has one; its parts for text are kept unchanged and
+    not trained.
     """
 
     mean: Tensor
@@ -102,9 +102,9 @@ class Task:
     """Probability of random erasing."""
     mixup: float = 0.8
     """Parameter of mixup's beta distribution; 0 turns it off. A worker mixes the images of its own
-    share of a batch, so that what is mixed depends on the number of workers."""
+    share of a batch, so the mixtures depend on the number of workers."""
     cutmix: float = 1.0
-    """The same of CutMix. Where both are on, each batch has one of them."""
+    """The same for CutMix. If both are on, each batch gets one of them."""
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
@@ -121,13 +121,13 @@ class Task:
     def read(root: Path, split: str) -> Iterator[Record | Problem]:
         """A record per image; its example's target is the WordNet id.
 
-        Classes are mixed, in an order that follows from the names alone: published by class, a
-        part of the split would show few of them.
+        Classes are mixed, in an order that depends on the names alone: files are published by
+        class, so a part of the split would show few of them.
         """
         if split not in SPLITS:
             raise ValueError(f"split: {split!r} is none of {', '.join(SPLITS)}")
         pairs = _train(root) if split == "train" else _val(root)
-        # As bytes, hash first: a million pairs and their hashes would take several times as much.
+        # As bytes, hash first: a million pairs and hashes would take several times the memory.
         found = [_hash(path) + f"{path}\0{wnid}".encode() for path, wnid in pairs]
         found.sort()
         for item in found:
@@ -219,7 +219,7 @@ class Task:
         *,
         thorough: bool = False,
     ) -> dict[str, float]:
-        """How often the right class is the likeliest, and among the five likeliest, 0..1."""
+        """Top-1 and top-5 accuracy, 0..1."""
         pairs = [
             (prediction or [], example.target)
             for prediction, example in zip(predictions, examples, strict=True)
@@ -263,7 +263,7 @@ def _val(root: Path) -> Iterator[tuple[str, str]]:
             if next(rows, None) != _SOLUTION:
                 raise ValueError(f"{solution}: its first line is not {','.join(_SOLUTION)}")
             for row in rows:
-                # A class and a box for each thing that there is: all of one class.
+                # A class and a box for each object, all of one class.
                 yield f"val/{row[0]}.JPEG", " ".join(row[1:]).partition(" ")[0]
     elif truth is not None:
         classes = _devkit_classes(truth.parent / "meta.mat")
@@ -279,7 +279,7 @@ def _val(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _folders(root: Path, split: str, without: str) -> Iterator[tuple[str, str]]:
-    """The images in a folder for each class; `without` is said where there are none."""
+    """The images in a folder for each class; `without` is the error if there are none."""
     some = False
     for folder in sorted((root / split).glob("n*")):
         if folder.is_dir():
@@ -300,7 +300,7 @@ def _devkit(root: Path) -> Path:
 
 
 def _devkit_classes(file: Path) -> dict[str, str]:
-    """WordNet ids by the devkit's numbers, which are not in their order."""
+    """WordNet ids by the devkit's numbers, which follow another order."""
     from scipy.io import loadmat
 
     if not file.exists():

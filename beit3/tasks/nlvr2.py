@@ -50,7 +50,7 @@ class Batch:
 
 
 class Head(nn.Module):
-    """Two layers, each behind a norm. `[n, inputs] -> [n, 2]`; named as in the released files."""
+    """Two layers, each after a norm. `[n, inputs] -> [n, 2]`; named as in the released files."""
 
     def __init__(self, inputs: int, hidden: int, scale: float) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Head(nn.Module):
 
 
 class Model(nn.Module):
-    """The fusion encoder reads the sentence with either image; a classifier on both summaries."""
+    """The fusion encoder reads the sentence with each image; a classifier reads both summaries."""
 
     def __init__(self, config: ModelConfig, head_init: float = HEAD_INIT) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ class Task:
     max_text_length: int = 64
     """Tokens of a sentence, `<s>` and `</s>` included."""
     head_init: float = HEAD_INIT
-    """Factor on the classifier's first weights. While they are as small as the authors', hardly a
-    gradient comes through to the backbone: long training overcomes that, a short one doesn't."""
+    """Factor on the classifier's initial weights. If they are as small as the authors', hardly any
+    gradient reaches the backbone: long training overcomes that, short training doesn't."""
 
     def __post_init__(self) -> None:
         if not 0 < self.head_init < math.inf:
@@ -139,7 +139,7 @@ class Task:
 
     @staticmethod
     def recipes() -> dict[str, Recipe]:
-        """Of the models without in-domain pretraining; with it, rates are 5e-4 and 1e-4."""
+        """For models without in-domain pretraining; with it, rates are 5e-4 and 1e-4."""
         source = "microsoft/unilm beit3/get_started/get_started_for_nlvr2.md"
         epoch = _TRAIN_SENTENCES // 256
         return {
@@ -171,7 +171,7 @@ class Task:
         *,
         training: bool = False,
     ) -> Batch:
-        """Raises: ValueError: a sample has not two images."""
+        """Raises: ValueError: a sample doesn't have two images."""
         for sample in samples:
             if len(sample.images) != 2:
                 raise ValueError(f"nlvr2: expected a pair of images, got {len(sample.images)}")
@@ -194,7 +194,7 @@ class Task:
         thorough: bool = False,
     ) -> dict[str, float]:
         """Official measures, 0..1: `accuracy` of sentences with their pairs of images, and
-        `consistency`, the share of sentences that are right with every pair they stand with."""
+        `consistency`, the share of sentences that are right with all their pairs."""
         right: list[bool] = []
         by_sentence: dict[tuple[str, ...], list[bool]] = defaultdict(list)
         for prediction, example in zip(predictions, examples, strict=True):
@@ -212,8 +212,8 @@ class Task:
         }
 
     def submission(self, predictions: Sequence[bool | None], examples: Sequence[Example]) -> str:
-        """What `nlvr2/eval/metrics.py` takes: a line `identifier,True` for each example. It wants
-        one for every example: what was not predicted has none of the two answers, and is wrong."""
+        """Input of `nlvr2/eval/metrics.py`: a line `identifier,True` for each example. It wants one
+        for every example: one without a prediction has neither answer, and is wrong."""
         return "".join(
             f"{example.id},{'' if prediction is None else bool(prediction)}\n"
             for prediction, example in zip(predictions, examples, strict=True)

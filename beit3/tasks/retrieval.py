@@ -29,7 +29,7 @@ _QUERIES_AT_ONCE = 1024
 @dataclass
 class Batch:
     """images: uint8 `[samples, 3, size, size]`; owner: `[captions]`, each one's image;
-    text: packed captions of `lengths`; image_ids: of each caption's image."""
+    text: packed captions of `lengths`; image_ids: id of each caption's image."""
 
     images: Tensor
     owner: Tensor
@@ -47,7 +47,8 @@ class Model(DualEncoder):
 
 @dataclass(frozen=True)
 class Task:
-    """Retrieval. Predictions: unit vectors of the text, and with an image's first text of it."""
+    """Retrieval. Predictions: a text's unit vector, and with an image's first text the image's
+    too."""
 
     centre_crop: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
@@ -70,7 +71,7 @@ class Task:
 
     @staticmethod
     def recipes() -> dict[str, Recipe]:
-        """COCO's; Flickr30k's differ: 20 epochs, and 1e-4 for base."""
+        """COCO's recipes; Flickr30k's differ: 20 epochs, and 1e-4 for base."""
         source = "microsoft/unilm beit3/get_started/get_started_for_retrieval.md"
         epoch = _TRAIN_CAPTIONS // 3072
         return {
@@ -130,8 +131,8 @@ class Task:
         *,
         thorough: bool = False,
     ) -> dict[str, float]:
-        """Recall at 1, 5 and 10 (0..1): `text_recall_*` of the texts of an image, `image_recall_*`
-        of the image of a text, and their mean. Every image counts once, whatever stands twice.
+        """Recall at 1, 5 and 10 (0..1): `text_recall_*` of an image's texts, `image_recall_*` of a
+        text's image, and their mean. Every image counts once, even if it occurs twice.
         """
         gallery: dict[str, np.ndarray] = {}
         texts: list[np.ndarray] = []
@@ -178,8 +179,8 @@ def recalls(
 ) -> dict[str, float]:
     """Recall at 1, 5, 10 both ways, 0..1.
 
-    Candidates with equal similarity share their places' mean, so that a model whose vectors are all
-    alike scores as chance does.
+    Candidates with equal similarity share their mean rank, so that a model whose vectors are all
+    alike scores at chance.
 
     Args:
         images: `[images, dim]`, each image once.

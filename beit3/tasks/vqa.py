@@ -71,8 +71,8 @@ class Model(nn.Module):
             # Xavier rather than the released code's fixed 0.02, which starves narrow models.
             nn.init.xavier_normal_(module.weight)
             nn.init.zeros_(module.bias)
-        # Start where one label in all is expected, not half of them: thousands of negatives would
-        # otherwise take the first steps' gradients.
+        # Start with one label expected in all, not half of them: thousands of negatives would
+        # otherwise dominate the first steps' gradients.
         nn.init.constant_(last.bias, -math.log(max(1, labels - 1)))
 
     def logits(self, batch: Batch) -> Tensor:

@@ -56,7 +56,7 @@ def load(task: str) -> tuple[dict[str, Any], str]:
 
 
 def read(space: Mapping[str, Any]) -> dict[str, Range | Choice]:
-    """What each field of a space may be.
+    """The possible values of each field of a space.
 
     Raises:
         ValueError: a field is neither a uniform or log-uniform range nor a choice.

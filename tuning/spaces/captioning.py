@@ -1,4 +1,4 @@
-"""What to vary when finetuning on captions."""
+"""Search space for finetuning on captions."""
 
 from ray import tune
 

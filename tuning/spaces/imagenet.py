@@ -1,4 +1,4 @@
-"""What to vary when finetuning on image classification."""
+"""Search space for finetuning on image classification."""
 
 from ray import tune
 

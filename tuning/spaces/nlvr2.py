@@ -1,4 +1,4 @@
-"""What to vary when finetuning on sentences about pairs of images."""
+"""Search space for finetuning on sentences about pairs of images."""
 
 from ray import tune
 

@@ -1,4 +1,4 @@
-"""What to vary when finetuning on image-text retrieval."""
+"""Search space for finetuning on image-text retrieval."""
 
 from ray import tune
 

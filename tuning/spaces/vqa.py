@@ -1,4 +1,4 @@
-"""What to vary when finetuning on questions."""
+"""Search space for finetuning on questions."""
 
 from ray import tune
 
