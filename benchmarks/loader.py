@@ -2,6 +2,7 @@
 
     python -m benchmarks.loader                    # one process per CPU
     python -m benchmarks.loader --processes 0      # a thread of this process, as jobs do by default
+    python -m benchmarks.loader --jitter 0.4       # views with the paper's colour jitter
 
 Pictures are random JPEGs with the spectrum of photos, shrunk to a shorter side of 288 pixels and
 encoded as in ingestion; they are in committed Parquet, each with the tokens of four views. The
@@ -83,11 +84,11 @@ def photos(count: int, seed: int) -> list[bytes]:
     return made
 
 
-def views(pictures: Sequence[bytes], rows: int, seed: int) -> list[View]:
+def views(pictures: Sequence[bytes], rows: int, seed: int, jitter: float = 0.0) -> list[View]:
     """A view of each row; row `i` has picture `i` modulo their number."""
-    rng = np.random.default_rng(seed)
+    rng, config = np.random.default_rng(seed), ViewConfig(jitter=jitter)
     opened = [decode(data) for data in pictures]
-    return [ViewConfig().draw(opened[i % len(opened)], rng) for i in range(rows)]
+    return [config.draw(opened[i % len(opened)], rng) for i in range(rows)]
 
 
 def publish(
@@ -100,7 +101,8 @@ def publish(
     captions: Sequence[Sequence[int]] = (),
 ) -> None:
     """`images/<name>` and `tokens/<name>`, a row for each view, with a caption if there are any."""
-    rng, schema = np.random.default_rng(0), image_tokens(model.patches)
+    rng, jitter = np.random.default_rng(0), drawn[0].jitter is not None
+    schema = image_tokens(model.patches, jitter=jitter)
     sources, tokens = store.dataset(f"images/{name}"), store.dataset(f"tokens/{name}")
     mark, records = fingerprint("benchmark", name), []
     for start in range(0, len(drawn), PART):
@@ -110,7 +112,7 @@ def publish(
             data = {"bytes": pictures[i % len(pictures)], "path": None}
             images.append({"id": f"{name}/{i}", "image": data, "captions": [], "source": name})
             own = [
-                {"box": view.box, "flip": view.flip}
+                {"box": view.box, "flip": view.flip, "jitter": view.jitter}
                 | {"words": rng.integers(0, model.codebook_size, model.patches)}
                 for view in (drawn[i], *(drawn[j] for j in rng.integers(0, len(drawn), VIEWS - 1)))
             ]
@@ -154,7 +156,7 @@ def compare(options: argparse.Namespace) -> tuple[list[float], list[float], floa
     ahead = AHEAD * options.processes + QUEUE
     rows = (options.batches + ahead) * options.repeats * batch
     pictures = photos(options.photos, options.seed)
-    drawn = views(pictures, rows, options.seed)
+    drawn = views(pictures, rows, options.seed, options.jitter)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         publish(store, pictures, drawn)
@@ -215,6 +217,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--batches", type=int, default=24, help="in each measurement")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--jitter", type=float, default=0.0, help="of the views' colours")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if min(options.photos, options.batch_size, options.batches, options.repeats) < 1:
@@ -230,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"base, {MODEL.image_size} px, JPEGs of shorter side {SIDE}, {size / 1000:.0f} kB; batches "
         f"of {options.batch_size}, made by {options.processes or 'a thread, not'} processes"
+        + (f"; jitter {options.jitter:g}" if options.jitter else "")
     )
     print(f"{'':>10}{'decoding, images/s':>20}{'loader, images/s':>18}{'ratio':>8}")
     for name, of in (("median", median), ("slowest", min), ("fastest", max)):

@@ -1,7 +1,7 @@
-"""Which addresses may be fetched from: the public web on its usual ports, and nothing inside.
+"""Restricts fetching to the public web on its usual ports; internal addresses are refused.
 
-A URL is judged before it is fetched (`refuse`), and so is each address that its host turns out to
-have (`inside`, called on the very address that is connected to).
+A URL is judged before it is fetched (`refuse`), and so is each address that its host resolves to
+(`inside`, called on the very address that is connected to).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pipelines.images import Rejected
 
 IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Names that only ever mean something inside: this machine, a local network, a cloud's metadata.
+# Names that are always internal: this machine, a local network, a cloud's metadata.
 _INSIDE_NAMES = ("localhost", "local", "internal", "home.arpa")
 _SPECIAL_V4 = tuple(
     ipaddress.IPv4Network(network)
     for network in (
         "100.64.0.0/10",  # behind carriers' NAT; Alibaba's metadata is in it
         "192.0.0.0/24",  # IETF protocols; Oracle's old metadata is in it
-        "192.88.99.0/24",  # once the relays of 6to4
-        "168.63.129.16/32",  # public by its number, and yet Azure's own door on every machine
+        "192.88.99.0/24",  # formerly 6to4 relays
+        "168.63.129.16/32",  # in a public range, but Azure's own endpoint on every machine
     )
 )
 _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")  # all else is local, reserved, or wraps an IPv4
@@ -35,16 +35,16 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 _WEB_PORTS = (80, 443)
 _LOWEST_OPEN_PORT = 1024
-_NO_WEB_PORTS = frozenset(  # above it, those that browsers refuse: NFS, X11, SIP, IRC and the like
+_NO_WEB_PORTS = frozenset(  # above it, ports that browsers refuse: NFS, X11, SIP, IRC and the like
     {1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, 6679, 6697, 10080}
     | set(range(6665, 6670))
 )
 
 
 def refuse(url: str, *, allow_loopback: bool = False) -> Rejected | None:
-    """Why a URL must not be fetched: its scheme, its port, or a host inside; None if it may.
+    """Why a URL must not be fetched: its scheme, its port, or an internal host; None if it may.
 
-    Looks at the URL only: a public name may still resolve to an address inside.
+    Looks at the URL only: a public name may still resolve to an internal address.
     """
     try:
         parts = urlsplit(wire_url(url))
@@ -79,7 +79,7 @@ def wire_url(url: str) -> str:
 
 
 def inside(address: IP) -> bool:
-    """Whether an address is anything but a public one, also where IPv6 wraps an IPv4 address."""
+    """Whether an address is not public; an IPv4 address wrapped in IPv6 is judged as such."""
     if isinstance(address, ipaddress.IPv6Address):
         wrapped = address.ipv4_mapped or address.sixtofour
         if wrapped is None and address in _NAT64:
@@ -96,7 +96,7 @@ def is_loopback(address: IP) -> bool:
 
 
 def blocked_port(port: int) -> bool:
-    """Whether images don't come from such a port: 80, 443, and most from 1024 up are open."""
+    """Whether a port may not be fetched from: 80, 443, and most from 1024 up are open."""
     if port < _LOWEST_OPEN_PORT:
         return port not in _WEB_PORTS
     return port in _NO_WEB_PORTS

@@ -1,8 +1,8 @@
-"""What of an image's file is needed to decode it: the rest is dropped before any decoder sees it.
+"""Reduces an image file to the parts needed to decode it, before any decoder sees it.
 
 Each format is walked by its own structure, without unpacking anything. Descriptions, EXIF with its
-places and names, thumbnails, colour profiles, further frames and whatever hangs on behind go; the
-size and the way up are read. So no decoder unpacks a text chunk, and none meets a file that is
+places and names, thumbnails, colour profiles, further frames and trailing data are dropped; the
+size and orientation are read. So no decoder unpacks a text chunk, and none meets a file that is
 built to keep it busy. Without their profiles, colours are taken to be sRGB.
 """
 
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 _MOST_PIECES = 65_536
 """Segments or chunks in one file; 10 to 1,000 are usual."""
 _MOST_SUB_BLOCKS = 1 << 20
-"""Of a GIF's first frame and what is before it, each up to 255 bytes."""
+"""In a GIF's first frame and everything before it; a sub-block is up to 255 bytes."""
 _MOST_SCANS = 100
-"""Of a progressive JPEG, each of which costs time for the whole picture; about 10 are usual."""
+"""In a progressive JPEG; each scan costs time for the whole picture; about 10 are usual."""
 _FREE_SCANS = 20
 _MOST_SCAN_PIXELS = 2_000_000_000
-"""Above the free scans: scans times pixels. About a second's work."""
+"""Scans beyond the free ones, times pixels. About a second's work."""
 
 _Pieces = list[bytes | memoryview]
 
@@ -45,10 +45,10 @@ class Bare:
 
 
 def strip(data: bytes, form: str) -> Bare:
-    """The bare file of an image whose format was told by its first bytes.
+    """The bare file of an image of format `form`, as identified by its first bytes.
 
     Raises:
-        BadFile: it is no such image, is cut off, or would take too long to decode.
+        BadFile: it is not of that format, is cut off, or would take too long to decode.
     """
     try:
         return _STRIP[form](data)
@@ -63,7 +63,7 @@ _APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what browsers show
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _TABLES = (0xC4, 0xDB, 0xDC, 0xDD)  # Huffman, quantization, number of lines, restarts
-# The next marker, also from amid a scan: no stuffed zero, restart or fill byte.
+# The next marker, even from the middle of a scan: no stuffed zero, restart or fill byte.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
@@ -111,7 +111,7 @@ def _jpeg(data: bytes) -> Bare:
 
 
 def _segment(data: bytes, start: int) -> tuple[memoryview, int]:
-    """What the segment holds whose marker is at `start`, and where it ends."""
+    """The body of the segment whose marker is at `start`, and where it ends."""
     (length,) = struct.unpack_from(">H", data, start + 2)
     end = start + 2 + length
     if length < 2:
@@ -124,7 +124,7 @@ def _segment(data: bytes, start: int) -> tuple[memoryview, int]:
 def _needed(marker: int, segment: memoryview, body: memoryview) -> _Pieces:
     if marker == _SOS or marker in _FRAMES or marker in _TABLES:
         return [segment]
-    # What these say of the colours is needed; the first one's thumbnail is not.
+    # Their colour information is needed; the thumbnail in APP0 is not.
     if marker == _APP0 and body[:5] == b"JFIF\0" and len(body) >= 14:
         return [b"\xff\xe0\0\x10", body[:12], b"\0\0"]
     if marker == _APP14 and body[:5] == b"Adobe" and len(body) >= 12:
@@ -148,7 +148,7 @@ def _png(data: bytes) -> Bare:
         length, kind = struct.unpack_from(">I4s", data, at)
         end = at + length + 12
         if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-            pieces.append(view[at:end])  # the decoder says so if its end is missing
+            pieces.append(view[at:end])  # if its end is missing, the decoder reports it
         elif kind == b"eXIf":
             orientation = _orientation(data[at + 8 : end - 4])
         at = end
@@ -182,7 +182,7 @@ def _gif(data: bytes) -> Bare:
         left, top, wide, high, packed = struct.unpack_from("<HHHHB", data, start + 1)
         end, _ = _skip_sub_blocks(data, start + 11 + _colours(packed), blocks)
         pieces = (data[:header], control, data[start:end], b";")
-        # A frame may stick out, and the decoder makes room for it.
+        # A frame may exceed the canvas; the decoder enlarges the canvas for it.
         return Bare(b"".join(pieces), max(width, left + wide), max(height, top + high))
     raise BadFile("truncated image", "no picture in it")
 
@@ -192,7 +192,7 @@ def _colours(packed: int) -> int:
 
 
 def _skip_sub_blocks(data: bytes, at: int, blocks: int) -> tuple[int, int]:
-    """Where the sub-blocks from here end, or the data; and how many there were so far."""
+    """The end of the sub-blocks that start at `at` (or of the data), and their count so far."""
     while at < len(data):
         length = data[at]
         at += length + 1
@@ -206,7 +206,7 @@ def _skip_sub_blocks(data: bytes, at: int, blocks: int) -> tuple[int, int]:
 
 # -- WEBP -----------------------------------------------------------------------------------------
 
-_ALPHA_AND_ANIMATION = 0x12  # of the flags that say which chunks there are
+_ALPHA_AND_ANIMATION = 0x12  # two of the flags for the chunks present
 
 
 def _webp(data: bytes) -> Bare:
@@ -240,7 +240,7 @@ def _webp(data: bytes) -> Bare:
             if kind == b"EXIF":
                 orientation = _orientation(body.removeprefix(b"Exif\0\0"))
             continue
-        size = size or here  # the first to tell, the canvas, holds all
+        size = size or here  # the first size found is the canvas, which holds every frame
         pieces += [head, body, b"\0" * (length % 2)]
     else:
         raise BadFile("too complex", f"over {_MOST_PIECES} chunks")
@@ -272,7 +272,7 @@ def _bmp(data: bytes) -> Bare:
 
 
 def _orientation(tiff: bytes) -> int:
-    """The way up that EXIF tells, 1 to 8; 1 if it tells none."""
+    """EXIF's orientation, 1 to 8; 1 if it has none."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return 1
@@ -285,7 +285,7 @@ def _orientation(tiff: bytes) -> int:
                 form = {3: "H", 4: "I"}[kind]
                 (found,) = struct.unpack_from(f"{order}{form}", tiff, entry + 8)
                 return found if 1 <= found <= 8 else 1
-    except (struct.error, KeyError):  # as if it told none
+    except (struct.error, KeyError):  # as if it had none
         pass
     return 1
 

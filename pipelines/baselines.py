@@ -1,4 +1,4 @@
-"""What a task's scores are compared with: answers without a look at the picture."""
+"""Blind baselines for a task's scores: answers given without looking at the picture."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from beit3.tasks import Example
 from pipelines.prepare_task import read_examples
 from pipelines.storage import Store
 
-# The split that has answers and is not finetuned on; where there are two such, not the one that a
-# sweep would choose by.
+# The split that has answers and is not finetuned on; where two qualify, not the one that a sweep
+# would select by.
 TEST_SPLITS = {
     "vqa": "val",
     "nlvr2": "test",
@@ -26,15 +26,15 @@ TEST_SPLITS = {
 
 
 def blind(store: Store, task: str, data: str = "", split: str = "") -> dict[str, float]:
-    """The task's metrics without a look at the picture.
+    """The task's metrics without looking at the picture.
 
-    Questions and statements get the commonest training answer to the same words (a model may learn
-    that too), classification the commonest classes, captioning a random training caption, and
-    retrieval a random ranking.
+    Questions and statements get the most common training answer to the same words (a model may
+    learn that too), classification the most common classes, captioning a random training caption,
+    and retrieval a random ranking.
 
     Args:
         data: The task's data are `tasks/<data>/<split>`; by default the task's name.
-        split: By default that of `TEST_SPLITS`.
+        split: By default the one in `TEST_SPLITS`.
 
     Raises:
         StoreError: the data are missing.
@@ -56,7 +56,7 @@ def blind(store: Store, task: str, data: str = "", split: str = "") -> dict[str,
 
 
 def _by_words(known: Sequence[Example], examples: Sequence[Example]) -> list[Any]:
-    """The commonest answer to the training texts that begin with most of an example's words."""
+    """The most common answer among training texts that share an example's longest known prefix."""
     answers: dict[tuple[str, ...], Counter[Any]] = defaultdict(Counter)
     for example in known:
         given = example.target
@@ -81,7 +81,7 @@ def retrieval_chance(owners: list[str]) -> dict[str, float]:
     """Recalls of a random ranking.
 
     Args:
-        owners: Of each text, its image; each image has as many.
+        owners: The image of each text; every image has the same number of texts.
     """
     images, texts = len(set(owners)), len(owners)
     each = texts // images

@@ -1,15 +1,15 @@
 """Node-hours that a job used, by type of node, and their cost where prices are known.
 
-Every few seconds, each node that Ray has alive is counted for the time since the last look, whether
-it works or not; nodes that come and go count while they are there. So two jobs on one cluster at
-once count the same nodes twice. A machine that starts up or shuts down costs money but isn't
-counted: Ray doesn't see it yet, or no longer.
+Every few seconds, each node that Ray reports alive is counted for the time since the last look,
+busy or idle; nodes that come and go count while they are there. So two concurrent jobs on one
+cluster count the same nodes twice. A machine that is starting up or shutting down costs money but
+isn't counted: Ray doesn't see it yet, or no longer does.
 
     BEIT3_PRICES="head=1 cpu=0.5 gpu=20"
 
-names what a node of each type costs for an hour, in any currency. Types are those of the cluster's
-file; a machine by itself is `machine`. What a training's workers cost by `train.price_per_hour`, as
-`train.max_cost` counts it, is said beside it.
+sets the hourly price of a node of each type, in any currency. Types are those of the cluster's
+file; a machine by itself is `machine`. A training run also prints what its workers cost by
+`train.price_per_hour`, as `train.max_cost` counts it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Meter:
                 self._since = now
 
     def hours(self) -> dict[str, float]:
-        """Node-hours so far, by type; without any Ray those of this machine."""
+        """Node-hours so far, by type; without Ray, those of this machine."""
         self.look()
         with self._lock:
             seconds = dict(self._seconds) or {ALONE: self._now() - self._since}
@@ -70,7 +70,7 @@ class Meter:
 
 
 def _alive() -> list[str]:
-    """The types of the nodes that Ray has alive; empty before this process is in a cluster."""
+    """The types of the nodes that Ray reports alive; empty before this process joins a cluster."""
     if "ray" not in sys.modules:  # importing it takes seconds
         return []
     import ray
@@ -82,10 +82,10 @@ def _alive() -> list[str]:
 
 
 def prices() -> dict[str, float]:
-    """What a node of each type costs for an hour, as BEIT3_PRICES has it.
+    """The hourly price of a node of each type, from BEIT3_PRICES.
 
     Raises:
-        ValueError: it is not written as `type=price`, parted by spaces or commas.
+        ValueError: it is not written as `type=price`, separated by spaces or commas.
     """
     found: dict[str, float] = {}
     for one in os.environ.get(PRICES, "").replace(",", " ").split():
@@ -100,7 +100,7 @@ def prices() -> dict[str, float]:
 
 
 def cost(hours: Mapping[str, float], prices: Mapping[str, float]) -> float | None:
-    """What the hours cost; None where a type has no price."""
+    """The cost of the hours; None if a type has no price."""
     if not set(hours) <= set(prices):
         return None
     return sum(count * prices[kind] for kind, count in hours.items())
@@ -118,9 +118,9 @@ def sentence(hours: Mapping[str, float], prices: Mapping[str, float]) -> str:
 
 @contextlib.contextmanager
 def printed() -> Iterator[None]:
-    """Say what the block used when it ends, well or not: around a job.
+    """Print what the block used when it ends, even by an exception; wraps a job.
 
-    Prices that can't be read end the program before the job begins.
+    Prices that can't be parsed end the program before the job begins.
     """
     try:
         known = prices()
@@ -135,8 +135,8 @@ def printed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def of_training(handle: tracking.RunHandle | None, train: TrainConfig) -> Iterator[None]:
-    """Log to MLflow what a training used when it ends, well or not, and say what its workers cost
-    if their price is known."""
+    """Log to MLflow what a training used when it ends, even by an exception, and print what its
+    workers cost if their price is known."""
     begun = time.monotonic()
     with Meter() as meter:
         try:
@@ -152,7 +152,7 @@ def of_training(handle: tracking.RunHandle | None, train: TrainConfig) -> Iterat
 
 
 def track(handle: tracking.RunHandle, hours: Mapping[str, float]) -> None:
-    """Add to an MLflow run's `bill/*` what this start of it used; those before stay counted."""
+    """Add what this start of an MLflow run used to its `bill/*`; earlier starts stay counted."""
     values = {f"bill/node_hours_{kind}": count for kind, count in hours.items()}
     money = cost(hours, prices())
     if money is not None:
@@ -162,5 +162,5 @@ def track(handle: tracking.RunHandle, hours: Mapping[str, float]) -> None:
         before = client.get_run(handle.run_id).data.metrics
         for name, value in values.items():
             client.log_metric(handle.run_id, name, before.get(name, 0.0) + value)
-    except Exception as error:  # the job itself went well
+    except Exception as error:  # the job itself must not fail for it
         logging.getLogger(__name__).warning("tracking: the bill is not logged: %s", error)

@@ -1,4 +1,4 @@
-"""What a training run's state takes of a GPU's memory, by formula, and whether there is so much."""
+"""Computes how much GPU memory a training run's state takes, and checks that it fits."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pipelines.recipe import TrainConfig
 
 GIB = 1 << 30
 _BUCKET = 50_000_000
-"""Elements at most of a buffer that gradients are reduced in: 200 MB keep any network busy."""
+"""Maximum elements of a buffer that gradients are reduced in: 200 MB keep any network busy."""
 _GATHERED = 200_000_000
-"""Elements at most that ZeRO 3 holds whole: four blocks of the giant model."""
+"""Maximum elements that ZeRO 3 holds whole: four blocks of the giant model."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What `--dry-run` reckons with. None of it is measured here: put in what you know."""
+    """Assumptions of `--dry-run`. None of them is measured here: put in what you know."""
 
     gpu_gib: float = 44.0
-    """Memory of a GPU that a process can have, in GiB (2**30 bytes): L40S 44, A100 and H100 with
-    80 GB 79."""
+    """GPU memory available to a process, in GiB (2**30 bytes): L40S 44, A100 and H100 with 80 GB
+    79."""
     gpu_tflops: float = 362.0
     """A GPU's peak in the run's precision, in 10**12 FLOP/s: in bf16, dense, L40S 362, A100 312,
     H100 SXM 989."""
@@ -34,9 +34,9 @@ class Assumptions:
     decoded_per_second: float = 300.0
     """Pictures that one process reads, decodes and crops in a second (`benchmarks/loader.py`)."""
     text_tokens: int = 300
-    """Tokens of a text alone, where there are no tokens to count."""
+    """Tokens of a text without an image, where the corpus is not tokenized yet."""
     caption_tokens: int = 16
-    """Tokens of a caption, where there are none to count."""
+    """Tokens of a caption, where the corpus is not tokenized yet."""
 
     def __post_init__(self) -> None:
         for name in ("gpu_gib", "gpu_tflops", "mfu", "decoded_per_second"):
@@ -54,9 +54,9 @@ class Assumptions:
 class States:
     """Bytes that a worker holds from its first step to its last.
 
-    parameters, gradients, optimizer, average: on its GPU; the optimizer's are two moments, and with
-        ZeRO the parameters once more.
-    buffers: DeepSpeed's for communication.
+    parameters, gradients, optimizer, average: on its GPU; the optimizer holds two moments and, with
+        ZeRO, another copy of the parameters.
+    buffers: DeepSpeed's, for communication.
     host: in the machine's memory, if the optimizer's state is offloaded.
     """
 
@@ -75,7 +75,7 @@ class States:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a step takes of a worker's GPU beside the state, by estimate.
+    """Estimated bytes that a step takes on a worker's GPU, on top of the state.
 
     checkpointed: the same with `model.checkpoint_activations` blocks.
     """
@@ -85,25 +85,25 @@ class StepMemory:
 
 
 def bucket(count: int) -> int:
-    """Elements of a buffer that the gradients of so many parameters are reduced in."""
+    """Elements of a buffer that the gradients of `count` parameters are reduced in."""
     return max(1, min(_BUCKET, count))
 
 
 def gathered(count: int) -> int:
-    """Elements that ZeRO 3 holds whole, of so many parameters, before it lets go of some."""
+    """Elements of `count` parameters that ZeRO 3 holds whole before it releases some."""
     return max(1, min(_GATHERED, count // 4))
 
 
 def overlaps(config: TrainConfig) -> bool:
-    """Whether gradients are reduced while others are computed, which takes each buffer twice."""
+    """Whether gradients are reduced while others are computed, which needs each buffer twice."""
     return config.workers > 1 and config.gpus_per_worker > 0
 
 
 def states(count: int, config: TrainConfig, *, frozen: int = 0) -> States:
-    """What `count` trained parameters take on each worker, and `frozen` further ones.
+    """Memory that `count` trained and `frozen` further parameters take on each worker.
 
-    Everything is kept in fp32, whatever a step computes in. ZeRO's stages split the optimizer's
-    state, the gradients and the parameters over the workers, each those of the one before too.
+    Everything is kept in fp32, whatever precision a step computes in. ZeRO's stages 1, 2 and 3
+    split the optimizer's state, then also the gradients, then also the parameters over the workers.
     """
     whole, stage = 4 * count, config.stage
     piece = whole // max(1, config.workers)
@@ -117,7 +117,7 @@ def states(count: int, config: TrainConfig, *, frozen: int = 0) -> States:
         parameters = piece + 4 * frozen // max(1, config.workers)
         buffers = bucket(count) * (4 if config.precision == "fp32" else 4 + 2)
         buffers += 4 * gathered(count + frozen)
-    else:  # one in fp32 for each precision that gradients travel in
+    else:  # one in fp32 for each precision that gradients are communicated in
         copies = (1 if config.precision == "fp32" else 2) * (2 if overlaps(config) else 1)
         buffers = 4 * bucket(count) * copies
     if not config.offload:
@@ -129,15 +129,14 @@ def states(count: int, config: TrainConfig, *, frozen: int = 0) -> States:
 def check_device(
     module: nn.Module, config: TrainConfig, device: torch.device, step: StepMemory | None = None
 ) -> None:
-    """See to it that a run fits into the GPU, before it is put there.
+    """Check that a run fits into the GPU before it is moved there.
 
     Args:
-        step: What a step takes beside the state, where somebody reckons it.
+        step: Memory that a step takes on top of the state, if it was estimated.
 
     Raises:
-        ValueError: it doesn't fit into the whole GPU, the state by itself or, by estimate, with a
-            step.
-        RuntimeError: the state doesn't fit into the memory that is free for now.
+        ValueError: the state alone, or (by estimate) with a step, exceeds the whole GPU.
+        RuntimeError: the state doesn't fit into the memory that is currently free.
     """
     if device.type != "cuda":
         return
@@ -160,12 +159,12 @@ def check_device(
 def too_much(
     count: int, config: TrainConfig, step: StepMemory, there: int, gpu: str, *, frozen: int = 0
 ) -> str:
-    """Why a worker needs more than the `there` bytes of its GPU, and what would need less; empty if
-    it doesn't.
+    """Why a worker needs more than its GPU's `there` bytes, and what would need less; empty if it
+    fits.
 
     Args:
         count, frozen: As `states` takes them.
-        gpu: What it is called.
+        gpu: The GPU's name.
     """
     needed = states(count, config, frozen=frozen).total + step.configured
     if needed <= there:
@@ -186,8 +185,8 @@ def too_much(
 
 
 def limit(config: TrainConfig) -> tuple[float, str] | None:
-    """Hours after which a run stops, and the option, with its value, that has it stop; None if it
-    goes on to its end."""
+    """Hours after which a run stops, and the option (with its value) that stops it; None if it runs
+    to its end."""
     limits = []
     if config.max_hours:
         limits.append((config.max_hours, f"train.max_hours {config.max_hours:g}"))
@@ -198,15 +197,15 @@ def limit(config: TrainConfig) -> tuple[float, str] | None:
 
 
 def check_machine(module: nn.Module, config: TrainConfig) -> None:
-    """See to it that the state of a run on CPUs fits into this machine, before anything is built.
+    """Check that the state of a run on CPUs fits into this machine, before anything is built.
 
-    Of a cluster's other machines nothing is known here: with RAY_ADDRESS set, nothing is checked.
+    With RAY_ADDRESS set nothing is checked: a cluster's other machines are unknown here.
 
     Args:
-        module: The run's, which may be on PyTorch's meta device.
+        module: The run's module, which may be on PyTorch's meta device.
 
     Raises:
-        ValueError: it does not, even without any activations.
+        ValueError: it does not fit, even without any activations.
     """
     if config.gpus_per_worker or os.environ.get("RAY_ADDRESS"):
         return
@@ -224,7 +223,7 @@ def check_machine(module: nn.Module, config: TrainConfig) -> None:
 
 
 def _counts(module: nn.Module) -> tuple[int, int]:
-    """Parameters that are frozen, and those that are trained."""
+    """Numbers of frozen and of trained parameters."""
     counts = [0, 0]
     for parameter in module.parameters():
         counts[parameter.requires_grad] += parameter.numel()
@@ -232,7 +231,7 @@ def _counts(module: nn.Module) -> tuple[int, int]:
 
 
 def lighter(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
-    """The same training with less state on each GPU: what to set, and the outcome."""
+    """Ways to train with less state on each GPU: what to set, and the resulting configuration."""
     found: list[tuple[str, dict[str, Any]]] = []
     if config.workers > 1:
         found = [

@@ -1,7 +1,7 @@
-"""Bundles: a folder of files in the store that is there whole or not at all.
+"""Bundles: folders of files in the store that are present whole or not at all.
 
-Models and checkpoints are bundles. The files go first and `_bundle.json`, which lists each with its
-size and SHA-256, goes last; a folder without it, or whose files don't match it, is no bundle.
+Models and checkpoints are bundles. The files are written first and `_bundle.json`, which lists each
+with its size and SHA-256, last; a folder without it, or whose files don't match it, is no bundle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MANIFEST = "_bundle.json"
 
 
 class Damaged(StoreError):
-    """A file of a bundle is not what was written: it is lost, cut off or changed."""
+    """A file of a bundle is not as it was written: it is lost, cut off or changed."""
 
 
 def save(store: Store, name: str, folder: Path, info: dict[str, Any]) -> None:
@@ -36,11 +36,11 @@ def exists(store: Store, name: str) -> bool:
 
 
 def finished(store: Store, name: str, fingerprint: str, taken: str) -> dict[str, Any] | None:
-    """What was said of a bundle, if this very one is there; None if it is still to be made.
+    """The info of a bundle that this very job saved; None if it is still to be made.
 
     Args:
-        fingerprint: That of the job, which `info` has as `fingerprint`.
-        taken: What to say of a bundle of this name with another one, and what to do about it.
+        fingerprint: The job's; compared with `fingerprint` in the bundle's info.
+        taken: The message if a bundle of this name has another fingerprint, and what to do then.
 
     Raises:
         StoreError: the name is taken by another bundle, or its manifest is damaged.
@@ -54,7 +54,7 @@ def finished(store: Store, name: str, fingerprint: str, taken: str) -> dict[str,
 
 
 def info(store: Store, name: str) -> dict[str, Any]:
-    """What was said of a bundle when it was saved.
+    """The `info` that a bundle was saved with.
 
     Raises:
         StoreError: there is none, or its manifest is damaged.
@@ -78,7 +78,7 @@ def load(store: Store, name: str, to: Path) -> dict[str, Any]:
 
     Raises:
         StoreError: it is missing, or the store doesn't answer.
-        Damaged: a file is missing or is another.
+        Damaged: a file is missing or differs from what was written.
     """
     manifest = _manifest(store, name)
     for relative, expected in manifest["files"].items():

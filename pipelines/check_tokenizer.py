@@ -1,10 +1,10 @@
-"""Is an image tokenizer usable? Measures one on images and says so in words.
+"""Measures whether an image tokenizer is usable, and says so in words.
 
     python pipelines/check_tokenizer.py --store store --name vqkd --images captioning/val
 
-Usage and perplexity of its codes, its reconstruction of the teacher's features between those of one
-vector for all and of k-means (`beit3.tokenizer_health` says what is compared), and how many of its
-words are the same in bf16. Ends with exit status 1 where the tokenizer is unusable.
+Reports usage and perplexity of its codebook, where its reconstruction of the teacher's features
+lies between that of a single vector and that of k-means (see `beit3.tokenizer_health`), and how
+many of its tokens stay the same in bf16. Exits with status 1 if the tokenizer is unusable.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class CheckConfig:
     name: str = "vqkd"
     """`tokenizers/image/<name>`."""
     images: tuple[str, ...] = ()
-    """Images to measure on, best such that it has not learned from: `images/<name>`, or, with a
-    slash in the name, `tasks/<name>`."""
+    """Images to measure on, preferably unseen in its training: `images/<name>`, or, with a slash in
+    the name, `tasks/<name>`."""
     learned: tuple[str, ...] = ()
     """Image datasets that k-means learns from; empty: those that the tokenizer learned from."""
     teacher: str = ""
-    """As in training; empty: the one that it was trained with. Of an imported tokenizer there is
-    none, and only the use of its codes is measured."""
+    """As in training; empty: the one that it was trained with. An imported tokenizer has none, and
+    then only the use of its codes is measured."""
     count: int = 512
-    """Images to measure on, of each dataset."""
+    """Images to measure on, from each dataset."""
     baseline_images: int = 1024
     gpu: bool = False
 
@@ -56,7 +56,7 @@ def run(cfg: CheckConfig) -> Judgement:
 
     Raises:
         StoreError: the tokenizer, its teacher or a dataset is missing.
-        ValueError: the teacher's features are not of the width that the tokenizer makes.
+        ValueError: the teacher's features differ in width from those that the tokenizer makes.
     """
     store = Store(cfg.store)
     info = bundles.info(store, f"tokenizers/image/{cfg.name}")

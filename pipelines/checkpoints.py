@@ -1,8 +1,8 @@
 """Checkpoints that any number of workers and any ZeRO stage can resume.
 
-DeepSpeed's own files are pickles cut to one world size. Here each parameter's fp32 value, its two
-Adam moments and, where there is one, its average are gathered whole and written as safetensors, so
-a checkpoint does not know how many workers wrote it. Training goes on while they are written.
+DeepSpeed's own files are pickles sharded for one world size. Here each parameter's fp32 value, its
+two Adam moments and, if there is one, its average are gathered whole and written as safetensors, so
+a checkpoint does not depend on how many workers wrote it. Training goes on while it is written.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pipelines.zero import AVERAGE, MOMENTS
 T = TypeVar("T")
 
 FORMAT = 1
-"""Of a checkpoint's files, as its manifest says; one that says nothing is of the first."""
+"""Version of a checkpoint's format, noted in its manifest; without a note it is 1."""
 EVALUATION_DUE = "evaluation_due"  # in the manifest: a step was saved before it was evaluated
-FAILURES = 3  # checkpoints in a row that could not be written, and then the run ends
+FAILURES = 3  # the run ends when this many checkpoints in a row could not be written
 
 
 def folder(run: str, step: int) -> str:
@@ -38,11 +38,12 @@ def folder(run: str, step: int) -> str:
 
 
 class Writer:
-    """Writes a run's checkpoints beside the training, one at a time; every worker has one.
+    """Writes a run's checkpoints during training, one at a time; every worker has a Writer.
 
-    As a context it ends when the last one is written. One that can't be written is said, and the
-    next is tried: a run need not fall back to an older one for it. After `FAILURES` in a row `save`
-    raises what went wrong, and so do `wait` and the end after one, on rank 0.
+    As a context manager it ends when the last checkpoint is written. A failed write is reported and
+    the next checkpoint is tried: the run need not restart from an older one. `save` raises the
+    error only after `FAILURES` in a row; `wait` and the context's end raise it after one. Both
+    happen on rank 0.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Writer:
         say: Callable[[str], None],
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """`notes` go into each manifest: what the run comes from."""
+        """`notes`, the run's provenance, go into each manifest."""
         self.store, self.run, self.config, self.say = store, run, config, say
         self.notes = dict(notes or {})
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -63,13 +64,14 @@ class Writer:
     def save(self, step: int, engine: Any, *, due: bool = False) -> None:
         """Copy the state after `step` steps to CPU memory, and begin to write it.
 
-        `due`: the step's evaluation is still to come, also for a run that goes on from here.
+        `due`: the step's evaluation is still to come, also for a run that resumes from here.
 
-        Every worker must call this; rank 0 writes. It waits until the one before is written. Older
-        checkpoints are deleted then, but `keep_checkpoints` and each `keep_every`-th step's.
+        Every worker must call this; rank 0 writes. It first waits for the previous checkpoint to be
+        written. Once this one is, older ones are deleted, except the last `keep_checkpoints` and
+        each `keep_every`-th step's.
 
         Raises:
-            StoreError, OSError: the last `FAILURES` could not be written.
+            StoreError, OSError: the last `FAILURES` checkpoints could not be written.
         """
         try:
             self.wait()
@@ -126,7 +128,7 @@ class Writer:
             self.say(f"{self.run}: checkpoints before step {step} could not be deleted: {error}")
 
     def _superfluous(self, newest: int) -> list[int]:
-        """Steps whose checkpoints may go; of later ones, which a run passed by, it says nothing."""
+        """Steps up to `newest` whose checkpoints may be deleted; later ones are left alone."""
         config = self.config
         before = [s for s in _begun(self.store, self.run) if s <= newest]
         whole = [s for s in before if bundles.exists(self.store, folder(self.run, s))]
@@ -142,16 +144,16 @@ def restore(
     """Load the newest sound checkpoint into an engine that hasn't stepped yet.
 
     Returns its step, 0 if there is none, and whether that step's evaluation is still to come. Every
-    worker must call this; rank 0 reads. A damaged checkpoint is named to `say` and the one before
-    it is taken.
+    worker must call this; rank 0 reads. A damaged checkpoint is reported to `say` and the previous
+    one is taken.
 
     Args:
-        fingerprint: That of the run, if it is to be compared with what a checkpoint has noted.
+        fingerprint: The run's, if it is to be compared with the one noted in a checkpoint.
 
     Raises:
-        StoreError: the checkpoint is sound, but of a later format, another model or another run; or
-            there are some, and none is sound. Or, caused by an OSError, and on rank 0 alone: the
-            store doesn't answer.
+        StoreError: the checkpoint is sound, but has a later format or belongs to another model or
+            run; or there are checkpoints, but none is sound. Or, caused by an OSError, and on rank
+            0 alone: the store doesn't answer.
     """
     with tempfile.TemporaryDirectory() as temporary:
         step, due, wrong = 0, False, ""
@@ -188,10 +190,10 @@ def newest(store: Store, run: str) -> int:
 
 
 def inherit(store: Store, run: str, donor: str) -> int:
-    """Give a run that has no checkpoint yet the newest sound one of another; returns its step.
+    """Copy the newest sound checkpoint of `donor` to a run that has none yet; returns its step.
 
     Raises:
-        StoreError: the other run has none.
+        StoreError: `donor` has none.
     """
     own = newest(store, run)
     if own:
@@ -207,7 +209,7 @@ def inherit(store: Store, run: str, donor: str) -> int:
 
 
 def _copy(engine: Any) -> dict[str, dict[str, Tensor]]:
-    """A checkpoint's files, tensors by name, whole and in CPU memory; empty ones but on rank 0."""
+    """A checkpoint's files: tensors by name, whole, in CPU memory; empty except on rank 0."""
     module, first = engine.module, dist.get_rank() == 0
     zero.link_state(engine)
     model, optimizer, average = {}, {}, {}
@@ -232,11 +234,11 @@ def _fetch(
     store: Store, run: str, to: Path, say: Callable[[str], None]
 ) -> tuple[int, dict[str, Any]]:
     """Copy the newest sound checkpoint to `to/<step>`; returns its step, 0 if there is none, and
-    what its manifest notes.
+    the notes in its manifest.
 
     Raises:
-        Damaged: there are some, and none is sound.
-        StoreError, OSError: the store doesn't answer. That is no damage: nothing is passed over.
+        Damaged: there are checkpoints, but none is sound.
+        StoreError, OSError: the store doesn't answer. That is no damage: no checkpoint is skipped.
     """
     damaged = []
     for step in reversed(_begun(store, run)):
@@ -264,7 +266,8 @@ def _chosen(
     fingerprint: str,
     say: Callable[[str], None],
 ) -> tuple[int, bool, str]:
-    """As `_fetch`: the step; whether it is to be evaluated; and why it can't be loaded, if so."""
+    """Like `_fetch`; returns the step, whether its evaluation is due, and why it can't be loaded
+    (empty if it can)."""
     try:
         step, info = _fetch(store, run, to, say)
     except StoreError as error:
@@ -281,7 +284,7 @@ def _chosen(
 
 
 def _unfit(local: Path, info: Mapping[str, Any], module: nn.Module, fingerprint: str) -> str:
-    """Why a checkpoint is none of this run's, with the file's name; empty if it is."""
+    """Why a checkpoint doesn't belong to this run, with the file's name; empty if it does."""
     kind = info.get("format", 1)
     if kind > FORMAT:
         return f"{bundles.MANIFEST}: the format is {kind}, and this version reads up to {FORMAT}"
@@ -315,13 +318,13 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 def _begun(store: Store, run: str) -> list[int]:
-    """Steps of which there is a checkpoint or part of one, ascending."""
+    """Steps with a whole or partial checkpoint, ascending."""
     names = [n for n in store.list(f"{run}/checkpoints") if n.startswith("step-")]
     return sorted(int(n.removeprefix("step-")) for n in names)
 
 
 def _agreed(found: T) -> T:
-    """What rank 0 found."""
+    """Broadcast of what rank 0 found."""
     told = [found]
     dist.broadcast_object_list(told, 0)
     return told[0]
@@ -329,9 +332,10 @@ def _agreed(found: T) -> T:
 
 @contextlib.contextmanager
 def _reader(file: Path) -> Iterator[Callable[[str, Tensor], Tensor]]:
-    """A function that reads a tensor, whole, on the device and of the type of a parameter.
+    """A function that reads a whole tensor, with a given parameter's device and dtype.
 
-    Rank 0 has the file and gives it to the other workers, which must read the same in turn.
+    Rank 0 has the file and broadcasts; the other workers must read the same tensors in the same
+    order.
     """
 
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster: the one at RAY_ADDRESS, or a local one that starts by itself."""
+"""Joins a Ray cluster: the one at RAY_ADDRESS, or else a local one, which it starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def start(*, cpus: int | None = None) -> None:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # img2dataset's resizer phones home
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # the jobs show their own
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's tables
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths are of where the job was started
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # keep paths relative to the job's start
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see pipelines/demo.py; workers inherit it
     import ray
     import ray.data
@@ -30,10 +30,10 @@ def start(*, cpus: int | None = None) -> None:
         else:
             # Ray Data would start 32 processes to read the footers of Parquet files.
             os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-            # Ray would give way to every other process, its own among them: with the cores all in
-            # use, the threads of an operator then wait for each other.
+            # Ray's workers would yield to every other process, Ray's own included: with all cores
+            # in use, the threads of an operator then wait for each other.
             os.environ.setdefault("RAY_worker_niceness", "0")
-            # A process of each training, that looks whether its nodes are to be taken away.
+            # A process per training that watches whether its nodes are about to be preempted.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             with _on_loopback():
                 ray.init(
@@ -53,7 +53,7 @@ def start(*, cpus: int | None = None) -> None:
 
 
 def device(gpus: float) -> str:
-    """What a worker with so many of Ray's GPUs computes on: `cuda` or `cpu`.
+    """The device of a worker to which Ray assigned `gpus` GPUs: `cuda` or `cpu`.
 
     With BEIT3_DEVICE=cpu it is always the CPU: a cluster can be rehearsed on machines whose GPUs
     are only declared (`ray start --num-gpus`).
@@ -63,11 +63,11 @@ def device(gpus: float) -> str:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Have a Ray that starts in here take 127.0.0.1 as its node's address, and listen there alone.
+    """Make a Ray started in this block use 127.0.0.1 as its node's address, and listen only there.
 
-    On Linux Ray otherwise turns loopback into the machine's address in the network, and listens
-    everywhere. The environment variable for it, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, is read when
-    Ray is first imported, which may have been long ago.
+    On Linux Ray otherwise replaces loopback by the machine's network address, and listens
+    everywhere. The environment variable for it, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, is read only
+    when Ray is first imported, which may have been long ago.
     """
     from ray._private import ray_constants
 

@@ -60,7 +60,7 @@ def cli(presets: Mapping[str, T], *, description: str, args: Sequence[str] | Non
 
 
 def from_yaml(start: T, file: Path) -> T:
-    """Lay a YAML file over a configuration; stops the program where the two don't fit."""
+    """Apply a YAML file on top of a configuration; stops the program if the two don't fit."""
     try:
         raw = yaml.safe_load(file.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
@@ -92,7 +92,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` laid on it, nested mappings merged."""
+    """`base` overridden by the values of `over`, nested mappings merged."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
@@ -115,7 +115,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values of dotted names: what `flatten` undid."""
+    """Nested values from dotted names: the inverse of `flatten`."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, leaf = name.split(".")
@@ -133,7 +133,7 @@ def stop(message: str) -> NoReturn:
 
 
 def _check_tuples(kind: Any, raw: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse what dacite's cast would take apart: `images: cc3m` is no tuple of four letters."""
+    """Refuse a string where a tuple belongs: dacite would cast `images: cc3m` to four letters."""
     for name, hint in typing.get_type_hints(kind).items():
         value = raw.get(name, ())
         if typing.get_origin(hint) is tuple and not isinstance(value, list | tuple):

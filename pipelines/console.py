@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: one line per event, one bar per long piece of work."""
+"""Terminal output: one line per event, one bar per long piece of work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def bar(label: str, total: int, *, done: int = 0, unit: str = "") -> Iterator[tqdm]:
-    """A progress bar with rate and time left; off a terminal, a line every ten seconds."""
+    """A progress bar with rate and time left; without a terminal, a line every ten seconds."""
     watched = sys.stdout.isatty()
     with tqdm(
         total=total,

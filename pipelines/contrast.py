@@ -1,10 +1,10 @@
-"""The contrastive stage: images and captions apart, pulled together in one space.
+"""The contrastive stage: encodes images and captions separately, and aligns them in one space.
 
     python pipelines/contrast.py --store store --images cc3m cc12m --name teacher
 
-From random weights it makes a small CLIP-like teacher for VQ-KD, for whoever has no CLIP at hand;
+From random weights it trains a small CLIP-like teacher for VQ-KD, for users without a CLIP;
 from a pretrained model it is the paper's intermediate stage before retrieval (appendix A).
-Leaves the bundle `models/<name>`.
+Writes the bundle `models/<name>`.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class ContrastConfig:
     text_tokenizer: str = "sentencepiece"
     """Tokenizer of a random start (`tokenizers/text/<name>`)."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape of a random start."""
+    """Architecture of a random start."""
     batch_size: int = 256
-    """Pairs of a batch, over all workers."""
+    """Pairs per batch, over all workers."""
     max_text_length: int = 64
     held_out: str = ""
-    """Pictures with captions that are not trained on (`tasks/captioning/val`, `images/<name>`):
-    each evaluation finds captions by picture and pictures by caption; empty: none does."""
+    """Captioned pictures that are not trained on (`tasks/captioning/val`, `images/<name>`), for the
+    retrieval in both directions that each evaluation does; empty: no retrieval."""
     held_out_images: int = 1000
-    """How many of them, the first ones. Recall is of one in so many: compare like with like."""
+    """How many of them to use, from the start. Recall depends on it: compare like with like."""
     view: ViewConfig = field(default_factory=ViewConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -88,13 +88,13 @@ PRESETS = {
             precision="bf16",
             workers=8,
             gpus_per_worker=1,
-            loader_workers=6,  # half as many pictures again as an L40S takes of this model
+            loader_workers=6,  # decode 1.5 times the pictures that an L40S takes of this model
         ),
     ),
     "tiny": ContrastConfig(
         name="teacher",
         model=MODELS["tiny"],
-        # With batches of 32 at twice the rate it hardly leaves the plateau that it begins on.
+        # With batches of 32 at twice the rate it hardly leaves its initial plateau.
         batch_size=64,
         max_text_length=48,
         view=ViewConfig(scale=(0.8, 1.0), flip=0.0),
@@ -192,7 +192,7 @@ class ContrastRecipe:
         return recalls(np.concatenate(pictures), np.concatenate(texts), np.array(owners))
 
     def held_out(self) -> Iterator[list[dict[str, Any]]]:
-        """Rows of the held-out set, all but the last so many at once."""
+        """Rows of the held-out set in batches of `EVALUATED`; the last may be smaller."""
         source = ParquetRows([Store(self.cfg.store).dataset(self.cfg.held_out)])
         left = self.cfg.held_out_images
         waiting: list[dict[str, Any]] = []
@@ -232,7 +232,7 @@ class ContrastRecipe:
 
 
 def run(cfg: ContrastConfig) -> dict[str, Any]:
-    """Train, or skip what is trained; returns the bundle's info."""
+    """Train, unless the model is trained already; returns the bundle's info."""
     store = Store(cfg.store)
     model = cfg.model
     if cfg.init:

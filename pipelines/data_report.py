@@ -1,13 +1,13 @@
-"""A dataset's report: what was kept of it and why the rest was not, its sizes, captions, samples.
+"""Reports on a dataset: what was kept, why the rest was not, and its sizes, captions and samples.
 
     python pipelines/data_report.py --store store --dataset images/cc3m
 
 writes `reports/<dataset>/<version>/report.html` and `stats.json` to the store, where the version is
-the commit's identity, and logs both to MLflow with the main numbers. It reads the committed files
-and those of what was set aside once, a file a task; counts of files add up, so that memory doesn't
-grow with the dataset. A report that is there is not made again.
+the commit's identity, and logs both to MLflow with the main numbers. It reads the committed and
+set-aside files once, one file per task; the files' counts are summed, so memory doesn't grow with
+the dataset. An existing report is not made again.
 
-The same commit gives the same report, samples included, whoever reads which file.
+The same commit gives the same report, samples included, whichever task reads which file.
 """
 
 from __future__ import annotations
@@ -41,29 +41,30 @@ from pipelines.storage import Store, StoreError
 
 TOP_DOMAINS = 20
 MOST_DOMAINS = 50_000
-"""Domains counted at a time; beyond, the rarest are forgotten, and it is said of how many rows."""
+"""Domains counted at a time; above it, the rarest are dropped, and the report says how many rows
+they had."""
 
 _BATCH = 256
-_MOST_WORDS, _MOST_CHARACTERS = 1_000, 10_000  # longer captions are counted as so long
+_MOST_WORDS, _MOST_CHARACTERS = 1_000, 10_000  # longer captions are counted at these lengths
 _TEXT_CHARS = 600  # shown of a sample
 UNSURE = "not sure"
-"""Of texts whose language is less likely than the filter wants it; short ones, mostly."""
-_NOT_THE_DOMAINS = ("annotations", "filter", "duplicates")  # stages that judge what came
-_CAPTION = "caption"  # the stage of rows about one caption of a record that is kept
+"""For texts whose language is less certain than the filter demands; mostly short ones."""
+_NOT_THE_DOMAINS = ("annotations", "filter", "duplicates")  # stages where the domain isn't at fault
+_CAPTION = "caption"  # the stage of rows about a single caption of a kept record
 _HELD_OUT = re.compile(r"held out: (?:same picture as )?(.*)", re.DOTALL)
 _HTTP = re.compile(r"http (\d{3})")
 
 
 @dataclass(frozen=True)
 class DataReportConfig:
-    """Which dataset to report on, and where to."""
+    """The dataset to report on, and where the report goes."""
 
     store: str = "store"
     """URI or path of the store."""
     dataset: str = "images/cc3m"
     """The dataset's full name."""
     samples: int = 24
-    """Rows shown, drawn at random: always the same ones of one commit."""
+    """Rows shown, drawn at random: always the same ones for a commit."""
     track: bool = True
     """Log the report to MLflow, too."""
 
@@ -78,7 +79,7 @@ PRESETS = {"default": DataReportConfig()}
 
 
 def run(config: DataReportConfig, *, here: bool = False) -> str:
-    """Write the report of a dataset's commit, or find it there; returns its folder in the store.
+    """Write the report of a dataset's commit unless it exists; returns its folder in the store.
 
     `here` reads all files in this process, without Ray.
 
@@ -97,7 +98,7 @@ def run(config: DataReportConfig, *, here: bool = False) -> str:
     if config.track:
         to_mlflow(store, folder, stats, page)
     store.write(f"{folder}/report.html", page)
-    store.write_json(f"{folder}/stats.json", stats)  # last: with it, the report is there
+    store.write_json(f"{folder}/stats.json", stats)  # last: it marks the report as complete
     console.say(f"{store.uri}/{folder}/report.html")
     return folder
 
@@ -129,7 +130,7 @@ def gather(
 
 
 def add(total: dict[str, Any], part: dict[str, Any]) -> None:
-    """Add the counts of a part to those of all, nested ones key by key."""
+    """Add a part's counts to the total, nested ones key by key."""
     for key, value in part.items():
         if isinstance(value, dict):
             add(total.setdefault(key, {}), value)
@@ -138,7 +139,7 @@ def add(total: dict[str, Any], part: dict[str, Any]) -> None:
 
 
 class _Domains:
-    """Counts by domain, of the commonest ones, in bounded memory."""
+    """Counts by domain, for the most relevant domains, in bounded memory."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, int]] = {}  # by reason; "" is kept
@@ -174,7 +175,7 @@ class _Domains:
 def _count_file(
     dataset: Dataset, identity: str, source: str, samples: int, unit: dict[str, Any]
 ) -> dict[str, Any]:
-    """Counts of one file, of rows kept or set aside, and its candidates for the samples."""
+    """Counts of one file's kept or set-aside rows, and its candidates for the samples."""
     counts: dict[str, Any] = {"domains": {}}
     best: list[tuple[str, str, int]] = []
     name = posixpath.basename(unit["path"])  # as the commit's identity knows the file
@@ -206,7 +207,7 @@ def _kept(batch: pa.RecordBatch, source: str) -> dict[str, Any]:
         widths, heights = batch["width"].to_pylist(), batch["height"].to_pylist()
         both = [(w, h) for w, h in zip(widths, heights, strict=True) if w and h]
         counts["width"], counts["height"] = _values(w for w, _ in both), _values(h for _, h in both)
-        # A tenth of a doubling: from 1:2 to 2:1 in twenty steps.
+        # In tenths of a doubling: from 1:2 to 2:1 in twenty steps.
         counts["aspect"] = _values(round(10 * math.log2(w / h)) for w, h in both)
     if "captions" in names:
         captions = [c or [] for c in batch["captions"].to_pylist()]
@@ -256,7 +257,7 @@ def _values(values: Iterable[int]) -> dict[str, int]:
 
 
 def _octaves(values: Iterable[int | None]) -> dict[str, int]:
-    """Counts by quarters of a doubling: bin k begins at 2 ** (k / 4); what is empty is bin -1."""
+    """Counts by quarters of a doubling: bin k begins at 2 ** (k / 4); bin -1 is for size 0."""
     return _values(
         math.floor(4 * math.log2(value)) if value else -1 for value in values if value is not None
     )
@@ -279,7 +280,7 @@ def _domain(url: str) -> str:
 
 
 def _finish(commit: Commit, counts: dict[str, Any], domains: _Domains) -> dict[str, Any]:
-    """All counts in one order, with what is derived from them."""
+    """All counts in a fixed order, with derived values."""
     ordered = _ordered(counts)
     sources = {
         name: {"kept": of.get("kept", 0), "set_aside": of.get("set_aside", {})}
@@ -334,7 +335,7 @@ def _key(key: str) -> tuple[int, int, str]:
 
 
 def shown(dataset: Dataset, chosen: Sequence[dict[str, Any]]) -> list[Shown]:
-    """The samples' pictures with captions, or texts; a row group is read at a time."""
+    """The samples' pictures with captions, or texts; reads one row group at a time."""
     rows: dict[tuple[str, int], Shown] = {}
     for path in sorted({c["path"] for c in chosen}):
         wanted = sorted(c["row"] for c in chosen if c["path"] == path)
@@ -367,7 +368,7 @@ def _shown(row: dict[str, Any]) -> Shown:
 
 
 def to_mlflow(store: Store, folder: str, stats: dict[str, Any], page: bytes) -> None:
-    """Log the page, the statistics and the main numbers, as a run of this commit's own."""
+    """Log the page, the statistics and the main numbers in an MLflow run for this commit."""
     parameters = {k: stats[k] for k in ("dataset", "version", "created", "job", "fingerprint")}
     handle = tracking.start_run(store, f"data {stats['dataset']}", parameters, key=folder)
     here = Path(tempfile.mkdtemp(prefix="beit3-data-report-"))
@@ -383,7 +384,7 @@ def to_mlflow(store: Store, folder: str, stats: dict[str, Any], page: bytes) -> 
 
 
 def metrics(stats: dict[str, Any]) -> dict[str, float]:
-    """The main numbers, under names that MLflow takes."""
+    """The main numbers, under names that MLflow accepts."""
     values: dict[str, float] = {
         f"data/{k}": stats[k] for k in ("read", "kept", "set_aside", "captions", "bytes")
     }

@@ -1,7 +1,7 @@
-"""The page of a dataset's report (`pipelines.data_report`), from its statistics and samples.
+"""Renders the page of a dataset's report (`pipelines.data_report`) from statistics and samples.
 
-Reasons, domains, captions and names come from the data and are hostile input: all goes through
-`report_html.el`, which escapes it.
+Reasons, domains, captions and names come from the data and are hostile input: all of it goes
+through `report_html.el`, which escapes it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pipelines.report_html import Html, el, facts, figure, join, note, number, p
 from pipelines.report_sections import ingestion
 
 _MOST_BARS = 30
-_MOST_ROWS = 40  # of a table whose length the data decide
-_CAPTIONS = 3  # shown of a picture
+_MOST_ROWS = 40  # in a table whose length depends on the data
+_CAPTIONS = 3  # shown per picture
 _BARS = "A bar is labelled with the value at which it begins."
-_TAIL = 0.005  # of the values may stand together in the last bar
+_TAIL = 0.005  # share of the values that may be merged in the last bar
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Shown:
 
 
 def render(stats: Mapping[str, Any], samples: Sequence[Shown]) -> str:
-    """The page as one string. Sections that have no content are left out."""
+    """The page as one string. Sections without content are left out."""
     lineage = stats["lineage"]
     code = lineage.get("code", {})
     texts = "text_characters" in stats["histograms"]
@@ -63,12 +63,12 @@ def render(stats: Mapping[str, Any], samples: Sequence[Shown]) -> str:
     return page(stats["dataset"], summary, facts(known), sections)
 
 
-# -- what was kept, and what not ------------------------------------------------------------------
+# -- yield and failures ---------------------------------------------------------------------------
 
 
 def _yield(stats: Mapping[str, Any]) -> Html | None:
     sources = stats["sources"]
-    alone = len(sources) == 1  # what only the whole dataset knows is the one source's
+    alone = len(sources) == 1  # then the whole dataset's counts are that source's
     return ingestion(
         IngestionSection(
             [
@@ -126,7 +126,7 @@ def _domains(stats: Mapping[str, Any]) -> Html | None:
     )
 
 
-# -- what there is --------------------------------------------------------------------------------
+# -- contents -------------------------------------------------------------------------------------
 
 
 def _sizes(stats: Mapping[str, Any]) -> Html | None:
@@ -169,7 +169,7 @@ def _words(stats: Mapping[str, Any]) -> Html | None:
 
 
 def _numbers(title: str, counts: Mapping[str, int]) -> Html:
-    """Whole numbers as bars of one width; the largest few may stand together in the last."""
+    """A histogram of integers with equal bins; the largest few may share the last bar."""
     values = sorted((int(v), n) for v, n in counts.items())
     total = sum(n for _, n in values)
     low, high = values[0][0], _quantile(values, 1 - _TAIL)
@@ -194,7 +194,7 @@ def _numbers(title: str, counts: Mapping[str, int]) -> Html:
 
 
 def _quantile(values: Sequence[tuple[int, int]], share: float) -> int:
-    """The smallest value that at least so large a share of all are not above."""
+    """The smallest value that at least `share` of all values do not exceed."""
     total, seen = sum(n for _, n in values), 0
     for value, n in values:
         seen += n
@@ -224,7 +224,7 @@ def _octaves(counts: Mapping[str, int], say: Any) -> list[tuple[str, int]]:
     return bars
 
 
-# -- what was taken out ---------------------------------------------------------------------------
+# -- duplicates and leaks -------------------------------------------------------------------------
 
 
 def _duplicates(stats: Mapping[str, Any]) -> Html:

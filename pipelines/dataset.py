@@ -1,4 +1,4 @@
-"""Datasets: folders of Parquet in a store, and the commits that say what they are.
+"""Datasets: folders of Parquet files in a store, and the commits that define them.
 
 A *dataset* is a folder of Parquet files plus a *commit*: a small JSON object that names every file
 with its rows, bytes and SHA-256, the schema, statistics, and the lineage (inputs, configuration,
@@ -6,10 +6,10 @@ code).
 
     <store>/images/cc3m/_commits/00000000.json
     <store>/images/cc3m/data-1f2e3d4c/part-00000.parquet
-    <store>/images/cc3m/data-1f2e3d4c/_part-00000.json      what that file holds; resume reads it
+    <store>/images/cc3m/data-1f2e3d4c/_part-00000.json      that file's record, read on resume
 
 Until the commit exists no reader sees the dataset. A commit never changes; an amendment is a newer
-one beside it. The commit is the only atomic step: it is put with "only if absent", which S3 and
+commit beside it. The commit is the only atomic step: it is put with "only if absent", which S3 and
 POSIX both offer.
 """
 
@@ -34,7 +34,7 @@ ROW_GROUP_ROWS = 256  # small enough to seek in: about 8 MB of 256-pixel JPEGs
 
 @dataclass(frozen=True)
 class Commit:
-    """What a dataset is: its files, and where they came from."""
+    """A dataset's definition: its files, and where they came from."""
 
     dataset: str
     job: str
@@ -60,7 +60,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What one finished part holds; kept beside it until, and after, the commit names it."""
+    """The contents of one finished part; stored beside it, before and after the commit names it."""
 
     name: str
     file: FileRecord
@@ -80,7 +80,7 @@ class PartRecord:
 
 
 class Dataset:
-    """A named dataset of a store: parts while it is being made, a commit when it is whole."""
+    """A named dataset in a store: parts while it is being made, a commit when it is complete."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.store = store
@@ -97,7 +97,7 @@ class Dataset:
         return next(self.commits(), None)
 
     def commits(self) -> Iterator[Commit]:
-        """All commits, the newest first; each amends the one that comes next."""
+        """All commits, newest first; each amends the next one in this order."""
         for version in reversed(self._versions()):
             raw = self.store.read_json(f"{self.name}/_commits/{version}")
             if raw["format_version"] > FORMAT_VERSION:
@@ -129,7 +129,7 @@ class Dataset:
         return [self.store.path(self.name, f.path) for f in self.commit().files]
 
     def read_table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The whole dataset in memory: for small ones."""
+        """The whole dataset in memory; for small datasets."""
         commit = self.commit()
         tables = [
             pq.read_table(
@@ -151,7 +151,7 @@ class Dataset:
     # -- writing ---------------------------------------------------------------------------------
 
     def finished(self, fingerprint: str) -> Commit | None:
-        """The commit, if this very dataset was made already; None if it is still to be made.
+        """The commit, if this exact dataset was made already; None if it is still to be made.
 
         Raises:
             StoreError: the name is taken by a dataset made from other inputs or options.
@@ -165,7 +165,7 @@ class Dataset:
         return found
 
     def finished_parts(self, fingerprint: str) -> dict[str, PartRecord]:
-        """Parts that an earlier, interrupted run of the same job left complete, by name."""
+        """Parts that an earlier, interrupted run of the same job completed, by name."""
         folder = f"{self.name}/data-{fingerprint[:8]}"
         parts = {}
         for entry in self.store.list(folder):
@@ -183,7 +183,7 @@ class Dataset:
         set_aside: Sequence[dict[str, Any]] = (),
         stats: dict[str, Any] | None = None,
     ) -> PartRecord:
-        """Write one part: its Parquet file, its set-aside rows, and last the record of both."""
+        """Write one part: its Parquet file, its set-aside rows, and finally the record of both."""
         folder = f"data-{fingerprint[:8]}"
         data = self.write_table(f"{folder}/part-{name}.parquet", table)
         aside = None
@@ -197,12 +197,12 @@ class Dataset:
     def batches(
         self, relative: str, rows: int, columns: Sequence[str] | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """One of the dataset's files, at most so many rows at a time; of `columns` those it has."""
+        """One of the dataset's files, at most `rows` rows at a time; absent columns are skipped."""
         with self.store.fs.open_input_file(self.store.path(self.name, relative)) as source:
             file = pq.ParquetFile(source)
             if columns is not None:
                 columns = [name for name in columns if name in file.schema_arrow.names]
-            for group in range(file.num_row_groups):  # iter_batches keeps row groups it has left
+            for group in range(file.num_row_groups):  # iter_batches keeps row groups it is past
                 found = file.read_row_group(group, columns=columns, use_threads=False)
                 yield from found.to_batches(rows)  # each CPU has a task of its own
 
@@ -210,7 +210,7 @@ class Dataset:
         """Write a Parquet file below the dataset's folder."""
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, table.schema, **_encoding(table.schema)) as writer:
-            if table.num_rows:  # a row group of no rows is more than some readers can take
+            if table.num_rows:  # some readers can't handle an empty row group
                 writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
         data = memoryview(sink.getvalue())  # no copy: a part may be hundreds of megabytes
         self.store.write(f"{self.name}/{relative}", data)
@@ -230,7 +230,7 @@ class Dataset:
         """Commit the parts, in the order of their names: from now on readers see the dataset.
 
         Raises:
-            StoreError: somebody else committed another dataset under this name meanwhile.
+            StoreError: another dataset was committed under this name in the meantime.
         """
         ordered = sorted(parts, key=lambda part: part.name)
         commit = Commit(
@@ -258,14 +258,14 @@ class Dataset:
         stats: dict[str, Any],
         note: dict[str, Any],
     ) -> Commit:
-        """Commit again, over the newest commit, which stays: what a reader opened does not change.
+        """Add a commit on top of the newest, which stays: what a reader has opened doesn't change.
 
         Args:
-            files, set_aside, stats: As they are now, old and new.
+            files, set_aside, stats: The amended dataset's, old and new together.
             note: What was done, appended to the lineage's `amendments`.
 
         Raises:
-            StoreError: there is no commit, or somebody else amended it meanwhile.
+            StoreError: there is no commit, or another job amended it in the meantime.
         """
         version, found = len(self._versions()), self.commit()
         amendments = [*found.lineage.get("amendments", []), note | {"code": code_version()}]
@@ -287,9 +287,9 @@ class Dataset:
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """How columns are stored: small, but pictures as they are, which neither shrink nor repeat.
+    """How columns are stored: compressed, except pictures, which neither shrink nor repeat.
 
-    Strings have no dictionary: ids and texts do not repeat, and what does repeat zstd finds.
+    Strings have no dictionary: ids and texts do not repeat, and zstd finds whatever does.
     """
     leaves = [leaf for field in schema for leaf in _leaves(field, field.name)]
     others = [path for path, type in leaves if not pa.types.is_binary(type)]

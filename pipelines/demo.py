@@ -1,9 +1,9 @@
-"""The whole road on a small drawn world: from URL lists to a finetuned, evaluated BEiT-3.
+"""Runs the whole pipeline on a small drawn world: from URL lists to a finetuned, evaluated BEiT-3.
 
     make demo                    # or: python pipelines/demo.py --root demo
 
-Runs every job of the project, on the engines they always run on, and ends with `report.html`. Run
-again, it skips what is finished and goes on with what was interrupted.
+Runs every job of the project on its usual engine, and ends with `report.html`. When run again, it
+skips what is finished and resumes what was interrupted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DemoConfig:
     store: str = ""
     """Another store, such as s3://bucket/prefix; by default a folder below root."""
     port: int = 8765
-    """Port of the sample world's web server on 127.0.0.1; it stands in every URL of the lists."""
+    """Port of the sample world's web server on 127.0.0.1; it is part of every URL in the lists."""
     small: bool = False
     """A few steps on a tiny world: shows that everything runs, learns nothing."""
 
@@ -49,7 +49,7 @@ def run(cfg: DemoConfig) -> Path:
         StoreError: the store or the tracking server can't be used.
         OSError: the port of the sample world's web server is taken.
     """
-    # Two torch threads that spin while they wait take a busy machine's cores from each other: a
+    # On a busy machine, torch threads that spin while waiting take the cores from each other: a
     # step can take twenty times as long. Must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore")
@@ -102,7 +102,7 @@ def run(cfg: DemoConfig) -> Path:
 
 
 class Clock:
-    """Times the stages, over interrupted runs too: a stage's seconds add up."""
+    """Times the stages; a stage's seconds add up across interrupted runs."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""The demo's report: gathers what each stage left in the store and in MLflow."""
+"""Writes the demo's report from what each stage left in the store and in MLflow."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def write(cfg: DemoConfig, store: Store, seconds: dict[str, float]) -> Path:
 
 
 def show(store: Store, path: Path) -> None:
-    """Print the score table and where to look."""
+    """Print the score table and where to find the results."""
     console.say("")
     console.say(f"{'task':<12} {'metric':<16} {'blind':>8} {'scratch':>8} {'pretrained':>11}")
     for score in scores(store):
@@ -131,7 +131,7 @@ def gather(cfg: DemoConfig, store: Store, seconds: dict[str, float]) -> page.Rep
 
 
 def scores(store: Store) -> list[page.Score]:
-    """The score table: without a look at the picture, from scratch, pretrained."""
+    """The score table: blind (without the picture), from scratch, pretrained."""
     rows = []
     for task, metrics in MAIN_METRICS.items():
         found = {
@@ -153,7 +153,7 @@ def scores(store: Store) -> list[page.Score]:
 
 
 def predictions(store: Store, name: str) -> list[tuple[Example, Any]]:
-    """Examples of an evaluation and what was predicted, in order."""
+    """An evaluation's examples and their predictions, in order."""
     table = store.dataset(f"predictions/{name}").read_table().to_pylist()
     return [
         (
@@ -226,7 +226,7 @@ def _code_maps(store: Store) -> list[page.CodeMap]:
 
 
 def _code_patches(store: Store) -> dict[int, list[Any]]:
-    """Patches of the commonest words, from a few hundred views."""
+    """Patches of common words, from a few hundred views."""
     found: dict[int, list[Any]] = {}
     for pixels, words in _views(store, "coco", 250):
         side = pixels.shape[1] // len(words)
@@ -284,7 +284,7 @@ def pretraining(cfg: DemoConfig, store: Store) -> page.TrainingSection:
 
 
 def baselines(store: Store) -> tuple[float, float]:
-    """Accuracy of always predicting the commonest visual word, and the commonest text token."""
+    """Accuracy of always predicting the most common visual word, or the most common text token."""
     visual = word_counts(store)
     tokens: list[int] = []
     for name in demo_stages.PAIRS:
@@ -295,7 +295,7 @@ def baselines(store: Store) -> tuple[float, float]:
 
 
 def word_counts(store: Store) -> dict[str, int]:
-    """How often each visual word stands in the tokenized pairs."""
+    """How often each visual word occurs in the tokenized pairs."""
     commits = [store.dataset(f"tokens/{name}").commit() for name in demo_stages.PAIRS]
     counts: Counter[str] = Counter()
     for commit in commits:
@@ -446,7 +446,7 @@ def sweep(store: Store) -> page.SweepSection:
 
 
 def _spread(items: list[Any], count: int) -> list[Any]:
-    """So many items from all over a list, always the same ones."""
+    """At most `count` items spread evenly over a list, always the same ones."""
     step = max(1, len(items) // count)
     return items[::step][:count]
 

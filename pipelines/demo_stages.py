@@ -1,4 +1,4 @@
-"""What the demo asks of each job: small enough for two CPU cores, otherwise as anyone would."""
+"""The demo's configuration of each job: small enough for two CPU cores, otherwise ordinary."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ TASKS = ("vqa", "retrieval", "captioning")
 ALIGNED = "models/aligned"
 STARTS = {"pretrained": "models/pretrained", "scratch": finetune.RANDOM}
 HELD_OUT = "captioning/val"  # what pretraining is measured on
-VIEW = ViewConfig(scale=(0.8, 1.0), flip=0.0)  # captions of this world speak of left and right
+VIEW = ViewConfig(scale=(0.8, 1.0), flip=0.0)  # no flips: captions here mention left and right
 VOCABULARY = 320
 
 
 def make_world(cfg: DemoConfig) -> World:
-    """Draw the sample world, or find it drawn."""
+    """Draw the sample world, or load it if it is there already."""
     root = cfg.root / "world"
     url = f"http://127.0.0.1:{cfg.port}"
     with contextlib.suppress(FileNotFoundError):
@@ -82,7 +82,7 @@ def prepare(cfg: DemoConfig, world: World) -> None:
 
 
 def ingest_all(cfg: DemoConfig, world: World) -> None:
-    """Five pair sources over HTTP, labelled tars, texts; nothing that is tested on gets in."""
+    """Ingest five pair sources over HTTP, labelled tars, and texts, without any test pictures."""
     held_out = tuple(
         f"tasks/{task}/{split}"
         for task, splits in {"vqa": ("val",), "captioning": ("val", "test")}.items()
@@ -204,7 +204,7 @@ def pretraining(cfg: DemoConfig) -> pretrain_config.PretrainConfig:
 
 
 def aligning(cfg: DemoConfig) -> contrast.ContrastConfig:
-    """The paper's stage between pretraining and retrieval (appendix A): on the same pairs."""
+    """The paper's stage between pretraining and retrieval (appendix A), on the same pairs."""
     base = teacher(cfg)
     steps = 5 if cfg.small else 300
     return dataclasses.replace(
@@ -243,12 +243,12 @@ def evaluation(cfg: DemoConfig, task: str, start: str) -> evaluate.EvaluateConfi
 
 
 def finetune_all(cfg: DemoConfig) -> None:
-    """Finetune and evaluate each task from each start; as many side by side as there are CPUs."""
+    """Finetune and evaluate each task from each start; one at a time per CPU, in parallel."""
     store = Store(cfg.store_uri)
     trainings = {}
     for run in itertools.product(TASKS, STARTS):
         if store.exists(f"scores/{evaluation(cfg, *run).output}.json"):
-            _finetune(cfg, run)  # in this process, where it can say that it is skipped
+            _finetune(cfg, run)  # in this process, so that it can report that it was skipped
         else:
             trainings[run] = steps_of([finetuning(cfg, *run)])
     with side_by_side(partial(_finetune, cfg), trainings, cpus=1, store=store) as results:

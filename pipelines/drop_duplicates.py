@@ -1,4 +1,4 @@
-"""A dataset's parts without the rows that `pipelines.duplicates` found, which are set aside."""
+"""Removes the rows that `pipelines.duplicates` found from a dataset's parts; sets them aside."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.storage import FileRecord
 
 
 def drop(table: pa.Table, rows: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """A part's table without the rows of its list, and those rows as they are set aside."""
+    """A part's table without the rows in its list, and those rows in set-aside form."""
     columns = [c for c in ("id", "url") if c in table.column_names]
     gone = table.select(columns).take(rows["row"]).to_pylist()
     return table.filter(_others(table, rows)), [
@@ -57,10 +57,10 @@ def remove(
     *,
     here: bool = False,
 ) -> list[PartRecord]:
-    """The parts as they are to be committed: those that lose rows are written anew under `mark`.
+    """The parts to commit: those that lose rows are rewritten under `mark`.
 
-    `mark` is another fingerprint than that of the parts given. Rows that go are set aside, and the
-    counts that ingestion keeps (rows, images, captions, bytes, set_aside, stages) follow.
+    `mark` must differ from the given parts' fingerprint. Removed rows are set aside, and the counts
+    that ingestion keeps (rows, images, captions, bytes, set_aside, stages) are adjusted.
     """
     folder = f"data-{mark[:8]}"
     if any(posixpath.dirname(r.file.path) == folder for r in records):
@@ -85,7 +85,7 @@ def _rewrite(dataset: Dataset, mark: str, unit: dict[str, Any]) -> None:
     kept, dropped = drop(table, rows)
     lost = table.take(rows["row"])
     stats = _without(record.stats, lost, dropped)
-    # First the signatures: with the part's record all is there.
+    # Signatures first: the part's record, written last, marks everything as complete.
     signed = signature_files.read(dataset.store, dataset.name, record.file.path)
     folder = f"data-{mark[:8]}"
     written = FileRecord(f"{folder}/part-{record.name}.parquet", 0, 0, "")
@@ -96,7 +96,7 @@ def _rewrite(dataset: Dataset, mark: str, unit: dict[str, Any]) -> None:
 def _without(
     stats: dict[str, Any], lost: pa.Table, dropped: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """A part's counts after these rows left it; counts that it doesn't keep are not made up."""
+    """A part's counts after removal of the `lost` rows; counts it never had are not added."""
     gone = {"rows": lost.num_rows}
     if "image" in lost.column_names:
         sizes = pc.binary_length(pc.struct_field(lost["image"], "bytes"))  # type: ignore[attr-defined]

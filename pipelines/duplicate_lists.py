@@ -1,4 +1,4 @@
-"""What a search for duplicates leaves: for each file of a dataset, a list of the rows to drop."""
+"""Rows to drop, per file: the result of a search for duplicates in a dataset."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LIST = pa.schema(
 
 @dataclass(frozen=True)
 class Found:
-    """The rows to drop of a dataset's files: an object of the store for each file that has any."""
+    """The rows to drop from a dataset's files: one object in the store per file that has any."""
 
     compared: int
-    """Rows, those of `against` included."""
+    """Rows compared, including those of `against`."""
     counts: dict[str, int] = field(default_factory=dict)
     """Rows to drop, by reason."""
     lists: dict[str, str] = field(default_factory=dict)
-    """By a file's path within the dataset, the name of its list."""
+    """The name of each file's list, by the file's path within the dataset."""
 
     def rows(self, store: Store, file: FileRecord) -> pa.Table:
         """A file's list, with the columns of `LIST`, in the order of its rows."""
@@ -46,10 +46,10 @@ def list_of(verdicts: pa.Table, *, start: int, datasets: Sequence[str]) -> pa.Ta
     """A file's list.
 
     Args:
-        verdicts: Of each row to drop its number among all rows (`row`), the id of the row that
+        verdicts: For each row to drop: its number among all rows (`row`), the id of the row that
             stays (`of`), and how they differ (`same_bytes`, `bits`, `colour`).
         start: The number of the file's first row.
-        datasets: Of each verdict, the dataset of the row that stays.
+        datasets: For each verdict, the dataset of the row that stays.
     """
     same = verdicts["same_bytes"].to_pylist()
     columns = {

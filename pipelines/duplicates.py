@@ -1,35 +1,36 @@
-"""Rows that repeat an earlier row: the same bytes, or the same picture at another size or quality.
+"""Finds rows that repeat an earlier row: equal bytes, or a picture at another size or quality.
 
     found = find(dataset, in_order(records), against=("images/cc3m",))  # a list for each part
     records = drop_duplicates.remove(dataset, mark, records, found)     # parts without those rows
 
-**What counts.** Two pictures are the same if their signatures (`pipelines.signatures`) are at most
-`MOST_BITS` bits and `MOST_COLOUR` levels of colour apart. That is closer than held-out pictures
-have it, where one that is missed costs more than one taken wrongly: of all pairs of different drawn
-scenes none is so close, but some are by the limits of leaks (`benchmarks/same_picture.py`). Texts,
-and pictures that can't be read, are compared by checksum.
+**Definition.** Two pictures are the same if their signatures (`pipelines.signatures`) differ by at
+most `MOST_BITS` bits and `MOST_COLOUR` levels of colour. This is stricter than the limits for
+held-out pictures, where a miss costs more than a false match: no pair of different drawn scenes is
+within these limits, but some are within those of leaks (`benchmarks/same_picture.py`). Texts and
+unreadable pictures are compared by checksum.
 
-**What stays.** Rows have an order: the datasets of `against` as given, then this one; in each, its
-files' order, then the row. Going through it, a row goes if it is the same as an earlier row *that
-stays*. Named is the first such row with an equal signature, or else the first such row. So of a
-chain a ~ b ~ c where a and c differ, a and c stay: whatever goes has its like among what stays, and
-no two rows that stay were found the same. Rows of `against` always stay.
+**What stays.** Rows are ordered: the datasets of `against` as given, then this one; within each, by
+file, then by row. In this order, a row is dropped if it is the same as an earlier row *that stays*.
+The row named as its original is the first one that stays with an equal signature, or else the first
+one that stays and is the same. So in a chain a ~ b ~ c where a and c differ, a and c stay: every
+dropped row has a match among those that stay, and no two rows that stay were found the same. Rows
+of `against` always stay.
 
-**Which pairs are compared.** Hashes that may differ in 72 of 256 bits share no band worth the name
-(73 bands have under four bits each: every pair would be compared), so candidates come from the
-colours: two pictures are compared if they share a cell of `pipelines.picture_cells`.
-It finds what is the same *and near*: of drawn scenes, every copy that was re-encoded at a usual
-quality, shrunk to nine tenths or enlarged, and most of half the size or of quality 20; one in 800
-pairs of different scenes is compared for nothing. What is at the very edge of the definition can be
-missed. `pipelines.leaks` compares all with all, for held-out pictures must not be missed; 21
-million with each other can't be compared so.
+**Which pairs are compared.** Hashes that may differ in 72 of 256 bits share no useful band (73
+bands have under four bits each: every pair would be compared), so candidates come from the colours:
+two pictures are compared if they share a cell of `pipelines.picture_cells`.
+This finds pictures that are the same *and near*: in drawn scenes, every copy re-encoded at a usual
+quality, shrunk to nine tenths, or enlarged, and most copies at half the size or at quality 20; one
+in 800 pairs of different scenes is compared for nothing. Pairs at the very edge of the definition
+can be missed. `pipelines.leaks` compares all with all, since held-out pictures must not be missed;
+that is infeasible for 21 million pictures among themselves.
 
 **How.** Every part has a side file of signatures (`pipelines.signature_files`). Slabs of parts deal
-their rows, by cell, into buckets; each bucket finds its pairs; slab by slab, in order, the rule
-above is applied. A process holds one slab or one bucket, whatever the dataset's size; for 21
-million pictures the buckets take about 70 GB of the store while the search runs. Finished steps are
-found again when a job is repeated. The result is a function of the rows and their order: slabs,
-buckets and processes don't show in it.
+their rows, by cell, into buckets; each bucket finds its pairs; then the rule above is applied slab
+by slab, in order. A process holds one slab or one bucket, whatever the dataset's size; for 21
+million pictures the buckets take about 70 GB of the store while the search runs. A repeated job
+reuses finished steps. The result depends only on the rows and their order, not on slabs, buckets or
+processes.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ from pipelines.signatures import COLOUR_BYTES, Signature
 from pipelines.storage import FileRecord, Store
 
 MOST_BITS = 72
-"""Bits in which the hashes of duplicates may differ."""
+"""Maximum number of bits in which the hashes of duplicates differ."""
 MOST_COLOUR = 24
-"""Levels, of 255, by which the mean colour of no field of duplicates may differ more."""
+"""Maximum difference, in levels of 255, of the mean colour of any field of duplicates."""
 
 _VERSION = 1  # of cells and lists: raised when either changes
 _DEALT = pa.schema(
@@ -70,7 +71,7 @@ _PAIRS = pa.schema(
         ("row", pa.int64()),
         ("of_row", pa.int64()),
         ("of", pa.string()),
-        ("twin", pa.bool_()),  # equal signatures, so that all else is equal, too
+        ("twin", pa.bool_()),  # equal signatures, so both have the same matches
         ("same_bytes", pa.bool_()),
         ("bits", pa.int16()),
         ("colour", pa.int16()),
@@ -83,9 +84,9 @@ class Sizes:
     """How much one process holds at a time. The result doesn't depend on it."""
 
     slab_rows: int = 500_000
-    """Rows of the parts that are dealt, and judged, together: about 250 MB."""
+    """Rows in the parts that are dealt, and judged, together: about 250 MB."""
     bucket_rows: int = 500_000
-    """Entries of one bucket, about; a row has one in each table: about 300 MB."""
+    """Approximate entries per bucket, one per row and table: about 300 MB."""
 
 
 def in_order(records: Iterable[PartRecord]) -> list[FileRecord]:
@@ -98,7 +99,7 @@ def in_order(records: Iterable[PartRecord]) -> list[FileRecord]:
 
 @dataclass(frozen=True)
 class _File:
-    """A file among all that are compared; `start` is the number of its first row."""
+    """One of the files compared; `start` is the number of its first row."""
 
     dataset: str
     path: str
@@ -108,7 +109,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Search:
-    """One search: what it compares, and how it is cut. Small: it goes along with every task."""
+    """One search: what it compares, and how it is split. Small, as every task gets a copy."""
 
     store: Store
     work: str
@@ -116,7 +117,7 @@ class _Search:
     slab_starts: tuple[int, ...]
     """The number of each slab's first row."""
     first_new: int
-    """Rows from here on may go; those before are other datasets' and stay."""
+    """Rows from here on may be dropped; those before belong to other datasets and stay."""
 
     def slab(self, row: int) -> int:
         return int(np.searchsorted(self.slab_starts, row, side="right")) - 1
@@ -139,14 +140,14 @@ def find(
     sizes: Sizes = Sizes(),  # noqa: B008 (frozen)
     here: bool = False,
 ) -> Found:
-    """Find the rows of a dataset's files that repeat an earlier row, or find that done already.
+    """Find the rows of a dataset's files that repeat an earlier row, or load an earlier result.
 
     Args:
-        dataset: Whose files they are; it needn't be committed yet.
+        dataset: The dataset that the files belong to; it needn't be committed yet.
         files: The files in the order that the dataset will have.
         against: Committed datasets of the same store whose rows come first, in this order.
         sizes: How much a process holds.
-        here: Do all in this process, without Ray.
+        here: Do everything in this process, without Ray.
 
     Raises:
         StoreError: a dataset of `against` has no commit.
@@ -180,20 +181,20 @@ def find(
         )
         _deal_all(search, slabs, here=here)
         _match_all(search, here=here)
-        for number, slab in enumerate(slabs):  # in order: each needs what became of those before
+        for number, slab in enumerate(slabs):  # in order: each needs the verdicts of those before
             new = slab[-1].start >= search.first_new
             if new and not store.exists(search.judged(number)):
                 store.write_table(search.judged(number), _judge(search, number))
         found = _write_lists(search, folder, compared, own, rows)
         store.write_json(result, asdict(found))
         for name in store.list(folder):
-            if name.startswith("work-"):  # those of other sizes, given up, too
+            if name.startswith("work-"):  # also abandoned ones of other sizes
                 store.delete(f"{folder}/{name}")
     return Found(**store.read_json(result))
 
 
 def _definition() -> list[int]:
-    """What decides whether two pictures are the same, and whether they are compared."""
+    """The settings that decide whether two pictures are compared, and whether they are the same."""
     return [MOST_BITS, MOST_COLOUR, *picture_cells.DEFINITION]
 
 
@@ -235,7 +236,7 @@ def _deal(search: _Search, unit: dict[str, Any]) -> None:
     keys[pictured] = picture_cells.keys(_matrix(signed["colours"], COLOUR_BYTES)[pictured])
     keys[~pictured, 0] = _matrix(signed["sha256"], 32)[~pictured, :8].copy().view(np.uint64)[:, 0]
     used = np.repeat(pictured[:, None], TABLES, axis=1)
-    used[:, 0] = True  # what can't be seen is compared once, by checksum
+    used[:, 0] = True  # rows without a readable picture are compared once, by checksum
     place, table = np.nonzero(used)
     keys = keys[place, table]
     bucket = (keys % np.uint64(search.buckets)).astype(np.int64)
@@ -261,7 +262,7 @@ def _match_all(search: _Search, *, here: bool) -> None:
 
 
 def _match(search: _Search, unit: dict[str, Any]) -> None:
-    """Find a bucket's pairs, and keep them by the slab of the later row."""
+    """Find a bucket's pairs, and store them by the slab of the later row."""
     bucket = unit["number"]
     found: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
     finished: defaultdict[int, list[pa.RecordBatch]] = defaultdict(list)
@@ -287,15 +288,15 @@ def _bucket_pairs(search: _Search, bucket: int) -> Iterator[dict[str, Any]]:
     keys, rows = dealt["key"].to_numpy(), dealt["row"].to_numpy()
     edges = np.flatnonzero(np.diff(keys, prepend=~keys[0], append=~keys[-1]))
     for start, end in itertools.pairwise(edges.tolist()):
-        # A cell with one row, or with none that may go, has nothing to say.
+        # A cell with one row, or with none that may be dropped, yields no pairs.
         if end - start > 1 and rows[end - 1] >= search.first_new:
             yield from _cell_pairs(dealt.slice(start, end - start), search.first_new)
 
 
 def _cell_pairs(cell: pa.Table, first_new: int) -> Iterator[dict[str, Any]]:
-    """The pairs of a cell's rows, which are in order; the later of each is a new one.
+    """The pairs among a cell's rows, which are in order; the later row of each pair is a new one.
 
-    Rows with equal signatures share all their cells and all their likes: each is paired with the
+    Rows with equal signatures share all their cells and all their matches: each is paired with the
     first of them, in the first table, and only the first is compared with others.
     """
     rows, ids = cell["row"].to_pylist(), cell["id"]
@@ -315,7 +316,7 @@ def _cell_pairs(cell: pa.Table, first_new: int) -> Iterator[dict[str, Any]]:
 
     firsts: dict[Any, int] = {}
     for place in range(len(rows)):
-        # A picture is known by what it looks like, all else by its checksum.
+        # Pictures are identified by their signature, everything else by checksum.
         known_by = checksums[place] if bits[place] is None else (bits[place], colours[place])
         first = firsts.setdefault(known_by, place)
         if rows[first] != rows[place] >= first_new and tables[place] == 0:
@@ -336,7 +337,7 @@ def _cell_pairs(cell: pa.Table, first_new: int) -> Iterator[dict[str, Any]]:
 
 
 def _judge(search: _Search, slab: int) -> pa.Table:
-    """The rows of a slab that go, each with the first of its likes that stays; in order."""
+    """The rows of a slab to drop, each with its first match that stays; in order."""
     folder = search.pairs(slab)
     tables = [search.store.read_table(f"{folder}/{name}") for name in search.store.list(folder)]
     if not tables:
@@ -347,10 +348,10 @@ def _judge(search: _Search, slab: int) -> pa.Table:
     for batch in table.to_batches(max_chunksize=10_000):
         for pair in batch.to_pylist():
             if verdicts and verdicts[-1]["row"] == pair["row"]:
-                continue  # judged, by an earlier of its likes; or found in several tables
+                continue  # judged already, by an earlier match; or found in several tables
             if pair["of_row"] not in gone:
                 verdict = pair
-            elif pair["twin"]:  # what it equals went: it goes for the same reason
+            elif pair["twin"]:  # its twin was dropped: this row is, for the same reason
                 verdict = {**gone[pair["of_row"]], "row": pair["row"]}
             else:
                 continue
@@ -360,7 +361,7 @@ def _judge(search: _Search, slab: int) -> pa.Table:
 
 
 def _gone_before(search: _Search, slab: int, pairs: pa.Table) -> dict[int, dict[str, Any]]:
-    """Of the earlier slabs' rows that these pairs name, those that went."""
+    """The dropped rows of earlier slabs that these pairs refer to."""
     named = np.unique(pairs["of_row"].to_numpy())
     named = named[named >= search.first_new]
     gone: dict[int, dict[str, Any]] = {}
@@ -374,7 +375,7 @@ def _gone_before(search: _Search, slab: int, pairs: pa.Table) -> dict[int, dict[
 def _write_lists(
     search: _Search, folder: str, compared: Sequence[_File], own: Sequence[_File], rows: int
 ) -> Found:
-    """Cut the verdicts into a list for each file."""
+    """Split the verdicts into a list for each file."""
     counts: Counter[str] = Counter()
     lists: dict[str, str] = {}
     starts = np.array([f.start for f in compared if f.rows])
@@ -413,7 +414,7 @@ def _step(
     step: str,
     unit: dict[str, Any],
 ) -> None:
-    """Do one step of a search, then note that it is done."""
+    """Do one step of a search, then record that it is done."""
     work(search, unit)
     search.store.write_json(f"{search.work}/{step}/{unit['number']:05d}.json", {})
 
@@ -430,7 +431,7 @@ def _each(
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[np.uint8]:
-    """Values of one width as rows of bytes; those of nulls are anything."""
+    """Fixed-width values as rows of bytes; rows of nulls are undefined."""
     array = column.combine_chunks()
     if not len(array):
         return np.zeros((0, width), np.uint8)

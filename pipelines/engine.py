@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: optimizer, ZeRO, precision, gradient accumulation and clipping."""
+"""Builds a run's DeepSpeed engine: optimizer, ZeRO, precision, accumulation and clipping."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def build(run: Run, module: nn.Module) -> Any:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # On CPU it would compile an all-reduce of its own. gloo's will do: it needs no compiler,
-        # and a build that was killed would leave a lock file that hangs every later run.
+        # On CPU DeepSpeed would compile its own all-reduce. gloo's suffices: it needs no compiler,
+        # and a killed build would leave a lock file that hangs every later run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         config = run.config
@@ -46,9 +46,9 @@ def build(run: Run, module: nn.Module) -> Any:
             fused=True,  # one pass over memory; DeepSpeed's own needs a compiler
         )
         settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # ours is a packed batch: one object a step
+            "train_micro_batch_size_per_gpu": 1,  # a packed batch is one object per step
             "gradient_accumulation_steps": config.accumulate,
-            # Without ZeRO `guards.Guard` clips, by the norm that it tells bad steps by.
+            # Without ZeRO `guards.Guard` clips, using the norm by which it detects bad steps.
             "gradient_clipping": config.clip if config.stage else 0.0,
             "zero_optimization": _zero(config, module),
             "zero_allow_untested_optimizer": True,
@@ -62,18 +62,18 @@ def build(run: Run, module: nn.Module) -> Any:
             module.compile(backend=_COMPILER)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         if dist.get_world_size() < 2 and not config.stage:
-            engine.enable_backward_allreduce = False  # it would copy every gradient for no one
+            engine.enable_backward_allreduce = False  # it would copy every gradient needlessly
     return engine
 
 
 def close(engine: Any) -> None:
-    """End an engine, and take back what ZeRO 3 puts in the place of PyTorch's own."""
+    """Shut down an engine, and restore the PyTorch function that ZeRO 3 replaces."""
     engine.destroy()
     F.linear = _LINEAR
 
 
 def _zero(config: TrainConfig, module: nn.Module) -> dict[str, Any]:
-    """ZeRO's settings; DeepSpeed's own sizes are those of models of many billions of parameters."""
+    """ZeRO's settings; DeepSpeed's defaults suit models of many billions of parameters."""
     parameters = list(module.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     settings: dict[str, Any] = {

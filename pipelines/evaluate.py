@@ -3,13 +3,13 @@
     python pipelines/evaluate.py --model models/vqa-base --data tasks/vqa/val
 
 The split is cut into parts; each is predicted by an actor that keeps the model loaded, and written
-to `predictions/<name>`, so an evaluation killed anywhere goes on where it was. Then the whole is
-scored: `scores/<name>.json`, and `scores/<name>.submission.json` (or `.csv`) in the format of the
-benchmark's server or script where there is one. An example that can't be predicted is recorded with
-its reason and counts as wrong; it never ends the evaluation. So does one whose image was missing or
-broken when the split was prepared.
+to `predictions/<name>`, so an evaluation killed at any point resumes where it was. Then the whole
+split is scored: `scores/<name>.json`, and `scores/<name>.submission.json` (or `.csv`) in the format
+of the benchmark's server or script where there is one. An example that can't be predicted is
+recorded with the reason and counts as wrong; it never ends the evaluation. An example whose image
+was missing or broken when the split was prepared counts as wrong, too.
 
-A dual encoder that was not finetuned retrieves as it is: zero-shot.
+A dual encoder that was not finetuned is evaluated on retrieval as it is: zero-shot.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which model to evaluate on which data."""
+    """Evaluate a model on a prepared split."""
 
     store: str = "store"
     """Where models and data live: a folder or an s3:// URI."""
@@ -64,23 +64,23 @@ class EvaluateConfig:
     data: str = "tasks/vqa/val"
     """A prepared split."""
     name: str = ""
-    """The scores become scores/<name>.json; by default made of model and data."""
+    """The scores become scores/<name>.json; by default derived from model and data."""
     batch_size: int = 32
     """Records predicted at once."""
     limit: int | None = None
-    """Only the first so many records."""
+    """Evaluate only this many records, the first ones."""
     missing: Literal["wrong", "left out"] = "wrong"
-    """How records count whose images were missing or broken when the split was prepared. With
+    """How to count records whose images were missing or broken when the split was prepared. With
     `limit` they are left out."""
     options: dict[str, float] = field(default_factory=dict, hash=False)
     """The task's options to change, e.g. `--options beams 5 length_penalty 0.8`."""
     part_records: int = 256
-    """Records of one part, at most 256: what is done again after a kill."""
+    """Records per part, at most 256; a part is the most that is redone after a kill."""
     resources: Resources = field(default_factory=lambda: Resources(actors=1))
-    """Actors, and the CPUs and GPUs of each; one GPU each makes it run there. As many threads of an
-    actor decode pictures as it has CPUs."""
+    """Actors, and the CPUs and GPUs of each; with one GPU each, the model runs there. An actor
+    decodes pictures in one thread per CPU."""
     precision: Precision = "fp32"
-    """What the model computes in. GPUs have their tensor cores for bf16."""
+    """Precision the model computes in. On GPUs, bf16 uses the tensor cores."""
     threads: int = 0
     """Torch threads of an actor on CPU; 0: as torch chooses. Small models want 1."""
     in_process: bool = False
@@ -113,7 +113,7 @@ PRESETS: dict[str, EvaluateConfig] = {
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate, or find it done; returns what `scores/<name>.json` holds.
+    """Evaluate, unless that is done already; returns the contents of `scores/<name>.json`.
 
     Raises:
         StoreError: model or data are missing, or the name is taken by another evaluation.
@@ -124,7 +124,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     notes = read_notes(store, config.model)
     files = store.read_json(f"{config.model}/{bundles.MANIFEST}")["files"]
     decides: list[Any] = [config.options, config.limit, config.part_records]
-    if config.precision != "fp32":  # which older evaluations were, and did not say
+    if config.precision != "fp32":  # older evaluations were fp32 and did not record it
         decides.append(config.precision)
     mark = fingerprint("evaluate", decides, [json.dumps(files, sort_keys=True), data.identity])
     aside = [] if config.limit else store.dataset(config.data).read_set_aside()
@@ -187,7 +187,7 @@ def _units(config: EvaluateConfig, store: Store) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=1)
 def _worker(config: EvaluateConfig, mark: str) -> Predictor:
-    """Plain Ray tasks ask for a worker per part; the model is loaded once per process."""
+    """Cached, since plain Ray tasks ask for a worker per part: the model loads once per process."""
     device = cluster.device(config.resources.gpus)
     model = load(Store(config.store), config.model, config.options, device)
     return Predictor(config, replace(model, precision=config.precision))
@@ -227,7 +227,7 @@ class Predictor:
     def batches(
         self, rows: Sequence[dict[str, Any]]
     ) -> Iterator[tuple[Sequence[dict[str, Any]], list[Sample | Exception]]]:
-        """Batches of rows with their samples, which are decoded while others are predicted."""
+        """Batches of rows with their samples, which are decoded ahead of prediction."""
         size = self.config.batch_size
         batches = (rows[start : start + size] for start in range(0, len(rows), size))
         begun = ((batch, self.pool.map(partial(_sample, self.model), batch)) for batch in batches)
@@ -250,10 +250,10 @@ def predict_rows(
     rows: Sequence[dict[str, Any]],
     samples: Sequence[Sample | Exception] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Predict a batch of rows; rows that fail are tried alone, and set aside if they fail again.
+    """Predict a batch of rows; if that fails, each row is tried alone and set aside if it fails.
 
     Args:
-        samples: What was made of the rows, or why it couldn't be, where that is done already.
+        samples: The rows' samples, or the errors in making them, if that is done already.
 
     Returns rows of `SCHEMA` for every example, and the rows set aside with their reason.
     """
@@ -295,7 +295,7 @@ def predict_rows(
 
 
 def as_text(prediction: Any) -> str | None:
-    """A prediction as a dataset holds it."""
+    """A prediction in the form that a dataset stores."""
     return None if prediction is None else json.dumps(prediction)
 
 
@@ -344,7 +344,7 @@ def _score(
 
 
 def _outside(task: Task, examples: Sequence[Example]) -> int:
-    """Examples that can't be right, since the model has a class for none of their answers."""
+    """Number of examples the model can't get right, as it has no class for any of their answers."""
     if not task.labels:
         return 0
     return sum(e.target is not None and not task.trainable(e) for e in examples)

@@ -1,12 +1,12 @@
-"""Take a trained model out of the store, into a folder to keep or to publish.
+"""Exports a trained model from the store to a folder to keep or publish.
 
     python pipelines/export.py --model models/base --to base
     python pipelines/export.py --model models/base --checkpoint 20000 --to base-20000
     python pipelines/export.py --model models/base --format released --to base
 
-Leaves `model.safetensors`, `config.json`, the tokenizer, and a card, `README.md`, with code that
-loads it. `--format released` leaves the authors' layout as well, `released.pth`, of models that it
-can hold. `--checkpoint` takes a step of a pretraining run, which may be under way.
+Writes `model.safetensors`, `config.json`, the tokenizer, and a model card, `README.md`, with code
+that loads it. `--format released` also writes the authors' layout, `released.pth`, for models that
+fit it. `--checkpoint` exports a step of a pretraining run, which may still be running.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ExportConfig:
     checkpoint: int = 0
     """A step of the run of the same name whose checkpoint is exported; 0: the finished model."""
     format: Literal["folder", "released"] = "folder"
-    """released: with the weights in the authors' layout, too (`released.pth`)."""
+    """released: also write the weights in the authors' layout (`released.pth`)."""
 
     def __post_init__(self) -> None:
         if self.checkpoint < 0:
@@ -88,9 +88,9 @@ def run(cfg: ExportConfig) -> Path:
 
 
 def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]:
-    """Make a model's files of a pretraining run's checkpoint; returns what a bundle would say.
+    """Make a model's files from a pretraining run's checkpoint; returns what would be bundle info.
 
-    Of a run that averages its weights these are the averages, as they are in its bundle.
+    If the run averages its weights, the averages are exported, as in its bundle.
     """
     run_folder = f"runs/{model.removeprefix('models/')}"
     name = checkpoints.folder(run_folder, step)
@@ -98,7 +98,7 @@ def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]
         kept = ", ".join(store.list(f"{run_folder}/checkpoints")) or "none"
         raise StoreError(f"{store.uri}/{name}: missing. There are: {kept}")
     note = f"{run_folder}/run.json"
-    # What a checkpoint doesn't say of its run, as older ones do not, that says itself.
+    # run.json fills in what older checkpoints don't note about their run.
     made = (store.read_json(note) if store.exists(note) else {}) | bundles.info(store, name)
     if "fingerprint" not in made:
         raise StoreError(f"{store.uri}/{note}: missing, and without it {name} is of no known run")
@@ -129,7 +129,7 @@ def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]
 
 
 def _config(store: Store, note: str, parameters: dict[str, Any]) -> PretrainConfig:
-    """What a pretraining run was begun with, with this store's place."""
+    """A pretraining run's configuration, with this store's location."""
     chosen = config.unflatten(parameters) | {"store": store.uri}
     try:
         return config.from_dict(PretrainConfig, chosen)
@@ -141,9 +141,9 @@ def _config(store: Store, note: str, parameters: dict[str, Any]) -> PretrainConf
 
 
 def _measured(store: Store, run_folder: str, step: int) -> dict[str, Any]:
-    """The scores of a run's last evaluation up to a step, and its step, as the tracker has them.
+    """Scores and step of a run's last evaluation up to `step`, from the tracker.
 
-    `metrics` is None where it doesn't answer, or knows of none.
+    `metrics` is None if the tracker doesn't answer or has no scores.
     """
     unknown = {"metrics": None}
     note = f"{run_folder}/mlflow.json"
@@ -151,7 +151,7 @@ def _measured(store: Store, run_folder: str, step: int) -> dict[str, Any]:
         return unknown
     run = tracking.RunHandle(**store.read_json(note))
     file = Path(run.uri.removeprefix("sqlite:///"))
-    if run.uri.startswith("sqlite:") and not file.exists():  # MLflow would make it
+    if run.uri.startswith("sqlite:") and not file.exists():  # MLflow would create it
         return unknown
     try:
         names = tracking.client(run.uri).get_run(run.run_id).data.metrics

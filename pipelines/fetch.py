@@ -1,7 +1,7 @@
-"""Fetching images from the web: what came of each URL, as an image or as one of few stable reasons.
+"""Fetches images from the web: each URL yields an image or one of a few stable failure reasons.
 
 Downloads run through img2dataset, over the opener of `pipelines.safe_http`. Images are cleaned as
-they arrive, while others are still on their way, so that no more than a few bodies are in memory.
+they arrive, while others are still downloading, so that only a few bodies are in memory.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class FetchPolicy:
 _UNREACHED = ("connection failed", "host not found", "timed out")
 _MANY = 50
 _ROBOTS = ["noai", "noimageai", "noindex", "noimageindex"]
-_OURS = "^(?:<urlopen error )*"  # urllib wraps what the opener says, sometimes twice
-_REASONS = (  # the first that matches what the downloader said; servers can't word the first ones
+_OURS = "^(?:<urlopen error )*"  # urllib wraps the opener's message, sometimes twice
+_REASONS = (  # the first match to the downloader's error counts; servers can't fake the first ones
     (_OURS + r"(?:redirect: )?(private address|unsupported scheme|bad url|blocked port): ", "{}"),
     (_OURS + r"(too large|bad response): ", "{}"),
     (_OURS + r"too slow: ", "timed out"),
@@ -66,7 +66,7 @@ def fetch_images(
     """Download and clean images; every URL, each fetched once, gets an image or a reason.
 
     Raises:
-        ConnectionError: of many URLs not one host answered, so that it must be our network.
+        ConnectionError: not one host of many URLs answered, so the fault must be our network.
     """
     outcomes: dict[str, CleanImage | Rejected] = {}
     wanted: list[str] = []
@@ -91,7 +91,7 @@ def fetch_images(
 
 
 def failure_reason(error: str) -> str:
-    """One of few stable reasons for what the downloader said."""
+    """One of a few stable reasons for the downloader's error message."""
     for pattern, reason in _REASONS:
         found = re.search(pattern, error)
         if found:
@@ -123,7 +123,7 @@ def _download(
                 image_size=256,  # unused: see below
                 resize_mode="no",
                 resize_only_if_bigger=False,
-                disable_all_reencoding=True,  # the bytes as they came: clean_image decides
+                disable_all_reencoding=True,  # keep the bytes as received: clean_image decides
             ),
             thread_count=min(policy.threads, len(urls)),
             save_caption=False,
@@ -145,14 +145,14 @@ def _download(
             downloader.download_shard((0, str(shard)))
         finally:
             urllib.request.install_opener(None)  # type: ignore[arg-type]  # the default again
-    # img2dataset's closures are cycles, which would keep a shard's images until the next sweep.
+    # img2dataset's closures form cycles, which would keep a shard's images until the next GC.
     taken = dict(outcomes)
     outcomes.clear()
     return taken
 
 
 class _Cleaner:
-    """Stands where img2dataset has its writers: takes each download as soon as it is there."""
+    """Replaces img2dataset's writers: takes each download as soon as it arrives."""
 
     def __init__(
         self,
@@ -179,5 +179,5 @@ class _Cleaner:
 
 
 def _printable(text: str) -> str:
-    """What a server said, fit for a table and a terminal."""
+    """A server's message, made safe for a table and a terminal."""
     return "".join(c if c.isprintable() else " " for c in text[:1000])

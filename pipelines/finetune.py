@@ -2,12 +2,12 @@
 
     python pipelines/finetune.py --preset base-vqa --init models/pretrained --name vqa-base
 
-Every drawing of an image picks one of its examples; views, masks and picks are a function of the
-seed and the sample's number, so a resumed run, on any number of workers, repeats them. `--init
+Each time an image is drawn, one of its examples is picked; views, masks and picks are a function of
+the seed and the sample's number, so a resumed run, on any number of workers, repeats them. `--init
 random --like models/pretrained` trains the same architecture from scratch: the baseline.
 
-Not reproduced from the published recipes: RandAugment of VQA, captioning and retrieval, and VQA's
-extra training images from val2014 (prepare them as a split of their own to use them).
+Not reproduced from the published recipes: RandAugment for VQA, captioning and retrieval, and VQA's
+extra training images from val2014 (prepare them as a separate split to use them).
 """
 
 from __future__ import annotations
@@ -56,33 +56,33 @@ class FinetuneConfig:
     init: str = "models/pretrained"
     """Model bundle to start from, or "random" for random weights."""
     like: str = ""
-    """With `init random`: the bundle whose architecture and text tokenizer are taken."""
+    """With `init random`: the bundle whose architecture and text tokenizer to use."""
     name: str = ""
     """The model becomes models/<name>; by default the task's name."""
     image_size: int = 0
-    """Side of the pictures in pixels; 0: as the model was pretrained. Positions are resampled."""
+    """Side of the pictures in pixels; 0: as in pretraining. Position embeddings are resampled."""
     drop_path: float = 0.0
     """Stochastic depth of the last layer."""
     checkpoint_activations: Checkpointing = "none"
-    """What the backward pass computes again instead of having it stored: `blocks`, everything
-    inside each block; `selective`, everything but the results of matrix products and attention."""
+    """Activations that the backward pass recomputes instead of storing: `blocks`, all inside each
+    block; `selective`, all but the results of matrix products and attention."""
     batch_size: int = 32
-    """Examples of a batch, over all workers."""
+    """Examples per batch, over all workers."""
     view: ViewConfig = field(default_factory=lambda: ViewConfig(scale=(0.5, 1.0)))
     """Crops and flips of training; evaluation sees the whole picture."""
     options: dict[str, float] = field(default_factory=dict)
-    """The task's own options, e.g. `--options mask_ratio 0.6`; see the file of the task."""
+    """The task's own options, e.g. `--options mask_ratio 0.6`; see the task's file."""
     eval_split: str = "val"
-    """Split that the metric is computed on while training; empty: none."""
+    """Split on which the metric is computed during training; empty: none."""
     eval_records: int = 1000
-    """How many of its records."""
+    """How many of that split's records to use."""
     eval_batch_size: int = 32
     track: bool = True
     """Log to MLflow."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        tasks.create(self.task, options=self.options)  # raises for what the task does not know
+        tasks.create(self.task, options=self.options)  # raises for unknown options
         if self.init == RANDOM and not self.like:
             raise ValueError("like: init is 'random', so name the bundle whose shape to take")
         for name in ("batch_size", "eval_batch_size", "eval_records"):
@@ -98,7 +98,7 @@ class FinetuneConfig:
         return f"tasks/{self.data or self.task}/{split}"
 
 
-# What a few hundred steps have no use for.
+# Switched off: useless within a few hundred steps.
 _TINY_OPTIONS: dict[str, dict[str, float]] = {
     "captioning": {"drop_worst": 0.0},
     "imagenet": {"rand_augment": 0.0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0},
@@ -114,7 +114,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
     """
     recipes = tasks.load(task).recipes()
     if size == "tiny":
-        # For a CPU, in seconds. Its captions and questions speak of left and right: no mirroring.
+        # For a CPU, in seconds. No mirroring: captions and questions mention left and right.
         return FinetuneConfig(
             task=task,
             batch_size=64,
@@ -160,13 +160,13 @@ def preset(size: str, task: str) -> FinetuneConfig:
             precision="bf16",
             workers=8,
             gpus_per_worker=1.0,
-            # Half as many pictures again as an L40S takes, of 384 pixels and more or of 224.
+            # Decode 1.5 times the pictures that an L40S takes, at 384 pixels and more, or at 224.
             loader_workers=2 if size == "large" or recipe.image_size >= 384 else 6,
         ),
     )
 
 
-# The published recipes, by name of size and task; each task's file names the source.
+# The published recipes, by size and task; each task's file names the source.
 PRESETS: dict[str, FinetuneConfig] = {
     "tiny": preset("tiny", "vqa"),
     **{
@@ -179,7 +179,7 @@ PRESETS: dict[str, FinetuneConfig] = {
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """What the training loop needs of a finetuning run."""
+    """A finetuning run, as the training loop needs it."""
 
     cfg: FinetuneConfig
     model: ModelConfig
@@ -257,7 +257,7 @@ class FinetuneRecipe:
         shown = [
             {"id": e.id, "text": e.text, "target": e.target, "prediction": p}
             for e, p in list(zip(examples, predictions, strict=True))[:20]
-            if not isinstance(p, dict)  # vectors say nothing to a reader
+            if not isinstance(p, dict)  # vectors mean nothing to a reader
         ]
         if shown:
             logger.json(f"predictions/step-{step:06d}.json", shown)
@@ -286,7 +286,7 @@ class FinetuneRecipe:
 
 
 def load_start(module: nn.Module, folder: Path, model: ModelConfig) -> None:
-    """Load a bundle's backbone, and those heads that the module has too, by name.
+    """Load a bundle's backbone, and by name those of its heads that the module also has.
 
     Raises:
         ValueError: shapes differ, or part of the backbone is missing.
@@ -315,7 +315,7 @@ def _first_rows(store: Store, cfg: FinetuneConfig) -> list[dict[str, Any]]:
 
 
 def run(cfg: FinetuneConfig, *, parent: str | None = None, tuned: bool = False) -> dict[str, Any]:
-    """Finetune, or skip what is finetuned, or go on with what was interrupted.
+    """Finetune; a finished model is skipped, an interrupted run resumed.
 
     `parent` is the MLflow run to nest under; with `tuned`, evaluations are reported to the Ray Tune
     trial that this is called in.
@@ -323,8 +323,8 @@ def run(cfg: FinetuneConfig, *, parent: str | None = None, tuned: bool = False) 
     Returns the bundle's info: `metrics` of the last evaluation, `steps`, `task`, `mlflow_run`.
 
     Raises:
-        StoreError: data or the start are missing, or the output's name is taken.
-        ValueError: the start does not fit.
+        StoreError: the data or the initial model are missing, or the output's name is taken.
+        ValueError: the initial model does not fit.
     """
     store = Store(cfg.store)
     source = cfg.like if cfg.init == RANDOM else cfg.init

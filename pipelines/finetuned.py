@@ -1,4 +1,4 @@
-"""A finetuned model as it is kept, and as it reads pictures and predicts."""
+"""Loads finetuned models, prepares pictures for them, and predicts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Finetuned:
 
 
 def task_notes(task: str, labels: Sequence[str], model: ModelConfig) -> dict[str, Any]:
-    """What `task.json` says of a model that was not finetuned here: its task's default options."""
+    """`task.json` for a model that was not finetuned here: its task's default options."""
     options = tasks.options_of(tasks.create(task, labels=labels))
     if "max_text_length" in options:
         options["max_text_length"] = min(options["max_text_length"], model.max_text_length)
@@ -56,7 +56,7 @@ def task_notes(task: str, labels: Sequence[str], model: ModelConfig) -> dict[str
 
 
 def read_notes(store: Store, name: str) -> dict[str, Any]:
-    """What a model was finetuned for: `task`, `labels`, `image_size`, `options`.
+    """A model's notes from finetuning: `task`, `labels`, `image_size`, `options`.
 
     Raises:
         StoreError: there is no such bundle, or it can't be evaluated.
@@ -103,7 +103,7 @@ def predict(
 
 
 def evaluation_image(task: Task, data: bytes, size: int) -> np.ndarray:
-    """Encoded bytes to the picture that a task evaluates on: uint8 `[3, size, size]`."""
+    """Decode bytes to the picture that a task is evaluated on: uint8 `[3, size, size]`."""
     picture = decode(data)
     return apply_view(picture, centre_view(*picture.size) if task.centre_crop else WHOLE, size)
 

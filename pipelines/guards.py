@@ -1,9 +1,9 @@
 """Detects steps that would spoil a run; all workers agree, and skip the step or stop the run.
 
-A step is bad if its loss, the mean over its batches and the workers, is no number, infinite or a
-spike, or if its gradient is not finite. This is known before the optimizer steps, at the price of
-one all-reduce of three numbers, and every worker decides the same. A step that is left out changes
-no parameter, moment or buffer; its batches are gone and its learning rate with them.
+A step is bad if its loss (the mean over its batches and the workers) is NaN, infinite or a spike,
+or if its gradient is not finite. This is known before the optimizer steps, at the cost of one
+all-reduce of three numbers, and every worker decides the same. A skipped step changes no parameter,
+moment or buffer; its batches and its place in the learning rate schedule are used up.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pipelines.recipe import Run
 from pipelines.stops import Ended, Watch
 from pipelines.storage import Store
 
-WINDOW = 64  # good steps whose median a spike is measured by
-LEAST = 16  # with fewer there are no spikes
-SAID = 20  # left-out steps that the console names
+WINDOW = 64  # good steps whose median loss a spike is measured against
+LEAST = 16  # with fewer good steps, nothing counts as a spike
+SAID = 20  # skipped steps that the console reports
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all workers agree on after a step."""
+    """The workers' agreement after a step."""
 
     skipped: bool
-    """The step was bad and is left out."""
+    """The step was bad and was skipped."""
     stop: bool
     """The run was asked to stop."""
     save: bool
@@ -46,9 +46,9 @@ class Verdict:
 
 
 class Guard:
-    """Takes a run's optimizer steps, or leaves them out; every worker has one.
+    """Takes or skips a run's optimizer steps; every worker has a Guard.
 
-    A step is `begin`, `add` after each backward pass, and `step`.
+    For each step, call `begin`, `add` after each backward pass, and `step`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Guard:
         self.world = dist.get_world_size()
         self.stage: int = engine.zero_optimization_stage()
         self.skipped = _skipped(store, run.name, start)
-        """Steps left out since the run's beginning."""
+        """Steps skipped since the run's beginning."""
         self.stepped = start > 0
         """The optimizer has a state that can be saved."""
         self._in_a_row = 0
@@ -94,13 +94,13 @@ class Guard:
             self._ids += [str(one) for one in getattr(batch, name, ())]
 
     def step(self, step: int) -> Verdict:
-        """Have the optimizer step after the last backward pass, unless the step is bad.
+        """Let the optimizer step after the last backward pass, unless the step is bad.
 
         Args:
-            step: Steps that are done with this one.
+            step: Number of steps done, including this one.
 
         Raises:
-            Ended: the step is bad and not to be left out.
+            Ended: the step is bad and must not be skipped.
         """
         loss, stop, save = self._agree()
         bad, norm = self._fault(loss), None
@@ -114,7 +114,7 @@ class Guard:
             _drop_gradient(self.engine)
         else:
             self.engine.step()
-            if self.stage:  # ZeRO looks at the gradient itself, and clips it
+            if self.stage:  # ZeRO checks the gradient itself, and clips it
                 norm = self.engine.get_global_grad_norm()
                 if not self.engine.was_step_applied():
                     bad = "the gradient is not finite"
@@ -128,10 +128,10 @@ class Guard:
         return Verdict(bool(bad), stop and self.stepped, save, norm)
 
     def _clip(self) -> float:
-        """The norm of a gradient that every worker has whole, which is then clipped by it."""
+        """Clip the gradient, which every worker has whole; returns its norm before that."""
         parameters = [p for _, p in zero.trainable(self.engine.module)]
         for parameter in parameters:
-            if parameter.grad is None:  # no batch read it: it decays all the same, as with ZeRO
+            if parameter.grad is None:  # no batch used it: weight decay still applies, as with ZeRO
                 parameter.grad = torch.zeros_like(parameter)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.clip and bool(norm.isfinite()):
@@ -139,7 +139,7 @@ class Guard:
         return float(norm)
 
     def remember(self, step: int) -> None:
-        """Keep what spikes are measured by, for a run that goes on from this step's checkpoint."""
+        """Store the losses that spikes are measured against, for resuming from this checkpoint."""
         if self.rank == 0 and self.config.spike_factor:
             self._kept[str(step)] = list(self._recent)
             newest = sorted(self._kept, key=int)[-self.config.keep_checkpoints - 2 :]
@@ -157,7 +157,7 @@ class Guard:
         return loss / self.world, stops > 0, saves > 0
 
     def _fault(self, loss: float) -> str:
-        """What is wrong with the loss, if anything."""
+        """The fault in the loss, in words; empty if there is none."""
         if math.isnan(loss):
             return "the loss is not a number"
         if math.isinf(loss):
@@ -173,7 +173,7 @@ class Guard:
         return ""
 
     def _leave_out(self, step: int, bad: str, loss: float, norm: Any) -> None:
-        """Write down a bad step; end the run if it is not to go on after it."""
+        """Record a bad step; end the run if the step must not be skipped."""
         self._in_a_row += 1
         skip = self.config.on_bad_step == "skip"
         skip = skip and self._in_a_row < self.config.max_bad_steps
@@ -225,9 +225,9 @@ def gradient_norm(engine: Any) -> float:
 
 
 def _drop_gradient(engine: Any) -> None:
-    """Have the engine step without a change. Every worker must call this.
+    """Make the engine step without changing anything. Every worker must call this.
 
-    ZeRO steps aside, and clears its gradients, when their norm is no number.
+    ZeRO skips its step and clears its gradients when their norm is NaN.
     """
     from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
@@ -235,13 +235,13 @@ def _drop_gradient(engine: Any) -> None:
     parameter: Any = zero.trainable(engine.module)[0][1]
     if stage == 0:
         engine.zero_grad()
-        engine.set_gradient_accumulation_boundary(False)  # the optimizer stays out of it
+        engine.set_gradient_accumulation_boundary(False)  # so the optimizer does not step
         engine.step()
         engine.set_gradient_accumulation_boundary(None)
         return
     if stage == 3:
         safe_set_local_grad(parameter, torch.full_like(parameter.ds_tensor, torch.nan))
-    elif engine.zero_offload_optimizer():  # it has taken the norms already
+    elif engine.zero_offload_optimizer():  # offloading has computed the norms already
         norms = engine.optimizer.norm_for_param_grads
         norms.update(dict.fromkeys(norms, torch.tensor(torch.nan)))
     else:
@@ -250,14 +250,14 @@ def _drop_gradient(engine: Any) -> None:
 
 
 def _set_adam_steps(engine: Any, step: int) -> None:
-    """Have Adam's bias correction count left-out steps too, as in a run resumed after them."""
+    """Make Adam's bias correction count skipped steps too, as in a run resumed after them."""
     for state in zero.states(engine).values():
         if state:
             state["step"].fill_(step)
 
 
 def _skipped(store: Store, run: str, start: int) -> int:
-    """Steps up to this one that the run has left out."""
+    """Number of steps up to `start` that the run has skipped."""
     records = [n for n in store.list(f"{run}/bad-steps") if n.endswith("-rank-0.json")]
     before = [n for n in records if int(n.split("-")[1]) <= start]
     found = [store.read_json(f"{run}/bad-steps/{name}") for name in before]
@@ -265,5 +265,5 @@ def _skipped(store: Store, run: str, start: int) -> int:
 
 
 def _plain(value: float) -> float | str:
-    """JSON has no word for what is no number."""
+    """A value for JSON, which cannot express NaN and infinity."""
     return value if math.isfinite(value) else str(value)

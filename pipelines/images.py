@@ -1,9 +1,9 @@
-"""One image, from bytes off the web to bytes worth storing: checked, upright, RGB, small enough.
+"""Turns an image from the web into bytes worth storing: checked, upright, RGB, small enough.
 
 The format and the number of pixels are read from the header before anything is decoded, so that a
 small file can't unpack into gigabytes. Only JPEG, PNG, WEBP, GIF (first frame) and BMP are opened,
-each by its magic number, whatever the server called it, and only the parts of the file that the
-picture is in (`pipelines.bare_images`): what is stored has no metadata.
+identified by magic number, whatever the server called them, and only the parts of the file that
+hold the picture (`pipelines.bare_images`) are read: stored images have no metadata.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipelines.bare_images import BadFile, Bare, strip
 
 REVISION = 2
-"""Another number wherever the same bytes and policy would give other stored bytes than before."""
+"""Raised whenever the same bytes and policy would yield different stored bytes than before."""
 RESIZE_MODES = ("keep_ratio", "keep_ratio_largest", "center_crop", "border", "no")
 FILTERS = {
     "hamming": Image.Resampling.HAMMING,
@@ -26,7 +26,7 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_TURNS = {  # EXIF's ways up
+_TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,25 +56,25 @@ _KNOWN_BUT_REFUSED = (
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """What is kept, and how large."""
+    """Which images are kept, and at what size."""
 
     short_side: int = 288
     """The size in pixels that `resize_mode` shrinks images to; none is enlarged."""
     min_side: int = 32
-    """Images whose shorter side has fewer pixels, as published, are set aside."""
+    """Images whose shorter side, as published, has fewer pixels are set aside."""
     max_aspect: float = 10.0
-    """Images whose longer side is more than so many times the shorter one are set aside."""
+    """Images whose longer side is more than this many times the shorter one are set aside."""
     max_pixels: int = 100_000_000
     """Images with more pixels, by their header, are never decoded."""
     resize_mode: str = "keep_ratio"
-    """What gets the size: the shorter side (keep_ratio), the longer one (keep_ratio_largest), both
+    """Which side gets the size: the shorter (keep_ratio), the longer (keep_ratio_largest), both
     (center_crop; border, which adds white), or neither (no). The names are img2dataset's."""
     downscale: str = "hamming"
     """The filter that shrinks, a key of FILTERS. By CPU time: area, hamming, bicubic, lanczos."""
     encode_quality: int = 92
-    """JPEG quality of images that are encoded anew."""
+    """JPEG quality of images that are re-encoded."""
     reencode: bool = False
-    """Encode anew also JPEGs that need no change."""
+    """Re-encode even JPEGs that need no change."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CleanImage:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Why an image isn't kept: one of few stable reasons, and whatever else is known."""
+    """Why an image isn't kept: one of a few stable reasons, and any known detail."""
 
     reason: str
     detail: str = ""
@@ -99,7 +99,7 @@ class Rejected:
 def clean_image(data: bytes, policy: ImagePolicy | None = None) -> CleanImage | Rejected:
     """Check an image, turn it upright, make it RGB and small; deterministic, never raises.
 
-    A JPEG that needs no change keeps its bytes, save its metadata; all else becomes a JPEG.
+    A JPEG that needs no change keeps its bytes except metadata; all others are encoded as JPEG.
     """
     policy = policy or ImagePolicy()
     if not data:
@@ -113,7 +113,7 @@ def clean_image(data: bytes, policy: ImagePolicy | None = None) -> CleanImage | 
         if refused:
             return refused
         with warnings.catch_warnings():
-            # Pillow warns above a limit of its own; ours decides.
+            # Pillow warns above its own limit; ours decides.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(bare.data), formats=(kind,))
         with image:
@@ -138,7 +138,7 @@ def _refuse_size(size: tuple[int, int], policy: ImagePolicy) -> Rejected | None:
 
 
 def _sniff(data: bytes) -> str | Rejected:
-    """The Pillow format of an image we take, by its first bytes."""
+    """The Pillow format of an accepted image, by its first bytes."""
     for magic, name in _MAGIC:
         if data.startswith(magic):
             return name
@@ -161,7 +161,7 @@ def _convert(image: Image.Image, bare: Bare, policy: ImagePolicy) -> CleanImage:
     width, height = image.size
     scale = _scale(image.size, policy)
     if scale < 1.0 and image.format == "JPEG":
-        # libjpeg may decode at a half, a quarter or an eighth; twice the final size loses nothing.
+        # libjpeg can decode at 1/2, 1/4 or 1/8 scale; twice the final size loses nothing.
         image.draft(None, (round(2 * scale * width), round(2 * scale * height)))
     image.load()
     turn = _TURNS.get(bare.orientation)
@@ -194,9 +194,9 @@ def _scale(size: tuple[int, int], policy: ImagePolicy) -> float:
 
 
 def _final_size(shrunk: tuple[int, int], policy: ImagePolicy) -> tuple[int, int]:
-    """What crop and border make of an image's size; square, also where it is too small to shrink.
+    """An image's size after crop or border; square, even if the image is too small to shrink.
 
-    A crop cuts to the shorter side then, a border fills up to the longer one.
+    In that case a crop cuts to the shorter side, and a border pads to the longer one.
     """
     if policy.resize_mode == "center_crop":
         return (min(shrunk), min(shrunk))
@@ -208,7 +208,7 @@ def _final_size(shrunk: tuple[int, int], policy: ImagePolicy) -> tuple[int, int]
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    # Strip by strip: what is in between takes several times the image's memory.
+    # Strip by strip: the intermediate images take several times the image's memory.
     width, height = image.size
     rows = max(1, _STRIP_PIXELS // width)
     whole = Image.new("RGB", image.size)

@@ -1,4 +1,4 @@
-"""Bring what others trained into the store: the authors' models, tokenizers, CLIP as a teacher.
+"""Imports weights trained elsewhere: the authors' models and tokenizers, and CLIP as a teacher.
 
     python pipelines/import_weights.py --kind model --name released-vqa \
         --path beit3_base_patch16_480_vqa.pth --text-tokenizer released --labels answer2label.txt
@@ -7,10 +7,10 @@
     python pipelines/import_weights.py --kind text-tokenizer --name released --path beit3.spm
     python pipelines/import_weights.py --kind teacher --name clip --path clip-vit-base-patch16
 
-From local files only. Leaves `models/<name>`, `tokenizers/image/<name>`, `tokenizers/text/<name>`
-or `teachers/<name>`, which the other jobs take as if they were made here: a pretrained model can be
-finetuned, a finetuned one evaluated and tried. Pickles are read as tensors and in no other way;
-what does not fit is named.
+Reads local files only. Writes `models/<name>`, `tokenizers/image/<name>`, `tokenizers/text/<name>`
+or `teachers/<name>`, which the other jobs use as if they were made here: a pretrained model can be
+finetuned, a finetuned one evaluated and tried. Only tensors are read from pickles; errors name what
+does not fit.
 """
 
 from __future__ import annotations
@@ -38,36 +38,37 @@ FOLDERS = {
     "teacher": "teachers",
 }
 RELEASED_PIECES = 64_000
-"""Of the authors' beit3.spm."""
+"""Number of pieces in the authors' beit3.spm."""
 
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Bring weights into the store."""
+    """Import weights into the store."""
 
     kind: Literal["model", "image-tokenizer", "text-tokenizer", "teacher"]
-    """A BEiT-3 checkpoint of the authors', pretrained or finetuned; a VQ-KD checkpoint of theirs
-    (or a folder that `beit3.vqkd_released` made); a SentencePiece model, such as their beit3.spm;
-    or a CLIP vision tower: a folder that transformers or OpenCLIP wrote, or an OpenCLIP weights
-    file."""
+    """The file's content: a BEiT-3 checkpoint of the authors, pretrained or finetuned; their VQ-KD
+    checkpoint (or a folder that `beit3.vqkd_released` made); a SentencePiece model, such as their
+    beit3.spm; or a CLIP vision tower: a folder that transformers or OpenCLIP wrote, or an OpenCLIP
+    weights file."""
     path: str
     """The file or folder."""
     name: str
-    """What it is called in the store."""
+    """Name in the store."""
     store: str = "store"
     """Where datasets and models live: a folder or an s3:// URI."""
     text_tokenizer: str = "released"
     """Model: the tokenizer it was trained with (`tokenizers/text/<name>`); import it first."""
     labels: str = ""
-    """Model: the file that names the classes of its head. Of VQA the authors' answer2label.txt; of
-    ImageNet one with a WordNet id first in each line, such as Kaggle's LOC_synset_mapping.txt."""
+    """Model: the file that names the classes of its head. For VQA the authors' answer2label.txt;
+    for ImageNet a file whose lines begin with a WordNet id, such as Kaggle's
+    LOC_synset_mapping.txt."""
     image_size: int = 0
-    """Model or image tokenizer: interpolate its positions for pictures of so many pixels; 0: as it
-    is."""
+    """Model or image tokenizer: side in pixels to interpolate its position embeddings for; 0: keep
+    them."""
     heads: int = 0
-    """Attention heads, where the file doesn't tell and they are not 64 wide."""
+    """Number of attention heads, if the file doesn't say and they are not 64 wide."""
     activation: Literal["", "gelu", "quick_gelu"] = ""
-    """Teacher: of an OpenCLIP weights file alone, which doesn't tell. OpenAI's models have
+    """Teacher: activation of a bare OpenCLIP weights file, which doesn't say. OpenAI's models use
     quick_gelu, most others gelu."""
 
     def __post_init__(self) -> None:
@@ -79,7 +80,7 @@ PRESETS = {"default": ImportConfig("image-tokenizer", "vqkd.pth", "vqkd")}
 
 
 def run(cfg: ImportConfig) -> dict[str, Any]:
-    """Import, or skip what is there; returns the bundle's info.
+    """Import, unless it is there already; returns the bundle's info.
 
     Raises:
         StoreError: the name is taken by another file.
@@ -149,7 +150,8 @@ def read_labels(task: str, file: str, classes: int) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is missing or superfluous, or names other classes than the head has.
+        ValueError: no file is given though one is needed, or one though none is; or it names other
+            classes than the head has.
     """
     if not classes:
         if file:
@@ -176,7 +178,7 @@ def read_labels(task: str, file: str, classes: int) -> list[str]:
 
 
 def _answers(lines: list[str]) -> list[str]:
-    """Of answer2label.txt: a JSON object a line, `answer` and its place among the classes."""
+    """The classes in answer2label.txt: per line a JSON object with `answer` and its `label`."""
     places = {}
     for line in lines:
         raw = json.loads(line)
@@ -207,7 +209,7 @@ def _image_tokenizer(cfg: ImportConfig, folder: Path) -> tuple[str, dict[str, An
     vqkd.save_tensors(folder, tensors, shape)
     grid = shape.image_size // shape.patch_size
     said = f"{shape.codebook_size:,} codes, {grid}x{grid} patches at {shape.image_size} pixels"
-    # As of a trained one, but that nothing of its training is known.
+    # The same info as a trained one has, but nothing is known of its training.
     unknown = {"steps": 0, "metrics": {}, "teacher": "", "images": [], "health": None}
     return said, {"codebook_size": shape.codebook_size, **unknown}
 

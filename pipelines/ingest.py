@@ -2,16 +2,16 @@
 
     python pipelines/ingest.py --source cc3m --annotations /data/cc3m --store s3://bucket/beit3
 
-Pairs: the records are dealt, in published order, into shards; each shard is one task, on any node
+Pairs: the records are split, in published order, into shards; each shard is one task, on any node
 of the cluster. It downloads with img2dataset into a temporary folder of that node, or reads the
 published zips (`--images`), cleans the images (`pipelines.images`), and writes one part to the
-store. A record that fails is a row set aside with a reason; it fails nothing else. Archives and
-texts: one task for each file, which writes a part for every `--part-megabytes`; so a corpus in one
+store. A failed record becomes a set-aside row with a reason and affects no other record. Archives
+and texts: one task per file, which writes a part for every `--part-megabytes`; so a corpus in one
 huge file uses one core.
 
 The dataset `images/<name>` has the columns of `IMAGE_SCHEMA`, `text/<name>` of `TEXT_SCHEMA`; rows
-set aside have `id`, `url`, `reason`, `detail`, and the `stage` that refused them. Pictures that a
-dataset of `held_out` has too, at whatever size and quality, are set aside (`pipelines.leaks`).
+set aside have `id`, `url`, `reason`, `detail`, and the `stage` that refused them. Pictures that
+also occur in a dataset of `held_out`, at any size and quality, are set aside (`pipelines.leaks`).
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ T = TypeVar("T")
 
 
 def run(config: IngestConfig) -> Commit:
-    """Make the dataset, or find it made already.
+    """Make the dataset, unless it exists already; returns its commit.
 
     Raises:
         FileNotFoundError: an annotation file is missing.
         StoreError: the store can't be written, or the name is taken by another dataset.
-        ValueError: an annotation file is not what it should be; or `dry_run` is set.
+        ValueError: an annotation file is malformed; or `dry_run` is set.
     """
     if config.dry_run:
         raise ValueError("dry_run is set: call plan() instead")
@@ -94,8 +94,8 @@ def _make(
     units: Callable[[], Sequence[dict[str, Any]]],
     worker: PairWorker | FileWorker,
 ) -> Commit:
-    """The dataset's life, as `parts.make_dataset`'s, but that a unit may write several parts, and
-    that duplicates are dropped from the parts before they are committed."""
+    """Like `parts.make_dataset`, except that a unit may write several parts, and that duplicates
+    are dropped from the parts before they are committed."""
     dataset = Store(config.store).dataset(config.dataset)
     against = [(name, dataset.store.dataset(name).commit().identity) for name in config.against]
     whole = fingerprint("ingest", {"parts": mark, "against": against}) if config.unique else mark
@@ -125,7 +125,7 @@ def _make(
             console.say(f"{dataset.name}: no download failed that may work now")
             return found
         return retry.amend(dataset, found, failed, parts_of(failed.units))
-    parts = parts_of(units())  # bad annotations are said before a cluster starts
+    parts = parts_of(units())  # bad annotations are reported before a cluster starts
     held_out = [{"dataset": s.dataset, "commit": s.commit} for s in worker.held_out]
     return dataset.publish(
         whole,

@@ -1,4 +1,4 @@
-"""The configuration of ingestion: what to ingest, from where, and what to keep of it."""
+"""The configuration of ingestion: what to ingest, from where, and what to keep."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pipelines.records import TextPolicy
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What `--dry-run` reckons with. None of it is measured here: put in what you know."""
+    """Assumptions of `--dry-run`. None of them is measured here: put in what you know."""
 
     nodes: int = 1
     """Machines that ingest at once."""
     images_per_second: float = 250.0
-    """Images that one machine downloads and cleans; 16 cores that downloaded CC12M had 485."""
+    """Images that one machine downloads and cleans; 16 cores reached 485 on CC12M."""
     megabytes_per_second: float = 50.0
-    """Megabytes of archives or texts that one machine reads; of packed texts, a quarter of it."""
+    """Megabytes of archives or texts that one machine reads; a quarter of that for packed texts."""
     kilobytes_fetched: float = 150.0
     """Size of an image on the web."""
     kilobytes_stored: float = 25.0
@@ -29,14 +29,14 @@ class Assumptions:
     success: float = 0.8
     """Share of the URLs that are still alive."""
     node_price: float = 0.68
-    """Price of one machine for an hour (16 cores, on demand, in US dollars)."""
+    """Hourly price of one machine (16 cores, on demand, in US dollars)."""
     storage_price: float = 0.023
-    """Price of a gigabyte (10**9 bytes) in the store for a month."""
+    """Monthly price of a gigabyte (10**9 bytes) in the store."""
 
 
 @dataclass(frozen=True)
 class IngestConfig:
-    """What to ingest, from where, and what to keep of it."""
+    """What to ingest, from where, and what to keep."""
 
     source: str = "cc3m"
     """A module of pipelines/sources:
@@ -50,23 +50,24 @@ class IngestConfig:
     name: str | None = None
     """The dataset's name, below images/ or text/; by default the source's."""
     limit: int | None = None
-    """Take only the first so many records (of each file, for archives and texts)."""
+    """Take only this many records, the first ones (of each file, for archives and texts)."""
     images: str = ""
     """Folder or URI of coco's or vg's published images or zips; without it they are downloaded."""
     sample: float = 1.0
-    """Take a random share of the records: always the same, and part of every larger share's."""
+    """Take this random share of the records: always the same ones, and a subset of any larger
+    share."""
     dry_run: bool = False
-    """Read the annotations, fetch nothing, and say what a run would take, as `assume` has it:
+    """Read the annotations, fetch nothing, and print what a run would take, according to `assume`:
     hours = images / images_per_second / nodes / 3600; for archives and texts
     hours = megabytes / megabytes_per_second / nodes / 3600;
     stored = images * success * kilobytes_stored * (short_side / 288)**2;
     cost = hours * nodes * node_price, and each month stored gigabytes * storage_price."""
     assume: Assumptions = Assumptions()
-    """What a dry run reckons with."""
+    """Assumptions of a dry run."""
     splits: tuple[str, ...] = ("train",)
     """Splits of imagenet1k; val is a benchmark."""
     url_column: str = ""
-    """Column of a table's URLs (url, URL, ...); a number, from 0, where no line has the names."""
+    """Column of a table's URLs (url, URL, ...); a number, from 0, if the table has no header."""
     caption_column: str = ""
     """Column of a table's captions (caption, text, TEXT, ...), or its number."""
 
@@ -75,9 +76,9 @@ class IngestConfig:
     threads: int = 64
     """Downloads at once in each process."""
     timeout: float = 10.0
-    """Seconds of silence after which a download fails."""
+    """Seconds without data after which a download fails."""
     max_seconds: float = 60.0
-    """Seconds after which a download fails though it still trickles."""
+    """Seconds after which a download fails even if data still trickles in."""
     max_megabytes: int = 64
     """Megabytes (2**20 bytes) above which a download fails."""
     retries: int = 1
@@ -92,40 +93,40 @@ class IngestConfig:
     shard_size: int = 10_000
     """Records in one part: one task's work, and one Parquet file."""
     short_side: int = 288
-    """Larger images are shrunk so that their shorter side has so many pixels."""
+    """Larger images are shrunk so that their shorter side has this many pixels."""
     resize_mode: str = "keep_ratio"
-    """What short_side is the size of: keep_ratio, the shorter side; keep_ratio_largest, the longer;
-    center_crop or border (white), both; no: images keep their size. As img2dataset's."""
+    """Which side short_side applies to: keep_ratio, the shorter; keep_ratio_largest, the longer;
+    center_crop or border (white), both; no: images keep their size. As in img2dataset."""
     downscale: str = "hamming"
     """The filter that shrinks images: area, hamming, bicubic or lanczos, from fast to sharp."""
     encode_quality: int = 92
     """JPEG quality of images that are shrunk, or weren't RGB JPEGs."""
     reencode: bool = False
-    """Encode also JPEGs anew that need no change; by default they keep their bytes."""
+    """Re-encode even JPEGs that need no change; by default they keep their bytes."""
     min_side: int = 32
     """Images whose shorter side has fewer pixels are set aside."""
     max_aspect: float = 10.0
-    """Images whose longer side is more than so many times the shorter are set aside."""
+    """Images whose longer side is more than this many times the shorter are set aside."""
     max_pixels: int = 100_000_000
     """Images with more pixels, by their header, are never decoded."""
     max_captions: int = 50
-    """Captions kept of one image, the first ones."""
+    """Maximum captions kept per image, the first ones."""
     coco_split: Path | None = None
     """Karpathy's dataset_coco.json; by default in the annotations' folder or in ../coco."""
     held_out: tuple[str, ...] = ()
     """Datasets of the store, such as tasks/vqa/test, whose pictures must never be kept."""
     document_chars: int = 4_000
-    """Plain text files are cut at paragraphs into documents of about so many characters."""
+    """Plain text files are cut at paragraphs into documents of about this many characters."""
     part_megabytes: int = 256
-    """Megabytes (2**20 bytes) after which archives and texts go on in another Parquet file."""
+    """Megabytes (2**20 bytes) after which archives and texts continue in another Parquet file."""
 
     unique: bool = False
     """Set aside rows that repeat an earlier row of the dataset: the same bytes, or the same picture
-    at another size or quality; of texts, the same text."""
+    at another size or quality; for texts, the same text."""
     against: tuple[str, ...] = ()
-    """With unique: datasets of the store, such as images/cc3m, whose rows count as earlier, too."""
+    """With unique: datasets of the store, such as images/cc3m, whose rows also count as earlier."""
     retry_failed: bool = False
-    """Try the failed downloads of the dataset again, and commit it anew with what came."""
+    """Retry the dataset's failed downloads, and commit it again with those that succeed."""
     report: bool = True
     """Write reports/<dataset>/<commit>/report.html, and log it to MLflow."""
 

@@ -1,4 +1,4 @@
-"""What an ingestion would read, fetch, store, take and cost, without fetching anything."""
+"""Estimates what an ingestion would read, fetch and store, its time and cost, fetching nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What there is to ingest, listed: shards of URLs, archives, folders, parts of archives, texts."""
+"""Lists the units to ingest: shards of URLs, archives, folders, parts of archives, texts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ URL_SCHEMA = pa.schema(
         ("url", pa.string()),
         ("captions", pa.list_(pa.string())),
         ("files", pa.list_(pa.string())),
-        ("reason", pa.string()),  # set where the annotation itself is set aside
+        ("reason", pa.string()),  # given if the annotation itself is set aside
         ("detail", pa.string()),
     ]
 )
@@ -46,11 +46,11 @@ def unit_files(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The units of a source of archives or texts, and their description as inputs.
 
-    A unit names a `file` (for a part of one also `start` and `bytes`) or a `folder`. Texts are
-    described by checksum; images, terabytes of them, by name and size.
+    A unit names a `file` (with `start` and `bytes` for a part of one) or a `folder`. Texts are
+    described by checksum; images, being terabytes, by name and size.
 
     Raises:
-        FileNotFoundError: there are none; says what was expected.
+        FileNotFoundError: there are none; the message says what was expected.
     """
     folder = Store(config.annotations)
     found = source.find(folder, config.options) if hasattr(source, "find") else None
@@ -88,7 +88,7 @@ def records(source: ModuleType, root: Path, config: IngestConfig) -> Iterator[Im
 
 
 def chosen(items: Iterable[T], config: IngestConfig) -> Iterator[T]:
-    """The sample, and of that the first ones."""
+    """The first `config.limit` items of the random sample."""
     if config.sample < 1.0:
         items = (item for item in items if sampled(_id(item), config.sample))
     return islice(items, config.limit)
@@ -103,7 +103,7 @@ def _id(item: ImageRecord | TextRecord | HeldOut | Malformed) -> str:
 def url_shards(
     dataset: Dataset, mark: str, items: Callable[[], Iterator[ImageItem]], size: int
 ) -> list[dict[str, Any]]:
-    """Write the records, good and bad, to the store as shards of URLs, unless they are there."""
+    """Write all records, good and bad, to the store as shards of URLs, unless already there."""
     store, folder = dataset.store, f"{dataset.name}/data-{mark[:8]}"
     index = f"{folder}/_urls.json"
     if not store.exists(index):

@@ -1,7 +1,7 @@
 """The workers of ingestion: a shard of records, an archive or a text file -> rows of the dataset.
 
-Whatever order images arrive in, rows have the order of the records. A worker holds one part in
-memory; where an archive or a text has more, it writes further parts itself (`_Spill`).
+Rows have the order of the records, whatever order images arrive in. A worker holds one part in
+memory; if an archive or a text has more, it writes further parts itself (`_Spill`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipelines.storage import Store
 IMAGE_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),  # as Hugging Face's
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),  # as Hugging Face
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("captions", pa.list_(pa.string())),
@@ -47,14 +47,14 @@ TEXT_SCHEMA = pa.schema(
     ]
 )
 CAPTION_STAGE = "caption"
-"""The stage of rows that are set aside for one caption, of a record that is kept."""
+"""The stage of set-aside rows that stand for a single caption of a kept record."""
 
-_READ_AHEAD = 8 << 20  # a bucket answers a few large requests sooner than many small ones
+_READ_AHEAD = 8 << 20  # buckets answer a few large requests faster than many small ones
 _FEW = 50
 
 
 class Part:
-    """Gathers one part: rows go into record batches as they come, so that none grows too large."""
+    """Collects one part: rows are packed into record batches as they come, to save memory."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self.schema = schema
@@ -80,7 +80,7 @@ class Part:
         self.aside.append({k: v.encode(errors="replace").decode() for k, v in row.items()})
 
     def set_captions_aside(self, record: ImageRecord, refused: Iterable[Refused]) -> None:
-        """Note the captions that a record loses; it is the record's own row that counts as read."""
+        """Note the captions that a record loses; only the record's own row counts as read."""
         for caption in refused:
             detail = f"{caption.detail}: {caption.text}"
             self.set_aside(record.id, record.url, caption.reason, detail, CAPTION_STAGE)
@@ -149,7 +149,7 @@ def sifted(part: Part, record: ImageRecord, config: IngestConfig) -> ImageRecord
 
 @dataclass(frozen=True)
 class PairWorker:
-    """A shard of records -> their images, in the shard's order whatever order they arrived in."""
+    """A shard of records -> their images, in the shard's order, whatever order they arrive in."""
 
     config: IngestConfig
     store: Store
@@ -158,7 +158,7 @@ class PairWorker:
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         rows = self.store.read_table(unit["urls"]).to_pylist()
         part = Part(IMAGE_SCHEMA)
-        # Captions first: what they refuse need not be fetched.
+        # Captions first: records refused by their captions need not be fetched.
         wanted: list[ImageRecord] = []
         for row in rows:
             if row["reason"] is not None:
@@ -183,7 +183,7 @@ class PairWorker:
         uses = Counter(urls)
         outcomes = fetch_images(uses, self.config.fetch, self.config.policy)
         for url in urls:
-            uses[url] -= 1  # images leave memory as the part takes them in
+            uses[url] -= 1  # drop images from memory once the part has them
             yield outcomes[url] if uses[url] else outcomes.pop(url)
 
     def _from_files(self, records: list[ImageRecord]) -> Iterator[CleanImage | Rejected]:
@@ -205,7 +205,7 @@ class PairWorker:
 
 @dataclass(frozen=True)
 class FileWorker:
-    """An archive or folder of images, or a file of text, -> its records in its order."""
+    """An archive or folder of images, or a text file -> its records, in its order."""
 
     config: IngestConfig
     dataset: Dataset
@@ -241,7 +241,7 @@ class FileWorker:
         name = self.config.short_name
         refused = refuse_language(text, self.config.language)
         if refused:
-            # The text itself stays where it came from: its id says where.
+            # The full text is not copied: its id says where to find it.
             detail = f"{refused.detail}: {text[:200]}"
             part.set_aside(f"{name}/{id}", "", refused.reason, detail, "filter")
         else:
@@ -251,9 +251,8 @@ class FileWorker:
 class _Spill:
     """The parts of one unit: the first is the unit's own, further ones are written as they fill.
 
-    They are named so that the order of names is that of the records, and `further_parts` finds
-    them. The unit's record is written last, so a unit that was interrupted is made again, to the
-    same parts.
+    Their names sort in the order of the records, and `further_parts` finds them. The unit's record
+    is written last, so an interrupted unit is made again, into the same parts.
     """
 
     def __init__(self, worker: FileWorker, name: str) -> None:
@@ -293,14 +292,14 @@ class _Spill:
 
 
 def further_parts(dataset: Dataset, mark: str, units: Iterable[str]) -> list[PartRecord]:
-    """The parts that units wrote beyond their own."""
+    """The parts that units wrote beyond their first."""
     names = set(units)
     found = dataset.finished_parts(mark)
     return [r for name, r in found.items() if name not in names and name.partition("-")[0] in names]
 
 
 def source_name(config: IngestConfig) -> str:
-    """What the column `source` says."""
+    """The value of the column `source`."""
     own = getattr(sources.load(config.source), "OWN", False)
     return config.short_name if own else config.source
 
@@ -320,7 +319,7 @@ def _read(unit: dict[str, Any], config: IngestConfig) -> Iterator[ImageItem | Te
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file, from first to last."""
+    """A range of `size` bytes of a file, from `start` on."""
 
     def __init__(self, stream: Any, start: int, size: int) -> None:
         self.stream, self.left = stream, size

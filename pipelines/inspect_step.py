@@ -1,7 +1,7 @@
-"""Pages that show what a pretraining step reads: pictures, texts, masks, names and datasets.
+"""Writes pages that show what a pretraining step reads: pictures, texts, masks, names, datasets.
 
-`pipelines/pretrain.py --inspect-step N` makes the batches again, by the function that made them for
-training, and leaves in the store
+`pipelines/pretrain.py --inspect-step N` makes the batches again, with the function that made them
+for training, and writes to the store
 
     runs/<name>/inspect/step-00001234/index.html         how much came from which dataset
     runs/<name>/inspect/step-00001234/worker-0000.html   a worker's samples; open it in a browser
@@ -29,12 +29,12 @@ from pipelines.report_html import Html, el, figure, join, page, table
 from pipelines.storage import Store
 
 GREY = 128
-SHADE = 0.65  # of grey in a hidden patch: what it hides stays visible to people
+SHADE = 0.65  # share of grey in a hidden patch: people can still see what it hides
 
 
 @dataclass(frozen=True)
 class Share:
-    """Whose batch it is, and its number."""
+    """The worker that a batch belongs to, and the batch's number."""
 
     worker: int
     batch: int
@@ -45,8 +45,8 @@ class Inspected:
     """A sample of a batch.
 
     kind: `image`, `pair` or `text`.
-    hidden: numbers of the hidden patches, row by row.
-    tokens: ids, the masked ones as they were; `masked`: their places.
+    hidden: indices of the hidden patches, row by row.
+    tokens: ids before masking; `masked`: the positions of the masked ones.
     picture: uint8 `[3, height, width]`.
     """
 
@@ -60,7 +60,7 @@ class Inspected:
 
 
 def check(store: Store, run: str, fingerprint: str) -> None:
-    """Say so if the run in the store was begun with other options: it read other batches."""
+    """Warn if the run in the store was begun with other options, and so read other batches."""
     found = f"{run}/run.json"
     if store.exists(found) and store.read_json(found)["fingerprint"] != fingerprint:
         console.say(
@@ -77,10 +77,10 @@ def write(
     tokenizer: TextTokenizer,
     patch: int,
 ) -> dict[str, Any]:
-    """Write the pages of a step; returns the folder's URI and how many samples of each dataset.
+    """Write the pages of a step; returns the folder's URI and the samples per dataset.
 
     Args:
-        batches: Each worker's, worker by worker.
+        batches: All workers' batches, worker by worker.
         patch: Side of a patch in pixels.
     """
     counts: Counter[tuple[str, str]] = Counter()
@@ -119,7 +119,7 @@ def write(
 
 
 def samples(batch: MaskedBatch) -> Iterator[Inspected]:
-    """A batch taken apart again, and what is masked in its texts put back."""
+    """A batch split into its samples, with the masked tokens of its texts restored."""
     text, masked = batch.original_text(), torch.zeros(len(batch.text), dtype=torch.bool)
     for kind in TEXT_OBJECTIVES:
         if kind in batch.masked:
@@ -142,7 +142,7 @@ def samples(batch: MaskedBatch) -> Iterator[Inspected]:
 
 
 def greyed(images: Tensor, hidden: Tensor, patch: int, shade: float = 1.0) -> np.ndarray:
-    """Pictures with their hidden patches in grey, `shade` of it; uint8 `[n, 3, height, width]`.
+    """Pictures with hidden patches blended with grey by `shade`; uint8 `[n, 3, height, width]`.
 
     Args:
         images: uint8 `[n, 3, height, width]`.
@@ -170,7 +170,7 @@ def _record(one: Inspected, share: Share, tokenizer: TextTokenizer) -> dict[str,
 
 
 def pieces(one: Inspected, tokenizer: TextTokenizer) -> Iterator[tuple[str, bool]]:
-    """A text's tokens as they are written, and whether each is masked; without `<s>`, `</s>`."""
+    """A text's tokens as strings, and whether each is masked; without `<s>`, `</s>`."""
     masked = set(one.masked)
     for place, id in enumerate(one.tokens):
         if id >= UNK:

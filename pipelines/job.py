@@ -1,4 +1,4 @@
-"""What all jobs' programs share: their options, their bill, and errors in one line."""
+"""The shared main program of all jobs: reads options, prints the bill, and errors in one line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def main(
     *,
     billed: Callable[[T], bool] = lambda chosen: True,
 ) -> None:
-    """Read the options, run the job and say what it used of machines.
+    """Read the options, run the job and print the machine time it used.
 
     Input or options that a job can't use end it with exit code 2 and the error in one line.
 
     Args:
-        presets, description: As `config.cli` takes them.
-        billed: Whether a job with these options uses machines worth a word.
+        presets, description: As for `config.cli`.
+        billed: Whether a job with these options uses enough machine time to report.
     """
     chosen = located(config.cli(presets, description=description or ""))
     try:
@@ -40,7 +40,7 @@ def main(
 
 
 def located(chosen: T) -> T:
-    """With the whole path of a store in a folder, since workers may run in other folders."""
+    """The options with a local store's path made absolute, as workers may run in other folders."""
     store = getattr(chosen, "store", None)
     if not isinstance(store, str) or "://" in store:
         return chosen

@@ -1,12 +1,12 @@
-"""Pictures that must not reach pretraining, found by what they show.
+"""Finds pictures that must not reach pretraining, by what they show.
 
-Benchmarks' test images stand all over the web, at other URLs, sizes and qualities, so ids and
+Benchmarks' test images are all over the web, at other URLs, sizes and qualities, so ids and
 checksums don't find them; signatures do (`pipelines.signatures`).
 
-Over 550 drawn test scenes, copies of nine tenths the size at JPEG quality 75 differ in at most 76
-bits and 22 levels of colour, so all are found; of 2600 other scenes none is taken for one, the
-nearest whose colours agree being 107 bits away. Cut copies and thumbnails lie between: most, not
-all, are found.
+Over 550 drawn test scenes, copies at nine tenths the size and JPEG quality 75 differ in at most 76
+bits and 22 levels of colour, so all are found; none of 2600 other scenes is mistaken for one: the
+nearest whose colours agree is 107 bits away. Cropped copies and thumbnails lie in between: most,
+not all, are found.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from pipelines.signatures import (
 from pipelines.storage import Store, StoreError
 
 MOST_BITS = 92
-"""Bits in which the hashes of one picture may differ."""
+"""Maximum number of bits in which the hashes of the same picture differ."""
 MOST_COLOUR = 32
-"""Levels, of 255, by which the mean colour of no field may differ more."""
+"""Maximum difference, in levels of 255, of the mean colour of any field."""
 
 _VERSION = 2  # of the signatures: raised when they or their file change
-_ANY = ImagePolicy(min_side=1, max_aspect=1e9)  # prepared images were judged already
+_ANY = ImagePolicy(min_side=1, max_aspect=1e9)  # prepared images were filtered already
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -53,7 +53,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Match:
-    """The held-out example that a picture is the same as."""
+    """The held-out example that a picture matches."""
 
     dataset: str
     id: str
@@ -63,7 +63,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Source:
-    """A held-out dataset at one commit, and the file of its signatures."""
+    """A held-out dataset at one commit, with the file of its signatures."""
 
     dataset: str
     commit: str
@@ -79,7 +79,7 @@ class HeldOutPictures:
     def __init__(
         self, origins: Sequence[tuple[str, str]], bits: Sequence[bytes], colours: Sequence[bytes]
     ) -> None:
-        """`origins` are pairs of dataset and example id, one for each signature."""
+        """`origins` are pairs of dataset and example id, one per signature."""
         self.origins = origins
         self._bits, self._colours = packed(bits, colours)
 
@@ -87,7 +87,7 @@ class HeldOutPictures:
         return len(self._colours)
 
     def find(self, data: bytes) -> Match | None:
-        """The nearest held-out picture, if it is the same one."""
+        """The nearest held-out picture, if it counts as the same."""
         return self.nearest(signature(data)) if len(self) else None
 
     def nearest(self, picture: Signature) -> Match | None:
@@ -102,10 +102,10 @@ class HeldOutPictures:
 
 
 def sources(store: Store, names: Sequence[str]) -> list[Source]:
-    """The held-out datasets as they are committed now.
+    """The held-out datasets at their current commits.
 
     Raises:
-        StoreError: one isn't there, or has no column `images`.
+        StoreError: one isn't committed, or has no column `images`.
     """
     found = []
     for name in sorted(set(names)):
@@ -118,7 +118,7 @@ def sources(store: Store, names: Sequence[str]) -> list[Source]:
 
 
 def prepare(store: Store, held_out: Sequence[Source]) -> None:
-    """Write the signatures of each held-out dataset beside it, unless they are there."""
+    """Write the signatures of each held-out dataset beside it, unless they exist."""
     for source in held_out:
         if store.exists(source.file):
             continue
@@ -132,7 +132,7 @@ def prepare(store: Store, held_out: Sequence[Source]) -> None:
 
 @functools.lru_cache(maxsize=2)
 def load(store_uri: str, held_out: tuple[Source, ...]) -> HeldOutPictures:
-    """The prepared signatures, once in each process."""
+    """The prepared signatures, loaded once per process."""
     store = Store(store_uri)
     origins: list[tuple[str, str]] = []
     bits: list[bytes] = []
@@ -150,7 +150,7 @@ def _schema(dataset: Dataset) -> pa.Schema:
 
 
 def _sign(dataset: Dataset, total: int) -> tuple[pa.Table, int]:
-    """The signatures of a dataset's images, each picture once, and how many can't be read."""
+    """The distinct signatures of a dataset's images, and the number of unreadable images."""
     rows: dict[Signature, str] = {}  # many examples ask about one picture
     unread = 0
     with (
@@ -184,5 +184,5 @@ def _images(dataset: Dataset) -> Iterator[list[tuple[str, bytes]]]:
 
 
 def _sign_one(data: bytes) -> Signature | None:
-    image = clean_image(data, _ANY)  # the way that the pictures to compare go, too
+    image = clean_image(data, _ANY)  # the same processing as for the pictures to compare
     return signature(image.data) if isinstance(image, CleanImage) else None

@@ -1,4 +1,4 @@
-"""What a result comes from: a hash of its job, options and inputs, and the version of the code."""
+"""A result's provenance: a hash of its job, options and inputs, and the version of the code."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Committed Parquet to deterministic batches.
+"""Turns committed Parquet files into deterministic batches.
 
 The order of samples is a function of (commits, seed, epoch), never of timing or of the number of
-workers. An epoch's row groups are shuffled and laid end to end; that sequence is cut into a fixed
-number of *streams*, equal to one row, each shuffled within windows; sample `p` of the epoch is the
-next row of stream `p mod streams`, so an epoch has every row once. Workers share the streams out,
-so each reads few row groups, each row group once, and a run resumed on another number of workers
-sees the same batches.
+workers. An epoch's row groups are shuffled and concatenated; that sequence is cut into a fixed
+number of *streams*, equal in length to within one row, each shuffled within windows; sample `p` of
+the epoch is the next row of stream `p mod streams`, so an epoch has every row once. The streams are
+divided among the workers, so each reads few row groups, each row group once, and a run resumed on
+another number of workers sees the same batches.
 
-Sources with weights keep an order each, and `Mix` deals the sample numbers out to them.
+Weighted sources have an order each, and `Mix` distributes the sample numbers among them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from pipelines.storage import StoreError
 
 STREAMS = 64
 WINDOW = 4 * ROW_GROUP_ROWS  # rows among which a stream is shuffled
-TURNS = 16  # of a lane of a mix, among which its sources are shuffled
-SPREAD = 37  # odd; of those tried it kept a mix's shares closest to its weights
-LEAST_CACHED = 1 << 30  # bytes of row groups that a process may hold, however little memory it has
-# Of a container's memory, by version 2 and version 1 of control groups.
+TURNS = 16  # turns of a mix's lane, among which its sources are shuffled
+SPREAD = 37  # odd; of the values tried, this kept a mix's shares closest to its weights
+LEAST_CACHED = 1 << 30  # bytes of row groups that any process may hold, however little memory
+# A container's memory limit, in version 2 and version 1 of control groups.
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 B = TypeVar("B")
@@ -66,11 +66,11 @@ def memory() -> int:
 
 
 class CacheBudget:
-    """Bytes of row groups that all `ParquetRows` of a process may hold together: a net for where
-    the rows that they are to keep are too large for the memory.
+    """Bytes of row groups that all `ParquetRows` of a process may hold together: a safeguard if
+    the rows they should keep don't fit into memory.
 
-    Who holds more than an equal share gives up its oldest. So pictures don't drive out the tokens,
-    which take a small part of the memory and as many reads.
+    A `ParquetRows` that holds more than an equal share evicts its oldest row groups. So pictures
+    don't evict the tokens, which take little of the memory but as many reads.
     """
 
     def __init__(self) -> None:
@@ -80,11 +80,11 @@ class CacheBudget:
         self.share(1)
 
     def share(self, processes: int) -> None:
-        """So many processes of this machine take a quarter of its memory together."""
+        """Let `processes` processes on this machine share a quarter of its memory."""
         self.bytes = max(LEAST_CACHED, memory() // 4 // processes)
 
     def exceeded(self, rows: ParquetRows, held: int) -> bool:
-        """Note what one holds now; whether it is to hold less."""
+        """Record that `rows` now holds `held` bytes; returns whether it must hold less."""
         with self._lock:
             self._held[rows] = held
             return sum(self._held.values()) > self.bytes and held > self.bytes / len(self._held)
@@ -94,13 +94,13 @@ CACHES = CacheBudget()
 
 
 def rows_at_hand(world: int, orders: int = 1) -> int:
-    """Rows of the row groups that one of `world` workers is to keep, of so many orders.
+    """Rows, in whole row groups, that one of `world` workers should cache for `orders` orders.
 
-    Twice those of its streams' windows: the row group in which one window ends and the next begins
-    may be wanted early in the one and late in the other, when all others of both were read between.
-    With twice, measured, next to none was read again for want of room, of one order and of several
-    with weights; with one and a half times 5% were, with once up to 80%, and with four fifths each
-    was read some thirty times.
+    Twice the rows of its streams' windows: the row group in which one window ends and the next
+    begins may be needed early in one and late in the other, after all others of both were read in
+    between. Measured, for one order and for several weighted ones: with twice the windows' rows,
+    almost no row group was read again for lack of room; with one and a half times 5% were, with
+    once up to 80%, and with four fifths each was read some thirty times.
     """
     streams = STREAMS // math.gcd(STREAMS, world)
     return 2 * orders * streams * (WINDOW + ROW_GROUP_ROWS)
@@ -119,10 +119,10 @@ class ParquetRows:
     ) -> None:
         """
         Args:
-            readers: Columns whose values don't become Python's, and of each what makes its part of
-                a row group an object that rows index.
-            kept: Rows of the row groups that are held, those wanted last. The default is enough to
-                go through them in order.
+            readers: For columns whose values are not converted to Python's: a function that turns
+                the column of a row group into an object indexed by row.
+            kept: Maximum rows in the cached row groups, the most recently used ones. The default
+                suffices to read them in order.
         """
         self.datasets = list(datasets)
         self.columns = list(columns) if columns else None
@@ -149,7 +149,7 @@ class ParquetRows:
         return self._read(dataset, path, index).table
 
     def values(self, dataset: int, path: str, index: int) -> Mapping[str, Any]:
-        """The columns of a row group, each indexed by rows."""
+        """The columns of a row group, each indexed by row."""
         return self._read(dataset, path, index).values
 
     def _read(self, dataset: int, path: str, index: int) -> _Held:
@@ -189,7 +189,7 @@ class _Held:
 
 
 def _values(column: pa.Array) -> Any:
-    """A column as Python's values; but for numbers made when asked for, as all take more memory."""
+    """A column as Python values; all but integers are converted on demand, to save memory."""
     return column.to_pylist() if pa.types.is_integer(column.type) else _OnDemand(column)
 
 
@@ -206,19 +206,19 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
 
 
 class Order:
-    """Which row stands at each place of a run: `locate(g)` for sample number `g`."""
+    """The row at each position of a run: `locate(g)` for sample number `g`."""
 
     def __init__(self, groups: Sequence[RowGroup], seed: int) -> None:
         self.groups = list(groups)
         self.seed = seed
         self.rows = sum(group.rows for group in self.groups)
-        # Rows of a stream, and how many streams have one more.
+        # Rows per stream, and how many streams have one more.
         self.least, self.longer = divmod(self.rows, STREAMS)
         self._epoch = functools.lru_cache(maxsize=2)(self._plan)
         self._window = functools.lru_cache(maxsize=4 * STREAMS)(self._shuffle)
 
     def locate(self, sample: int) -> tuple[RowGroup, int]:
-        """The row group and the row in it of the run's sample number `sample`."""
+        """The row group of the run's sample number `sample`, and the row within it."""
         epoch, place = divmod(sample, self.rows)
         place, stream = divmod(place, STREAMS)
         window, inside = divmod(place, WINDOW)
@@ -245,20 +245,20 @@ class Order:
 
 
 class Mix:
-    """Sources drawn by weight: `locate(g)` and `epoch_of(g)`, as an `Order` has them.
+    """Sources drawn by weight, with `locate(g)` and `epoch_of(g)` like an `Order`.
 
-    Sample numbers are dealt out to `STREAMS` lanes in turn. `TURNS` turns of a lane have every
-    source as often as its weight says, rounded, in shuffled order. What rounding leaves is carried
-    on, in each lane from another remainder: `STREAMS * TURNS` samples have the weights' shares to
-    within a few samples, and a run of any length does too. The n-th time that a lane draws a source
-    it takes sample `n * STREAMS + lane` of the source's own order, so a worker still reads only its
-    streams of each.
+    Sample numbers are dealt to `STREAMS` lanes in turn. In `TURNS` turns of a lane, each source
+    occurs as often as its weight says, rounded, in shuffled order. Rounding remainders carry over
+    and start differently in each lane: `STREAMS * TURNS` samples match the weights to within a few
+    samples, and so does a run of any length. The n-th time that a lane draws a source it takes
+    sample `n * STREAMS + lane` of the source's own order, so a worker still reads only its streams
+    of each source.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int) -> None:
         self.orders, self.seed = list(orders), seed
         exact = [Fraction(str(weight)) for weight in weights]
-        # Of the turns that the sources before it leave, the share that each source takes.
+        # Each source's share of the turns that the sources before it leave.
         self.shares = [own / sum(exact[i:]) for i, own in enumerate(exact)]
         self._block = functools.lru_cache(maxsize=2 * STREAMS)(self._deal)
 
@@ -267,32 +267,32 @@ class Mix:
         return self.orders[source].locate(number)
 
     def epoch_of(self, sample: int) -> int:
-        """How often the sample's own source was gone through before."""
+        """How many epochs of the sample's own source were completed before it."""
         source, number = self.draw(sample)
         return self.orders[source].epoch_of(number)
 
     def draw(self, sample: int) -> tuple[int, int]:
-        """The source of a sample number, and which sample of that source's order it is."""
+        """The source of a sample number, and the sample's number in that source's order."""
         turn, lane = divmod(sample, STREAMS)
         block, inside = divmod(turn, TURNS)
         source, times = self._block(lane, block)[inside]
         return source, times * STREAMS + lane
 
     def times(self, lane: int, turns: int) -> list[int]:
-        """How often each source is drawn in the first turns of a lane.
+        """How often each source is drawn in the first `turns` turns of a lane.
 
-        A lane splits its turns between the first source and the others, what those get between
+        A lane splits its turns between the first source and the others, the others' turns between
         the second and the rest, and so on. Each count grows by 0 or 1 a turn, whatever the weights.
         """
         counts, left = [], turns
         for number, share in enumerate(self.shares):
-            place = lane * SPREAD**number % STREAMS  # other lanes are early with each source
+            place = lane * SPREAD**number % STREAMS  # different lanes are early for each source
             counts.append(math.floor(left * share + Fraction(2 * place + 1, 2 * STREAMS)))
             left -= counts[-1]
         return counts
 
     def _deal(self, lane: int, block: int) -> list[tuple[int, int]]:
-        """Of each turn of a block the source, and how often the lane drew that before."""
+        """For each turn of a block, its source and how often the lane drew that source before."""
         start, end = self.times(lane, block * TURNS), self.times(lane, (block + 1) * TURNS)
         sources = np.repeat(np.arange(len(start)), np.subtract(end, start))
         np.random.default_rng((self.seed, lane, block)).shuffle(sources)
@@ -304,10 +304,10 @@ class Mix:
 
 
 def share(step: int, batch: int, rank: int, world: int) -> list[int]:
-    """The sample numbers of a global batch that fall to one worker.
+    """The sample numbers of a global batch that one worker gets.
 
     Raises:
-        ValueError: the batch can't be shared equally.
+        ValueError: the batch can't be divided equally.
     """
     if batch % world:
         raise ValueError(f"batch {batch} is not divisible by the number of workers {world}")
@@ -315,7 +315,7 @@ def share(step: int, batch: int, rank: int, world: int) -> list[int]:
 
 
 class Prefetcher(Generic[B]):
-    """Makes the batches of coming steps in the background, in order."""
+    """Makes the batches of upcoming steps in the background, in order."""
 
     def __init__(
         self,
@@ -339,7 +339,7 @@ class Prefetcher(Generic[B]):
                     return
                 self._put((make(step), None))
             self._put((None, StopIteration()))
-        except BaseException as error:  # handed to the consumer, who raises it
+        except BaseException as error:  # passed to the consumer, which raises it
             self._put((None, error))
 
     def _put(self, item: tuple[B | None, BaseException | None]) -> None:

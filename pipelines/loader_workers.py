@@ -1,13 +1,13 @@
-"""Batches made beside the training workers, by processes that decode and augment.
+"""Makes batches beside the training workers, in processes that decode and augment.
 
-A batch is a function of its number, so it does not matter who makes it. With `loader_workers` each
-training worker has so many Ray actors; they make whole batches in turn, and the training process
-takes finished ones out of the object store, in order. Actors and not local processes, so that the
-same option serves a laptop and a cluster: they want a CPU each and no GPU, and are spread over the
-nodes, those without a GPU included. Actors and not tasks or Ray Data, so that row groups and
-decoded pictures stay with a process that will want them again, and a run resumes at any batch
-without going through those before it. The price: each actor reads the row groups of all its
-worker's batches.
+A batch is a function of its number, so it does not matter which process makes it. Each training
+worker has `loader_workers` Ray actors; they make whole batches in turn, and the training process
+takes finished ones out of the object store, in order. Actors rather than local processes let the
+same option serve a laptop and a cluster: each needs a CPU and no GPU, and they are spread over the
+nodes, including those without a GPU. Actors rather than tasks or Ray Data keep row groups and
+decoded pictures in a process that will need them again, and let a run resume at any batch without
+going through those before it. The price: each actor reads the row groups of all its worker's
+batches.
 
 An actor that dies, with its node or out of memory, is replaced and its batches are made again.
 """
@@ -28,9 +28,9 @@ from pipelines import cluster, console
 from pipelines.loader import CACHES, Prefetcher
 from pipelines.recipe import Recipe, TrainConfig
 
-AHEAD = 2  # batches that each process has been asked for and that nobody has taken
+AHEAD = 2  # batches requested from each process and not yet taken
 ATTEMPTS = 3  # to make a batch, if the process that makes it dies
-PATIENCE = 600.0  # seconds that a batch may take, the start of the process and of its node included
+PATIENCE = 600.0  # seconds that a batch may take, including the start of its process and node
 
 
 def prefetch(
@@ -41,10 +41,10 @@ def prefetch(
     workers: int,
     device: torch.device | str = "cpu",
 ) -> Prefetcher[Any]:
-    """A worker's batches of some steps, in order and made ahead.
+    """A worker's batches for `steps`, in order and made ahead.
 
-    By `workers` processes, or for 0 by a thread of this one; they are the same to the bit. They are
-    in the CPU's memory, page-locked if the `device` that they go to is a GPU.
+    They are made by `workers` processes, or, for 0, by a thread of this process; the batches are
+    bit-identical either way. They are in CPU memory, page-locked if their `device` is a GPU.
     """
     if not workers:
         CACHES.share(_beside())
@@ -58,9 +58,9 @@ def prefetch(
 
 
 def check_room(config: TrainConfig) -> None:
-    """See to it that the workers and their loader workers have where to run: Ray lets them wait.
+    """Check that there is room for the workers and their loader workers: Ray would let them wait.
 
-    Any other cluster than this machine's own may grow; what it lacks as yet is said.
+    A cluster other than this machine's own may grow; what it still lacks is printed.
 
     Raises:
         ValueError: this machine's own Ray cluster lacks CPUs or GPUs.
@@ -94,17 +94,17 @@ def check_room(config: TrainConfig) -> None:
 
 
 class LoaderWorkers:
-    """Makes batches in Ray actors. To be called with the numbers of `steps`, one after the other.
+    """Makes batches in Ray actors. Call it with the numbers of `steps`, in order.
 
     Raises, when called:
-        RuntimeError: no batch came in time, or the actor that makes it died again and again.
+        RuntimeError: the batch was not made in time, or the actor making it died repeatedly.
         Exception: what making the batch raised.
     """
 
     def __init__(self, recipe: Recipe, rank: int, world: int, steps: range, workers: int) -> None:
         import ray
 
-        # Of pixels, see `_tensor`.
+        # About pixels, see `_tensor`.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         if not ray.is_initialized():
             cluster.start()
@@ -153,7 +153,7 @@ class LoaderWorkers:
         return self._actor.remote(self._job, self._processes)
 
     def _ask(self) -> None:
-        """See that each actor has work ahead, and no more than that."""
+        """Request batches so that each actor has `AHEAD` pending, and no more."""
         while len(self._pending) < AHEAD * len(self.actors):
             step = next(self._unasked, None)
             if step is None:
@@ -190,11 +190,11 @@ class _Maker:
     """The actor."""
 
     def __init__(self, job: tuple[Recipe, int, int], processes: int) -> None:
-        """`processes`: how many such a machine may have, which share its memory."""
+        """`processes`: how many of these actors one machine may have; they share its memory."""
         import ray.util
 
         torch.set_num_threads(1)
-        # As arrays, tensors travel through shared memory without being copied into a pickle.
+        # As arrays, tensors pass through shared memory without being copied into a pickle.
         ray.util.register_serializer(
             torch.Tensor, serializer=torch.Tensor.numpy, deserializer=_tensor
         )
@@ -215,6 +215,6 @@ def _beside() -> int:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """Pixels stay in the object store's memory, which is read-only, as models only make floats of
-    them. All else is small and copied."""
+    """An array as a tensor. Pixels stay in the object store's memory, which is read-only, as models
+    only convert them to floats. Everything else is small and copied."""
     return torch.from_numpy(array if array.dtype == np.uint8 else array.copy())

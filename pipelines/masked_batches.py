@@ -1,4 +1,4 @@
-"""Batches of pretraining: pictures as they were tokenized, texts, and what is hidden of both."""
+"""Batches of pretraining: pictures as they were tokenized, texts, and the masks of both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipelines.storage import Store
 
 @dataclass(frozen=True)
 class _Corrupted:
-    """A sample on its way into a batch, without its pixels: of a picture, a text, or both."""
+    """A sample to be put into a batch, without pixels: a picture, a text, or both."""
 
     id: str
     source: str
@@ -35,7 +35,7 @@ class _Corrupted:
 
 
 class MaskedBatches:
-    """Corrupted batches of a worker, as a function of the step."""
+    """A worker's masked batches, as a function of the step."""
 
     def __init__(
         self, cfg: PretrainConfig, tokenizer: TextTokenizer, rank: int, world: int
@@ -67,10 +67,10 @@ class MaskedBatches:
     def __call__(self, step: int) -> MaskedBatch:
         drawn = {kind: samples(step) for kind, samples in self.samples.items()}
         pairs = [one for one in drawn.get("pairs", ()) if one.row["captions"]]
-        # A picture that has lost its captions still is a picture.
+        # A picture without captions is still usable as a picture.
         lost = [one for one in drawn.get("pairs", ()) if not one.row["captions"]]
         if lost and not pairs and "texts" not in drawn:
-            # No worker may be without text where others have some: all call the same modules.
+            # No worker may lack text while others have some: all must call the same modules.
             pairs, lost = lost[:1], lost[1:]
         alone = [("images", one) for one in drawn.get("images", ())]
         alone += [("pairs", one) for one in lost]
@@ -84,8 +84,8 @@ class MaskedBatches:
     def _pixels(self, shown: Sequence[tuple[str, Sample]]) -> np.ndarray:
         """Views of pictures of each kind, uint8 `[pictures, 3, image_size, image_size]`.
 
-        They are made in a row, apart from masks and words: so the processor's caches keep what
-        each takes. Each goes to its place at once: memory that is held anew for each costs time.
+        They are made one after another, apart from masks and words, which is kinder to the
+        processor's caches. Each is written straight to its place: allocating memory costs time.
         """
         side = self.cfg.model.image_size
         pixels = np.empty((len(shown), 3, side, side), np.uint8)
@@ -126,7 +126,7 @@ class MaskedBatches:
         shown, said, everything = [*alone, *pairs], [*pairs, *texts], [*alone, *pairs, *texts]
         patches = self.cfg.model.patches
         hidden = np.array([one.hidden for one in shown], bool)
-        unknown = np.zeros(patches, np.int64)  # the step finds them
+        unknown = np.zeros(patches, np.int64)  # the training step computes them
         words = np.array([unknown if one.words is None else one.words for one in shown], np.int64)
         return MaskedBatch.collate(
             torch.from_numpy(pixels),
@@ -142,9 +142,9 @@ class MaskedBatches:
 
 
 class _Views:
-    """The views of a row group: of a row boxes, flips, and jitters and words where they are stored.
+    """The views of a row group: for each row, boxes, flips, and jitters and words if stored.
 
-    Of several one is wanted, and Arrow's scalars of nested values take long to make.
+    Only one of a row's views is needed, and Arrow's nested scalars are slow to make.
     """
 
     def __init__(self, column: pa.ListArray) -> None:
@@ -172,21 +172,21 @@ class _Views:
 
 
 def _matrix(lists: pa.FixedSizeListArray) -> np.ndarray:
-    """Lists of one size, `[lists, size]`."""
+    """Fixed-size lists as a matrix, `[lists, size]`."""
     return lists.flatten().to_numpy().reshape(len(lists), lists.type.list_size)
 
 
 def _stored_view(
     sample: Sample,
 ) -> tuple[np.ndarray, bool, tuple[float, float, float] | None, np.ndarray | None]:
-    """Box, flip, jitter and words, if any are stored, of the view that is this epoch's."""
+    """Box, flip, jitter and words (None if not stored) of this epoch's view."""
     boxes, flips, jitters, words = sample.row["views"]
     number = sample.epoch % len(flips)
     return boxes[number], flips[number], jitters[number], words[number]
 
 
 class _Encoded:
-    """The pictures of a row group, encoded; of a row of several the first."""
+    """The encoded pictures of a row group; the first one if a row has several."""
 
     def __init__(self, column: pa.Array) -> None:
         several = isinstance(column, pa.ListArray)
@@ -202,14 +202,14 @@ class PictureSource:
     """The pictures that belong to tokenized datasets, found by part and row."""
 
     def __init__(self, store: Store, names: Sequence[str], kept: int) -> None:
-        """`kept`: as of `ParquetRows`; as many as of the tokens, whose order is theirs."""
+        """`kept`: as for `ParquetRows`; the same as for the tokens, which have the same order."""
         commits = [store.dataset(f"tokens/{name}").commit() for name in names]
         self.datasets = [store.dataset(c.lineage["inputs"][0]["dataset"]) for c in commits]
         readers = {"image": _Encoded, "images": _Encoded}
         self.rows = (
             ParquetRows(self.datasets, list(readers), readers=readers, kept=kept) if names else None
         )
-        # A part of tokens/x holds the tokens of the part of the same number of its source.
+        # A part of tokens/x holds the tokens of its source's part of the same number.
         self.paths = [
             {posixpath.basename(f.path): f.path for f in dataset.commit().files}
             for dataset in self.datasets
@@ -244,7 +244,7 @@ def held_out_batches(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBat
         pair_batch=HELD_OUT_PAIRS,
         held_out="",
         held_out_ranked=0,
-        # What is not trained is measured all the same.
+        # Objectives that are not trained are measured all the same.
         objectives=ObjectiveWeights(image_target=cfg.objectives.image_target),
         masking=replace(cfg.masking, pair_text_share=share if 0 < share < 1 else 0.5),
         train=replace(cfg.train, workers=0, gpus_per_worker=0.0),

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it was made of, and how to load it."""
+"""Writes an exported model's README.md: what it is, how it was made, and how to load it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def write(name: str, kind: str, model: ModelConfig, info: dict[str, Any]) -> str
 
     Args:
         kind: `pretrained`, `dual_encoder`, or the task that it was finetuned for.
-        info: What its bundle says of it.
+        info: Its bundle's info.
     """
     what = KINDS.get(kind, f"BEiT-3, finetuned for {kind}")
     sections = {
@@ -124,7 +124,7 @@ def _training(info: dict[str, Any]) -> Iterator[str]:
 
 
 def _sweep(sweep: dict[str, Any]) -> Iterator[str]:
-    """The trials among which this model was the best."""
+    """The trials of the sweep that this model won."""
     rows = sweep["trials"]
     yield f"The best of the {len(rows)} trials of the sweep `{sweep['name']}`:\n"
     names = list(rows[0]["parameters"])

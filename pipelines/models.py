@@ -19,7 +19,7 @@ from pipelines.samples import SEEDING, without_later
 from pipelines.storage import Store
 from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
-# Where and how fast a job runs does not change what it makes, to rounding.
+# Options about where and how fast a job runs; they don't change its result, up to rounding.
 INDIFFERENT = {
     "store": "",
     "dry_run": False,
@@ -51,7 +51,7 @@ INDIFFERENT = {
 
 @contextmanager
 def opened(store: Store, name: str) -> Iterator[Path]:
-    """A bundle as a local folder, verified, for as long as the context lasts."""
+    """A bundle as a verified local folder, for as long as the context lasts."""
     with tempfile.TemporaryDirectory() as folder:
         bundles.load(store, name, Path(folder))
         yield Path(folder)
@@ -91,8 +91,8 @@ def check_vocabulary(tokenizer: TextTokenizer, model: ModelConfig) -> None:
 
 
 def decisive(cfg: Any) -> dict[str, Any]:
-    """What a run's outcome depends on beside its data: a job's configuration without what only says
-    where and how fast it runs, and how random numbers come from its seed."""
+    """Everything except data that a run's result depends on: the configuration, without options
+    about where and how fast the job runs, and the way random numbers derive from the seed."""
     plain = without_later(config.to_dict(cfg))
     for part in (plain, plain.get("train", {})):
         part.update({k: v for k, v in INDIFFERENT.items() if k in part})
@@ -100,7 +100,7 @@ def decisive(cfg: Any) -> dict[str, Any]:
 
 
 def provenance(store: Store, cfg: Any, datasets: Sequence[str]) -> dict[str, Any]:
-    """What a bundle says of its making: configuration, code, and data with what they come from."""
+    """A bundle's provenance: configuration, code, and data with their own origins."""
     return {
         "config": config.to_dict(cfg),
         "code": code_version(),
@@ -109,9 +109,9 @@ def provenance(store: Store, cfg: Any, datasets: Sequence[str]) -> dict[str, Any
 
 
 def _origin(store: Store, name: str) -> dict[str, Any]:
-    """A dataset's commit in short, and those of the datasets that it was made from."""
+    """A summary of a dataset's commit, and of the datasets that it was made from."""
     commit = store.dataset(name).find_commit()
-    if commit is None:  # of data that were deleted after tokenizing
+    if commit is None:  # the data were deleted after tokenizing
         return {"dataset": name, "missing": True}
     found: dict[str, Any] = {"dataset": name, "identity": commit.identity, "rows": commit.rows}
     source = commit.lineage.get("config", {}).get("source")

@@ -1,8 +1,8 @@
 """Resumable jobs on Ray Data: each unit of input becomes one part (one Parquet file) of a dataset.
 
 Ray Data streams the units through tasks or an actor pool on whatever nodes there are. A part's
-record is written after its file, so a job that was killed anywhere finds its finished parts again
-and makes only the rest; part names and contents depend on the unit alone, never on timing.
+record is written after its file, so a job killed at any point finds its finished parts again and
+makes only the rest; part names and contents depend on the unit alone, never on timing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipelines.dataset import Commit, Dataset, PartRecord
 
 @dataclass
 class PartOutput:
-    """What a worker makes of one unit: good rows, set-aside rows (each with `reason`), counts."""
+    """A worker's output for one unit: good rows, set-aside rows (each with `reason`), counts."""
 
     table: pa.Table
     set_aside: list[dict[str, Any]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Resources:
-    """Where a job's workers run: `actors` of them (0: plain tasks), each with so many CPUs/GPUs."""
+    """A job's workers: `actors` of them (0: plain tasks), each with `cpus` CPUs and `gpus` GPUs."""
 
     actors: int = 0
     cpus: float = 1.0
@@ -52,7 +52,7 @@ def run_parts(
     resources: Resources = Resources(),  # noqa: B008 (frozen)
     here: bool = False,
 ) -> list[PartRecord]:
-    """Make the parts that are not there yet; return the records of all, in the units' order.
+    """Make the missing parts; return the records of all parts, in the units' order.
 
     Args:
         make_worker: Called once per actor, or once per task, and must be picklable.
@@ -82,7 +82,7 @@ def _by_ray(
     make_worker: Callable[[], Worker],
     resources: Resources,
 ) -> Iterator[PartRecord]:
-    """The records of parts, as they are finished."""
+    """The parts' records, as the parts are finished."""
     if not units:
         return
     import ray.data
@@ -110,13 +110,13 @@ def each(
     *,
     here: bool = False,
 ) -> Iterator[Any]:
-    """What `work` makes of each unit, in the units' order, by Ray tasks wherever there is room.
+    """The results of `work` for each unit, in the units' order, by Ray tasks where there is room.
 
     Args:
-        label: What the bar says.
+        label: The progress bar's label.
         work: A picklable function; takes and returns JSON values.
         units: JSON values.
-        here: Do it all in this process. So is a single unit, which isn't worth starting Ray.
+        here: Do everything in this process, as for a single unit, which isn't worth starting Ray.
     """
     with console.bar(label, total=len(units)) as bar:
         if here or len(units) < 2:
@@ -162,7 +162,7 @@ def _write(
     dataset: Dataset, fingerprint: str, worker: Worker, batch: dict[str, Any]
 ) -> dict[str, list[str]]:
     unit = json.loads(str(batch["unit"][0]))
-    # Ray runs a task again when its process died, be it after the part had been recorded.
+    # Ray reruns a task whose process died, even if the part had been recorded by then.
     recorded = f"{dataset.name}/data-{fingerprint[:8]}/_part-{unit['name']}.json"
     if dataset.store.exists(recorded):
         return {"record": [dataset.store.read(recorded).decode()]}
@@ -211,10 +211,10 @@ def make_dataset(
     here: bool = False,
     extra_stats: dict[str, Any] | None = None,
 ) -> Commit:
-    """The whole life of a dataset: skip it if it is committed, else make its parts and commit.
+    """Make a dataset: skip it if it is committed, else make its parts and commit them.
 
-    `units` is a function because listing them may be work that a finished dataset doesn't need;
-    with `here` all is done in this process, without Ray.
+    `units` is a function because a finished dataset doesn't need the work of listing them; with
+    `here` everything is done in this process, without Ray.
     """
     found = dataset.finished(fingerprint)
     if found is not None:

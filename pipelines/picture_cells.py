@@ -1,7 +1,7 @@
-"""Locality-sensitive hashing: only pictures that share a cell, as those alike do, are compared.
+"""Locality-sensitive hashing: only pictures that share a cell, as similar ones do, are compared.
 
-Each of `TABLES` tables cuts ten sums of mean colours, with fixed signs, into cells. Two pictures
-are near if they share a cell in any table, which depends on their two signatures alone.
+Each of `TABLES` tables quantizes ten sums of mean colours, with fixed signs, into cells. Two
+pictures are near if they share a cell in any table, which depends only on their two signatures.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _WIDTH = 600.0
 _COARSE = 4  # sums are over fields of 4 x 4, twice as coarse as the colours: steadier
 
 DEFINITION = (TABLES, _SUMS, int(_WIDTH))
-"""What decides which cells a picture has."""
+"""The settings that decide a picture's cells."""
 
 
 @functools.cache
 def _sums() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The signs of each sum, and by how much its cells are shifted; the same ones for ever."""
+    """The signs of each sum, and the shift of its cells; always the same ones."""
     count = TABLES * _SUMS
     fields = 3 * _COARSE**2
     stream = hashlib.shake_256(b"beit3-ray duplicates").digest(count * fields + 4 * count)
@@ -37,7 +37,7 @@ def _sums() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 def keys(colours: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """For each row of mean colours, the number of its cell in each table.
 
-    All is exact: sums of whole numbers below 2**24, in whatever order they are added.
+    The sums are exact: integers below 2**24, in whatever order they are added.
     """
     cells = COLOUR_SIDE // _COARSE
     fields = colours.reshape(-1, _COARSE, cells, _COARSE, cells, 3).sum(axis=(2, 4), dtype=np.int32)

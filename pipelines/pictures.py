@@ -1,4 +1,4 @@
-"""Pictures for people: code maps, masked inputs, contact sheets."""
+"""Pictures for people to look at: code maps, masked inputs, contact sheets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SPREAD = 16  # row groups that pictures are taken from
 
 
 def some_images(dataset: Dataset, count: int, size: int) -> Tensor:
-    """Pictures from all over a dataset, whole, as uint8 `[n, 3, size, size]`.
+    """Uncropped pictures from all over a dataset, as uint8 `[n, 3, size, size]`.
 
-    They come from few row groups, evenly spread, since neighbours are often alike (ImageNet-21K is
-    stored class by class). What does not decode is left out; n may be under `count`.
+    They come from a few evenly spread row groups, since neighbours are often alike (ImageNet-21K is
+    stored class by class). Pictures that don't decode are skipped; n may be below `count`.
 
     Raises:
         StoreError: there is none.
@@ -112,11 +112,11 @@ def code_patches(
     examples: int = 10,
     scores: Tensor | None = None,
 ) -> Image.Image:
-    """Rows of patches that share a visual word: the commonest words, a row each.
+    """Rows of patches that share a visual word, one row for each of the most common words.
 
     Args:
-        scores: `[n, patches]` how near each patch is to its word: the nearest are shown, nearest
-            first. Without them, some of all.
+        scores: `[n, patches]`, how near each patch is to its word: the nearest are shown, nearest
+            first. Without scores, a spread of all its patches is shown.
     """
     grid = images.shape[-1] // patch
     counts = torch.bincount(codes.flatten())

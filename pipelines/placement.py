@@ -1,7 +1,7 @@
 """Records a run's Ray placement group, so that it can be removed after Tune has ended the run.
 
 Tune ends a trial's process, and with it Ray Train's controller and workers; their placement group
-stays until the whole job ends. Ray Train has an actor that removes it, but one that asks Ray's
+stays until the whole job ends. Ray Train has an actor that removes it, but that actor asks Ray's
 dashboard, which a private local cluster doesn't have.
 """
 
@@ -11,7 +11,7 @@ from pipelines.storage import Store
 
 
 def note(store: Store, run: str) -> None:
-    """Write down which room this worker is in; the first worker does."""
+    """Record this worker's placement group; the first worker calls this."""
     import ray
 
     group = ray.util.get_current_placement_group()
@@ -21,15 +21,15 @@ def note(store: Store, run: str) -> None:
 
 
 def held(store: Store, run: str) -> dict[str, str] | None:
-    """The room that a run's workers were in last, and the first of them."""
+    """The last placement group of a run's workers, and the first worker."""
     name = f"{run}/placement.json"
     return store.read_json(name) if store.exists(name) else None
 
 
 def release(room: dict[str, str]) -> bool:
-    """Give back the room of a run that has been ended; False if its worker still lives.
+    """Remove the placement group of a run that was ended; False if its worker is still alive.
 
-    Only once the worker is dead is the controller, too, which would start others.
+    Until the worker is dead, the controller may live, too, and would start other workers.
     """
     from ray._private.state import actors  # the public way asks the dashboard
     from ray._raylet import PlacementGroupID

@@ -1,4 +1,4 @@
-"""Try a finetuned model on one image or a folder of them.
+"""Tries a finetuned model on one image or a folder of images.
 
     python pipelines/predict.py --model models/vqa --path photo.jpg --question "what is this?"
     python pipelines/predict.py --model models/captioning --path photos/
@@ -6,9 +6,9 @@
     python pipelines/predict.py --model models/imagenet --path photo.jpg
     python pipelines/predict.py --model models/nlvr2 --path a.jpg --right b.jpg --statement "..."
 
-Answers a question, writes a caption, ranks the images by a text, names an image's likeliest
-classes, or says whether a statement is true of two images, as the model was finetuned to. A line
-for each image to read, or with `--json` the same as JSON.
+Depending on what the model was finetuned for, it answers a question, writes a caption, ranks the
+images by a text, names an image's likeliest classes, or says whether a statement is true of two
+images. Prints one readable line per image, or with `--json` the same as JSON.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Which model to try on which images."""
+    """The model to try, and the images to try it on."""
 
     path: str = "."
-    """An image, or a folder of images (with those in folders below it)."""
+    """An image, or a folder of images (including its subfolders)."""
     model: str = "models/vqa"
     """Bundle of a finetuned model."""
     store: str = "store"
@@ -47,15 +47,15 @@ class PredictConfig:
     query: str = ""
     """For a retrieval model: the text that the images are ranked by."""
     statement: str = ""
-    """For a model of statements about two images: `path` is the left one, `right` the other."""
+    """For a model that judges statements about two images: `path` is the left one, `right` the
+    other."""
     right: str = ""
     """The right image of a statement."""
     top: int = 5
-    """How many to show of the ranked images, or of an image's likeliest classes, which are 5."""
+    """How many to show of the ranked images, or of an image's (at most 5) likeliest classes."""
     class_names: str = ""
-    """For ImageNet: a file that says what its classes are called, a WordNet id and a name a line,
-    such as Kaggle's LOC_synset_mapping.txt, or a JSON object of them, such as the sample world's
-    classes.json."""
+    """For ImageNet: a file of class names, a WordNet id and a name per line, such as Kaggle's
+    LOC_synset_mapping.txt, or a JSON object, such as the sample world's classes.json."""
     options: dict[str, float] = field(default_factory=dict)
     """The task's options to change, e.g. `--options beams 5`."""
     batch_size: int = 32
@@ -76,16 +76,17 @@ PRESETS: dict[str, PredictConfig] = {
 
 
 def run(config: PredictConfig) -> list[dict[str, Any]]:
-    """A result per image: `image` and `prediction`, for retrieval `similarity`; or `error`. Of a
-    statement about two images one result, with `right` too.
+    """A result per image: `image` and `prediction`, for retrieval `similarity`; or `error`. A
+    statement about two images has one result, with `right`, too.
 
-    Retrieval's results are the nearest images, best first, and after them those with an error.
+    For retrieval the nearest images come first, best first, followed by those with an error.
 
     Raises:
-        FileNotFoundError: there is no such image, or none in the folder, or no such file of names.
+        FileNotFoundError: the image or the file of class names doesn't exist, or the folder has no
+            images.
         StoreError: there is no such model.
-        ValueError: the model's task needs a text or a second image, or the file of names has none
-            of its classes.
+        ValueError: the model's task needs a text or a second image, or the file of class names has
+            none of the model's classes.
     """
     files = [(file,) for file in _files(Path(config.path))]
     model = load(Store(config.store), config.model, config.options, config.device)
@@ -119,7 +120,7 @@ def _text(model: Finetuned, config: PredictConfig) -> str | None:
 
 
 def _class_names(config: PredictConfig, labels: Sequence[str]) -> dict[str, str]:
-    """Of each class that the file names, what it is called; nothing without a file."""
+    """The names of the classes in the file, by label; empty without a file."""
     if not config.class_names:
         return {}
     file = Path(config.class_names)
@@ -200,7 +201,7 @@ def _rank(results: list[dict[str, Any]], top: int) -> list[dict[str, Any]]:
 
 
 def lines(results: list[dict[str, Any]]) -> Iterator[str]:
-    """The results, to read."""
+    """The results as readable lines."""
     for result in results:
         images = ", ".join(result[key] for key in ("image", "right") if key in result)
         if "error" in result:

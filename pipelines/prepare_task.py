@@ -3,11 +3,11 @@
     python pipelines/prepare_task.py --task vqa --annotations /data/vqa --images /data/coco
     python pipelines/prepare_task.py --preset flickr30k --annotations /data --images /data/flickr30k
 
-A row is one record: its image or images, as they are stored (upright RGB JPEG, not larger than
-needed), and every example about them. Records keep the published order. A record whose image is
-missing or broken is set aside with its reason and its examples, which an evaluation counts as
-wrong; nothing else fails for it. The commit's statistics count records, examples and what was set
-aside, and of the training split hold the answer vocabulary (`labels`) of tasks that have one.
+A row is one record: its image or images, as stored (upright RGB JPEG, no larger than needed), and
+every example about them. Records keep the published order. A record whose image is missing or
+broken is set aside with its reason and its examples, which an evaluation counts as wrong; no other
+record is affected. The commit's statistics count records, examples and set-aside records, and for
+the training split hold the answer vocabulary (`labels`) of tasks that have one.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ _LOOKED_FOR = 20  # images, before any is read
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Which task's data to prepare, from where."""
+    """Prepare a task's data."""
 
     task: str = "vqa"
     """A module of beit3/tasks: captioning, imagenet, nlvr2, retrieval, vqa."""
     annotations: str = "annotations"
-    """Folder of the task's published files (of captioning and retrieval also one dataset_*.json):
+    """Folder of the task's published files (for captioning and retrieval also one dataset_*.json):
     path or URI."""
     images: str = "images"
     """Folder of the images, with train2014, val2014, ... below it for COCO: path or URI."""
@@ -75,11 +75,11 @@ class PrepareConfig:
     dataset: Literal["", "coco", "flickr30k"] = ""
     """Captioning and retrieval: which of Karpathy's files to read; empty: the only one there is."""
     limit: int | None = None
-    """Take only the first so many records of each split."""
+    """Take only this many records of each split, the first ones."""
     min_answer_count: int = 9
-    """Answers given less often in the training split are no class of the head."""
+    """Answers given less often in the training split are not classes of the head."""
     short_side: int = 512
-    """Larger images are shrunk so that their shorter side has so many pixels."""
+    """Larger images are shrunk so that their shorter side has this many pixels."""
     part_records: int = 1000
     """Records in one part: one task's work, and one Parquet file."""
     in_process: bool = False
@@ -103,7 +103,7 @@ class PrepareConfig:
         return f"tasks/{self.name or self.task}/{split}"
 
     def source(self, root: Path) -> Path:
-        """What the task reads in the folder of annotations."""
+        """The path that the task reads within the folder of annotations."""
         return root / f"dataset_{self.dataset}.json" if self.dataset else root
 
 
@@ -121,12 +121,12 @@ PRESETS: dict[str, PrepareConfig] = {
 
 
 def run(config: PrepareConfig) -> dict[str, Commit]:
-    """Make the datasets, or find them made already; the commits by split.
+    """Make the datasets, unless they exist already; returns the commits by split.
 
     Raises:
         FileNotFoundError: a published file or every image is missing.
         StoreError: the store can't be written, or a name is taken by another dataset.
-        ValueError: a split is unknown, or a file is not what it should be.
+        ValueError: a split is unknown, or a file is malformed.
     """
     store = Store(config.store)
     store.check_writable()
@@ -140,7 +140,7 @@ def read_examples(row: dict[str, Any]) -> tuple[Example, ...]:
 
 
 def captions_of(row: dict[str, Any]) -> list[str]:
-    """What is said of a row's picture, in `images/*` or in a split of captioning or retrieval."""
+    """The captions of a row's picture, in `images/*` or in a split of captioning or retrieval."""
     if "captions" in row:
         return row["captions"] or []
     said = ([e.text] if e.text is not None else e.target for e in read_examples(row))
@@ -151,7 +151,7 @@ def check_captions(dataset: Dataset, field: str) -> Commit:
     """The commit of a dataset whose rows `captions_of` can read.
 
     Raises:
-        StoreError: it is missing, or another task's. The message names the configuration's field.
+        StoreError: it is missing, or belongs to another task. The message names `field`.
     """
     commit = dataset.commit()
     task = commit.lineage["config"].get("task")
@@ -164,7 +164,7 @@ def check_captions(dataset: Dataset, field: str) -> Commit:
 
 
 def lost_examples(aside: Iterable[dict[str, Any]]) -> list[Example]:
-    """The examples of records that were set aside; of malformed ones there are none."""
+    """The examples of records that were set aside; malformed records have none."""
     found = [json.loads(row["examples"]) for row in aside if row.get("examples")]
     return [Example(**example) for examples in found for example in examples]
 
@@ -206,12 +206,12 @@ def _prepare(config: PrepareConfig, store: Store, root: Path, split: str) -> Com
 
 
 def pack(items: Iterable[Record | Problem], size: int) -> tuple[list[str], str]:
-    """Records and problems, compressed `size` at a time, and a SHA-256 of them all.
+    """Records and problems, compressed `size` at a time, and the SHA-256 of all of them.
 
-    So a million of them take megabytes, in this process and on their way to the workers.
+    This way a million take only megabytes, in this process and on their way to the workers.
 
     Raises:
-        ValueError: there is no record among them.
+        ValueError: there is no record among the items.
     """
     remaining = iter(items)
     parts: list[str] = []
@@ -232,7 +232,7 @@ def pack(items: Iterable[Record | Problem], size: int) -> tuple[list[str], str]:
 
 
 def unpack(part: str) -> list[dict[str, Any]]:
-    """What `pack` made a part of, as dicts."""
+    """The items that `pack` compressed into a part, as dicts."""
     return json.loads(zlib.decompress(base64.b64decode(part)))
 
 
@@ -244,7 +244,7 @@ def _units(packed: list[str], config: PrepareConfig) -> list[dict[str, Any]]:
 
 
 def _check_images(config: PrepareConfig, items: list[dict[str, Any]]) -> None:
-    """Find one of the first images: of a wrong folder's all would be set aside as missing."""
+    """Check that one of the first images exists: in a wrong folder, all would count as missing."""
     folder = Store(config.images)
     paths = [item["images"][0] for item in items if "images" in item][:_LOOKED_FOR]
     if paths and not any(folder.exists(path) for path in paths):
@@ -268,7 +268,7 @@ class _ImageWorker:
 
     def __init__(self, images: str, short_side: int) -> None:
         self.folder = Store(images)
-        # A benchmark's images are all wanted, however small or narrow.
+        # All of a benchmark's images are needed, however small or narrow.
         self.policy = ImagePolicy(short_side, 1, 1e9, downscale="lanczos")
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:

@@ -1,15 +1,15 @@
-"""Pretrain BEiT-3: masked data modelling on images, texts and pairs in every step.
+"""Pretrains BEiT-3: masked data modelling on images, texts and pairs in every step.
 
     python pipelines/pretrain.py --preset base --store s3://bucket/beit3 \
         --images imagenet21k --texts wiki --pairs cc3m cc12m sbu coco vg
     ray job submit --working-dir . -- python pipelines/pretrain.py --preset base ...
 
-Reads what `pipelines/tokenize_corpus.py` wrote, and leaves the bundle `models/<name>`. Killed
-anywhere and run again, it goes on from the newest checkpoint.
+Reads the output of `pipelines/tokenize_corpus.py`, and writes the bundle `models/<name>`. If killed
+and run again, it resumes from the newest checkpoint.
 
-`--dry-run` trains nothing, and needs neither GPUs nor data: it says what the run would take.
-`--inspect-step N` trains nothing: it makes the batch of step N again and leaves its pictures, texts
-and masks as pages in `runs/<name>/inspect/`.
+`--dry-run` trains nothing, and needs neither GPUs nor data: it prints what the run would take.
+`--inspect-step N` trains nothing: it makes the batch of step N again and writes its pictures, texts
+and masks as pages to `runs/<name>/inspect/`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from pipelines.trainer import fit
 from pipelines.words_in_step import WordsInStep
 from pipelines.zero_shot import picture_recall
 
-SHOWN = 10  # pictures of a sheet
+SHOWN = 10  # pictures on a sheet
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class PretrainRecipe:
     cfg: PretrainConfig
     tokenizer: TextTokenizer
     words_in_step: token_checks.Words | None = None
-    """How visual words are found in the step; None: they are stored."""
+    """How each step computes its visual words; None: they are stored."""
 
     def build(self) -> nn.Module:
         found = self.words_in_step
         if found is None:
             return MaskedDataModelling(self.cfg.model, self.cfg.objectives)
-        with torch.random.fork_rng(devices=[]):  # the model begins as without it
+        with torch.random.fork_rng(devices=[]):  # so the model is initialized as without it
             images, _ = train_image_tokenizer.load(Store(self.cfg.store), found.tokenizer)
         return WordsInStep(self.cfg.model, self.cfg.objectives, images, found.precision)
 
@@ -84,8 +84,8 @@ class PretrainRecipe:
         return MaskedBatches(self.cfg, self.tokenizer, rank, world)
 
     def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
-        """Masked accuracies and zero-shot retrieval on held-out pairs; a picture of masked inputs
-        and predictions, without such pairs of the first samples that are trained on."""
+        """Masked accuracies and zero-shot retrieval on held-out pairs; and a picture of masked
+        inputs and predictions, from the first training samples if there are no held-out pairs."""
         assert isinstance(module, MaskedDataModelling)
         cfg = self.cfg
         device = module.text_head.weight.device
@@ -113,7 +113,7 @@ class PretrainRecipe:
     def _draw(
         self, module: MaskedDataModelling, batch: MaskedBatch, step: int, logger: Logger
     ) -> None:
-        """Log a picture of some of a batch, if any of it is hidden."""
+        """Log a picture of some samples of a batch, if any patches are hidden."""
         if not batch.hidden_patches.any():
             return
         if isinstance(module, WordsInStep):
@@ -134,7 +134,7 @@ class PretrainRecipe:
 
 
 def training_pictures(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBatch:
-    """The first pictures that a run trains on, of the kind of which it predicts hidden patches."""
+    """The first training pictures of the kind whose hidden patches a run predicts."""
     alone: dict[str, Any] = {}
     for kind in OBJECTIVES:
         mine = kind == cfg.predicted
@@ -144,7 +144,7 @@ def training_pictures(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBa
     few = replace(
         cfg,
         **alone,
-        # Of every pair the picture is hidden, and not the caption.
+        # In every pair the picture is masked, and the caption is not.
         objectives=ObjectiveWeights(pair_text=0.0, image_target=cfg.objectives.image_target),
         train=replace(cfg.train, workers=0, gpus_per_worker=0.0),
     )
@@ -152,8 +152,8 @@ def training_pictures(cfg: PretrainConfig, tokenizer: TextTokenizer) -> MaskedBa
 
 
 def masked_sheet(module: MaskedDataModelling, batch: MaskedBatch, patch: int) -> Any:
-    """Pictures, what the model saw, the true visual words, and those it predicted; with pixels as
-    the target, pictures, what the model saw, and the picture that it predicted."""
+    """A sheet of pictures, what the model saw, the true and the predicted visual words; with pixels
+    as the target, of pictures, what the model saw, and the predicted pictures."""
     shown = batch.hidden_patches.any(1).nonzero().flatten()[:SHOWN].cpu()
     if module.pixels:
         whole, hidden = batch.images.cpu()[shown], batch.hidden_patches.cpu()[shown]
@@ -171,16 +171,16 @@ def masked_sheet(module: MaskedDataModelling, batch: MaskedBatch, patch: int) ->
 
 
 def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
-    """Pretrain, or skip what is trained; returns the bundle's info.
+    """Pretrain, unless the model is trained already; returns the bundle's info.
 
-    With `inspect_step`, show that step instead; returns what `inspect_step.write` does. `parent` is
-    the MLflow run to nest under.
+    With `inspect_step`, show that step instead and return the result of `inspect_step.write`.
+    `parent` is the MLflow run to nest under.
 
     Raises:
         StoreError: a dataset is missing or empty, is of another kind, was made with another
-            tokenizer or of other pictures, or its views don't match the model's patches.
-        ValueError: the tokenizers don't fit the model, or the model's state this machine's memory;
-            or `dry_run` is set.
+            tokenizer or from other pictures, or its views don't match the model's patches.
+        ValueError: the tokenizers don't fit the model, or the model's state doesn't fit into this
+            machine's memory; or `dry_run` is set.
     """
     if cfg.dry_run:
         raise ValueError("dry_run is set: call plan() instead")
@@ -217,10 +217,10 @@ def run(cfg: PretrainConfig, *, parent: str | None = None) -> dict[str, Any]:
 
 
 def prepare(cfg: PretrainConfig) -> tuple[PretrainRecipe, list[Dataset]]:
-    """The recipe of a run, and its datasets, which it can be trained on.
+    """The recipe of a run, and its datasets, checked to be usable for it.
 
     Raises:
-        StoreError, ValueError: as `run`.
+        StoreError, ValueError: as for `run`.
     """
     datasets, tokenizer = token_checks.check_data(Store(cfg.store), cfg)
     return PretrainRecipe(cfg, tokenizer, token_checks.words_in_step(cfg, datasets)), datasets
@@ -229,8 +229,8 @@ def prepare(cfg: PretrainConfig) -> tuple[PretrainRecipe, list[Dataset]]:
 def run_mark(cfg: PretrainConfig, datasets: Sequence[Dataset]) -> str:
     """The fingerprint of a run on all of its datasets, as `prepare` returns them.
 
-    A step's samples decide, not in how many batches, and what is kept of each, they go through a
-    GPU: a run may go on where there are fewer, or smaller, ones.
+    It depends on a step's samples, not on the number of batches they are split into or on
+    activation checkpointing: a run may resume on fewer or smaller GPUs.
     """
     samples = {
         f"{kind[:-1]}_batch": getattr(cfg, f"{kind[:-1]}_batch") * cfg.train.accumulate
@@ -242,10 +242,10 @@ def run_mark(cfg: PretrainConfig, datasets: Sequence[Dataset]) -> str:
 
 
 def plan(cfg: PretrainConfig) -> dict[str, Any]:
-    """What a run would take; see `pretrain_plan.plan`.
+    """Estimates of what a run would take; see `pretrain_plan.plan`.
 
     Raises:
-        StoreError, ValueError: the data are there and can't be used, as `run` has it.
+        StoreError, ValueError: the data exist but can't be used; see `run`.
     """
     store = Store(cfg.store)
     datasets, tokenizer = token_checks.tokens(store, cfg), None
@@ -262,7 +262,7 @@ def _step_memory(store: Store, recipe: PretrainRecipe) -> budget.StepMemory:
 
 
 def _tokenizer_in_step(store: Store, recipe: PretrainRecipe) -> VQKDConfig | None:
-    """That which finds visual words in each step, if one does."""
+    """The image tokenizer that computes visual words in each step, if there is one."""
     found = recipe.words_in_step
     return train_image_tokenizer.shape(store, found.tokenizer) if found else None
 
@@ -270,7 +270,7 @@ def _tokenizer_in_step(store: Store, recipe: PretrainRecipe) -> VQKDConfig | Non
 def batches_of_step(
     recipe: PretrainRecipe, step: int
 ) -> Iterator[tuple[inspect_step.Share, MaskedBatch]]:
-    """What all workers together read for an optimizer step, the first being 1."""
+    """The batches of all workers for an optimizer step; the first step is 1."""
     train = recipe.cfg.train
     world = max(1, train.workers)
     for rank in range(world):

@@ -1,4 +1,4 @@
-"""The configuration of pretraining: the data, what of them is hidden and predicted, the model."""
+"""The configuration of pretraining: the data, what is masked and predicted, and the model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from beit3.objectives import ObjectiveWeights
 from pipelines.budget import Assumptions
 from pipelines.recipe import TrainConfig
 
-HELD_OUT_PAIRS = 64  # in a batch that is measured on
-# What can be learnt from samples of each kind.
+HELD_OUT_PAIRS = 64  # in an evaluation batch
+# The objectives that samples of each kind can serve.
 OBJECTIVES = {"images": ("image",), "texts": ("text",), "pairs": ("pair_image", "pair_text")}
 
 
@@ -33,33 +33,33 @@ class PretrainConfig:
     pairs: tuple[str, ...] = ("cc3m", "cc12m", "sbu", "coco", "vg")
     """Tokenized image datasets to use with their captions."""
     image_weights: tuple[float, ...] = ()
-    """How often each of `images` is drawn, in relation to the others; empty: by its size."""
+    """How often each of `images` is drawn, relative to the others; empty: in proportion to size."""
     text_weights: tuple[float, ...] = ()
-    """The same of `texts`."""
+    """The same for `texts`."""
     pair_weights: tuple[float, ...] = ()
-    """The same of `pairs`. A picture with several captions counts once, and one of them is drawn:
-    the paper's 21M pairs count each, of which Visual Genome has some 50 for a picture."""
+    """The same for `pairs`. A picture with several captions counts once, and one caption is drawn;
+    the paper's 21M pairs count each caption, of which Visual Genome has some 50 per picture."""
     image_batch: int = 2048
-    """Images alone of a step, over all workers."""
+    """Images without text per step, over all workers."""
     text_batch: int = 2048
-    """Texts alone of a step."""
+    """Texts without images per step."""
     pair_batch: int = 2048
-    """Pairs of a step."""
+    """Pairs per step."""
     held_out: str = ""
     """Tokenized pairs, such as captioning/val, whose masked accuracies are measured at the end, and
     every `train.evaluate_every` steps; empty: nothing is measured, and MLflow's pictures of masked
-    inputs are of the training data."""
+    inputs show training data."""
     held_out_batches: int = 4
     held_out_ranked: int = 0
-    """Held-out pairs, up to 64, among which each caption looks for its picture; 0: none does. The
-    model reads the square of so many pairs (`pipelines/zero_shot.py`)."""
+    """Held-out pairs, up to 64, for zero-shot retrieval of pictures by caption; 0: no retrieval.
+    The model reads the square of this number of pairs (`pipelines/zero_shot.py`)."""
     inspect_step: int | None = None
     """Train nothing, but show what this step reads; the first is 1, as in MLflow."""
     dry_run: bool = False
-    """Train nothing, but say what the run would take in memory, hours and money, as `assume` has
-    it, and whether tokens and model fit together."""
+    """Train nothing, but print what the run would take in memory, hours and money, according to
+    `assume`, and whether tokens and model fit together."""
     assume: Assumptions = field(default_factory=Assumptions)
-    """What a dry run reckons with."""
+    """Assumptions of a dry run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: Masking = field(default_factory=Masking)
     objectives: ObjectiveWeights = field(default_factory=ObjectiveWeights)
@@ -120,7 +120,7 @@ class PretrainConfig:
         return getattr(self, f"{kind[:-1]}_weights")
 
     def drawn(self, kind: str) -> int:
-        """Samples of a kind in a step: none where all that could be learnt from them is off."""
+        """Samples of a kind per step; 0 if all objectives that they could serve are off."""
         on = any(getattr(self.objectives, name) for name in OBJECTIVES[kind])
         return getattr(self, f"{kind[:-1]}_batch") if on else 0
 
@@ -130,13 +130,13 @@ class PretrainConfig:
 
     @property
     def predicted(self) -> str:
-        """A kind of samples of which hidden patches are predicted; empty if of none."""
+        """A kind of samples whose hidden patches are predicted; empty if there is none."""
         weights = {"pairs": self.objectives.pair_image, "images": self.objectives.image}
         return next((kind for kind in weights if weights[kind] and self.drawn(kind)), "")
 
     @property
     def hidden(self) -> Masking:
-        """`masking`, with nothing hidden of a pair that an objective of weight 0 would predict."""
+        """`masking`, but hiding nothing in pairs that only an objective of weight 0 predicts."""
         image, text = self.objectives.pair_image, self.objectives.pair_text
         if bool(image) == bool(text):
             return self.masking
@@ -146,9 +146,9 @@ class PretrainConfig:
 def _paper(name: str, **train: Any) -> PretrainConfig:
     """Table 11 of the paper: 1M steps of 2048 images, texts and pairs; AdamW; DropPath 0.1.
 
-    `loader_workers` are as many as a dry run says will do: half as many pictures again as the GPUs
-    that it assumes take. Nodes of 8 GPUs then want 8 CPUs for training and at most 32 for these;
-    those of the files in `infra` have 90 and more.
+    `loader_workers` is the number that a dry run recommends: enough to decode 1.5 times the
+    pictures that its assumed GPUs take. Nodes of 8 GPUs then need 8 CPUs for training and at most
+    32 for these processes; the nodes of the files in `infra` have 90 or more.
     """
     shape = {f: getattr(MODELS[name], f) for f in MODELS[name].__dataclass_fields__}
     shape |= {"drop_path": 0.1, "checkpoint_activations": "blocks"}
@@ -171,8 +171,8 @@ PRESETS = {
         pair_batch=64,
         model=MODELS["tiny"],
         masking=Masking(min_block=4, pair_text_share=0.75),
-        # All weights at 1, a model this small follows the pictures' larger losses, and its words
-        # come several times later.
+        # With all weights at 1, the pictures' larger losses dominate a model this small, and it
+        # takes several times longer to learn words.
         objectives=ObjectiveWeights(pair_text=4.0),
         train=TrainConfig(
             steps=500, warmup=30, learning_rate=2e-3, workers=2, checkpoint_every=100

@@ -1,4 +1,4 @@
-"""What a pretraining run would take in memory, time and money, without starting anything."""
+"""Estimates a pretraining run's memory, time and cost, without starting anything."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from pipelines.loader import ParquetRows
 from pipelines.pretrain_config import PretrainConfig
 
 _TOKENS = {"texts": "ids", "pairs": "captions"}
-_HEADROOM = 1.5  # of the loader's processes that are advised, over a step's computing
+_HEADROOM = 1.5  # decoding speed of the recommended loader processes, relative to computing
 
 
 def plan(
     cfg: PretrainConfig, datasets: dict[str, list[Dataset]], tokenizer: VQKDConfig | None = None
 ) -> dict[str, Any]:
-    """Counts and estimates for a run, with what `cfg.assume` says.
+    """Counts and estimates for a run, under the assumptions `cfg.assume`.
 
-    Operations are counted as in `beit3.flops`, activations estimated as in `beit3.memory`; both of
-    batches with texts of the lengths that the first rows of the tokens have. A step computes for
-    operations / workers / (`gpu_tflops` * `mfu`) seconds. Meanwhile the next one's pictures are
+    Operations are counted as in `beit3.flops`, activations estimated as in `beit3.memory`; both for
+    batches whose texts have the lengths found in the first rows of the tokens. A step computes for
+    operations / workers / (`gpu_tflops` * `mfu`) seconds. Meanwhile the next step's pictures are
     decoded, in pictures / workers / (`decoded_per_second` * `train.loader_workers`) seconds, a
-    thread of the worker counted as one process; it takes the longer of both.
+    thread of the worker counting as one process; the step takes the longer of the two.
     cost = hours * workers * `train.price_per_hour`.
 
     Args:
-        datasets: Tokens by kind (images, texts, pairs); those that aren't there yet are named in
+        datasets: Tokens by kind (images, texts, pairs); those that don't exist yet are listed in
             `missing`.
-        tokenizer: That which finds visual words in each step, if one does. It does so in fp32,
-            whatever the run's precision, and its time is not in the hours.
+        tokenizer: The image tokenizer that computes visual words in each step, if there is one. It
+            computes in fp32, whatever the run's precision, and its time is not in the hours.
 
     Returns:
-        Numbers by name, memory in bytes of each worker; `loader_workers` is how many would do, None
-        where no GPUs compute; `stop` is where `train.max_hours` or `train.max_cost` stops the run,
-        None where neither does; `problem` says why the run can't be.
+        Numbers by name, memory in bytes per worker; `loader_workers` is how many would suffice,
+        None if no GPUs compute; `stop` is where `train.max_hours` or `train.max_cost` stops the
+        run, None if neither does; `problem` says why the run is impossible.
     """
     train, assume = cfg.train, cfg.assume
     workers, pixels = max(1, train.workers), cfg.objectives.image_target == "pixels"
@@ -86,14 +86,14 @@ def plan(
 
 
 def shape_of(cfg: PretrainConfig, datasets: dict[str, list[Dataset]]) -> StepShape:
-    """The batch of one worker's forward pass, with texts as long as the first of these data are."""
+    """The batch of one worker's forward pass, with text lengths from the first rows of the data."""
     return worker_shape(cfg, _lengths(cfg, datasets, "pairs"), _lengths(cfg, datasets, "texts"))
 
 
 def step_memory(
     cfg: PretrainConfig, shape: StepShape, tokenizer: VQKDConfig | None = None
 ) -> StepMemory:
-    """What a step of such a batch takes of a worker's GPU beside the state."""
+    """Memory that a step with a batch of this shape takes on a worker's GPU on top of the state."""
     words = 4 * _parameters(tokenizer)
     return StepMemory(
         words + _activations(cfg, cfg.model, shape),
@@ -126,7 +126,7 @@ def worker_shape(cfg: PretrainConfig, captions: Sequence[int], texts: Sequence[i
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print a plan. Of what is an estimate it says so."""
+    """Print a plan, marking estimates as such."""
     workers, hours = found["workers"], found["hours"]
     lines = [("parameters", f"{found['parameters']:,}"), ("memory of each worker, GiB", "")]
     lines += [
@@ -180,7 +180,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def _parameters(tokenizer: VQKDConfig | None) -> int:
-    """Of an image tokenizer, if there is one."""
+    """Number of an image tokenizer's parameters; 0 if there is none."""
     if tokenizer is None:
         return 0
     with torch.device("meta"):
@@ -188,7 +188,7 @@ def _parameters(tokenizer: VQKDConfig | None) -> int:
 
 
 def _memory(cfg: PretrainConfig, count: int, shape: StepShape, frozen: int) -> dict[str, int]:
-    """Bytes of each worker, by what takes them; host memory only where something is offloaded."""
+    """Bytes per worker, by use; host memory only if something is offloaded."""
     state = budget.states(count, cfg.train)
     found = {
         "parameters": state.parameters,
@@ -214,7 +214,7 @@ def _activations(cfg: PretrainConfig, model: ModelConfig, shape: StepShape) -> i
 
 
 def _stop(cfg: PretrainConfig, hours: float) -> dict[str, Any] | None:
-    """Where a limit stops a run of so many hours, and how often it must be started in all."""
+    """Where a limit stops a run of `hours` hours, and how many starts it needs in all."""
     found = budget.limit(cfg.train)
     if found is None or found[0] >= hours:
         return None
@@ -229,9 +229,9 @@ def _stop(cfg: PretrainConfig, hours: float) -> dict[str, Any] | None:
 
 
 def _drawn(cfg: PretrainConfig, kind: str, datasets: list[Dataset]) -> list[dict[str, Any]]:
-    """Samples drawn of each dataset in the whole run, or of all of a kind if shares aren't known.
+    """Samples drawn from each dataset in the whole run, or from a whole kind if shares are unknown.
 
-    `rows` is how many there are, 0 where that isn't known.
+    `rows` is the number of rows, 0 if that is unknown.
     """
     rows = [_rows(dataset) for dataset in datasets]
     samples = cfg.drawn(kind) * cfg.train.accumulate * cfg.train.steps
@@ -245,13 +245,13 @@ def _drawn(cfg: PretrainConfig, kind: str, datasets: list[Dataset]) -> list[dict
 
 
 def _rows(dataset: Dataset) -> int:
-    """Rows of a dataset, 0 if it isn't there."""
+    """Rows of a dataset, 0 if it doesn't exist."""
     commit = dataset.find_commit()
     return commit.rows if commit else 0
 
 
 def _lengths(cfg: PretrainConfig, datasets: dict[str, list[Dataset]], kind: str) -> list[int]:
-    """Lengths of some texts of a kind: of the first rows of each dataset, or as assumed."""
+    """Lengths of some texts of a kind: from the first rows of each dataset, or as assumed."""
     found: list[int] = []
     for dataset in datasets.get(kind, ()):
         if _rows(dataset):
@@ -265,6 +265,6 @@ def _lengths(cfg: PretrainConfig, datasets: dict[str, list[Dataset]], kind: str)
 
 
 def _quantiles(values: Sequence[int], count: int) -> tuple[int, ...]:
-    """So many numbers with the distribution of some values."""
+    """`count` numbers with the distribution of `values`."""
     places = (np.arange(count) + 0.5) / max(1, count)
     return tuple(np.quantile(values, places, method="nearest").astype(int).tolist())

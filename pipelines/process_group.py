@@ -1,8 +1,8 @@
-"""The process group of a training's workers, which listens at their nodes' own addresses alone.
+"""The process group of a training's workers, listening only on their nodes' own addresses.
 
-PyTorch's meeting place of workers, `TCPStore`, listens on every interface of rank 0's machine, as
-Ray Train starts it. Here it gets a socket that is bound to the node's address: loopback where Ray
-runs on one machine, the private address on a cluster.
+PyTorch's rendezvous, `TCPStore`, listens on every interface of rank 0's machine when Ray Train
+starts it. Here it gets a socket bound to the node's address: loopback if Ray runs on one machine,
+the private address on a cluster.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Backend(_TorchBackend):
 
 
 def _open_store() -> tuple[str, int]:
-    """Start the meeting place in this worker; returns its address and port."""
+    """Start the rendezvous store in this worker; returns its address and port."""
     address = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listening = socket.create_server((address, 0), family=family)
@@ -68,10 +68,10 @@ def _open_store() -> tuple[str, int]:
 
 
 def _point_at(address: str, port: int) -> None:
-    """Have this worker join as a client, as PyTorch does where an agent holds the store."""
+    """Make this worker join as a client, as PyTorch does when an agent holds the store."""
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(True)
-    if address == LOOPBACK:  # gloo listens where the machine's name leads to
+    if address == LOOPBACK:  # gloo listens at the address that the machine's name resolves to
         for _, name in socket.if_nameindex():
             if name in ("lo", "lo0"):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

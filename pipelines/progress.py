@@ -1,6 +1,6 @@
-"""What a person sees of a run: its numbers in MLflow, and how far it is on the job's console.
+"""Reports a run's progress: its numbers in MLflow, and its steps on the job's console.
 
-The workers may be on other machines, so they say how far they are through the store.
+The workers may be on other machines, so they report their progress through the store.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipelines.storage import Store
 
 
 class Clock:
-    """Logs a step's numbers and tells the job's process how far the run is."""
+    """Logs a step's numbers and reports the run's progress to the job's process."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Clock:
         self.device = device
         self.peak = 0.0  # FLOP/s of this worker's device, once it is known
         self.last_log, self.last_step = time.monotonic(), start
-        self.waited = self.flops = 0.0  # of this worker, since `last_log`
+        self.waited = self.flops = 0.0  # by this worker, since `last_log`
         self.last_shown = 0.0
         self.note = ""
         self._thread = ThreadPoolExecutor(1, "progress")
@@ -48,12 +48,12 @@ class Clock:
             self.show(start)
 
     def passes(self, batch: Any, waited: float) -> None:
-        """A batch has come, after so many seconds of waiting for it."""
+        """Note that a batch has come, after `waited` seconds of waiting for it."""
         self.waited += waited
         self.flops += self.run.recipe.flops(batch)
 
     def log(self, step: int, values: dict[str, float], engine: Any, gradient_norm: Any) -> None:
-        """Log a step's values, and what the time since the last such step went to."""
+        """Log a step's values, and how the time since the last logged step was spent."""
         now = time.monotonic()
         steps = max(1, step - self.last_step)
         seconds = max(1e-9, now - self.last_log)
@@ -78,7 +78,7 @@ class Clock:
         self.note = f"loss {values['loss']:.3f}"
 
     def show(self, step: int) -> None:
-        """Tell how far the run is: once a second, beside the steps, which wait for no store."""
+        """Report progress once a second, in the background: steps never wait for the store."""
         now, last = time.monotonic(), step == self.run.config.steps
         told = self._telling is None or self._telling.done()
         if last or (told and now - self.last_shown > 1.0):
@@ -94,7 +94,7 @@ class Clock:
 
 
 def _gpu_memory(device: torch.device) -> dict[str, float]:
-    """GiB that tensors have now, that PyTorch holds, and that tensors had at most meanwhile."""
+    """GiB that tensors use now, that PyTorch reserves, and that tensors used at their peak."""
     found = {
         "gpu_allocated_gib": torch.cuda.memory_allocated(device),
         "gpu_reserved_gib": torch.cuda.memory_reserved(device),
@@ -105,12 +105,12 @@ def _gpu_memory(device: torch.device) -> dict[str, float]:
 
 
 def begin(store: Store, run: str, said: Sequence[str]) -> None:
-    """Tell the job's process that the workers are there, though no step is done."""
+    """Tell the job's process that the workers have started, though no step is done."""
     store.write_json(f"{run}/{BEGUN}", {"said": list(said)})
 
 
 def progress(store: Store, run: str) -> int:
-    """Steps that a run has done, as it last said."""
+    """Steps that a run has done, as it last reported."""
     try:
         return int(json.loads(store.read(f"{run}/{BEGUN}"))["step"])
     except (OSError, ValueError, KeyError):
@@ -130,12 +130,12 @@ def shown(store: Store, run: Run) -> Iterator[None]:
                 ended = stop.wait(1.0)
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     seen = json.loads(store.read(f"{run.name}/{BEGUN}"))
-                    if seen["said"] != said:  # there is more, or the workers have started again
+                    if seen["said"] != said:  # there are new lines, or the workers have restarted
                         known = len(said) if seen["said"][: len(said)] == said else 0
                         said = seen["said"]
                         for line in said[known:]:
                             console.say(line)
-                    if not begun:  # the time left is of the steps, not of starting the workers
+                    if not begun:  # the time left counts steps, not the start of the workers
                         begun = True
                         bar.initial = bar.n = seen["step"]
                         bar.start_t = bar.last_print_t = time.time()

@@ -1,8 +1,9 @@
-"""Images by the paths that annotations name: in a folder or bucket, or inside the zips there.
+"""Reads images by the paths that annotations name: in a folder or bucket, or inside the zips there.
 
-The zips are read member by member, at random, and never unpacked: COCO's `train2017.zip` holds
-`train2017/000000000009.jpg`. Paths come from published files, so one that leads out of the folder
-is refused. Memory: the zips' directories, about half a kilobyte an image (60 MB for train2017).
+The zips are read member by member, in random access, and never unpacked: COCO's `train2017.zip`
+holds `train2017/000000000009.jpg`. Paths come from published files, so one that leads out of the
+folder is refused. Memory: the zips' directories, about half a kilobyte per image (60 MB for
+train2017).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class ImageFiles:
         self._zips: list[zipfile.ZipFile] | None = None
 
     def read(self, paths: Sequence[str], most: int) -> bytes | Rejected:
-        """The image at the first of the paths that is there; a reason if none is."""
+        """The image at the first path that exists; a reason if none does."""
         for path in paths:
             if _leads_out(path):
                 return Rejected("bad file name", path[:200], _STAGE)
@@ -90,7 +91,7 @@ class ImageFiles:
 
 @functools.lru_cache(maxsize=2)
 def load(uri: str) -> ImageFiles:
-    """The images below a URI, opened once in each process."""
+    """The images below a URI, opened once per process."""
     return ImageFiles(uri)
 
 
@@ -100,7 +101,7 @@ def _leads_out(path: str) -> bool:
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> bytes | Rejected:
-    """A member's bytes; its directory may lie about its size, so what is read is bounded."""
+    """A member's bytes; the directory may lie about its size, so reading is bounded."""
     try:
         with archive.open(member) as stream:
             data = stream.read(most + 1)

@@ -1,4 +1,4 @@
-"""What a training run is made of: its options, what it trains, and where it lives."""
+"""The definition of a training run: its options, what it trains, and where it is stored."""
 
 from __future__ import annotations
 
@@ -39,55 +39,56 @@ class TrainConfig:
     """Learning-rate multiplier of everything outside the backbone."""
     precision: Precision = "fp32"
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed ZeRO stage: 1 shards the optimizer's state, 2 the gradients too, 3 the parameters
-    too. None: 1, but 0 where one worker has no one to share with and would copy all for nothing."""
+    """DeepSpeed ZeRO stage: 1 shards the optimizer's state, 2 also the gradients, 3 also the
+    parameters. None: 1, but 0 for a single worker, which has no one to shard with and would copy
+    everything for nothing."""
     offload: bool = False
     """Keep the optimizer's state, and step, in CPU memory; needs ZeRO 1 or above."""
     compile: bool = False
     """Fuse each step's operators (torch.compile). For GPUs: compiling takes minutes at each start.
-    What is computed, also after a resume, is the same to rounding."""
+    Results, also after a resume, are the same up to rounding."""
     ema: float = 0.0
-    """Decay per step of an average of the weights (say 0.9999), which is evaluated and exported in
-    their place; 0 keeps none. It is at most `(1 + step) / (10 + step)`."""
+    """Decay per step of a moving average of the weights (say 0.9999), which is evaluated and
+    exported in their place; 0 keeps none. The decay is at most `(1 + step) / (10 + step)`."""
     accumulate: int = 1
-    """Batches of an optimizer step, one after the other."""
+    """Batches per optimizer step, one after the other."""
     seed: int = 0
     workers: int = 1
     """Ray Train workers; 0 trains in the job's own process, without starting another."""
     gpus_per_worker: float = 0.0
-    """1 for a GPU of its own, 0 for none. Less than 1, of a worker alone: its share of a GPU on
-    which other trials train too."""
+    """1 for a GPU of its own, 0 for none. Less than 1, for a single worker: its share of a GPU on
+    which other trials also train."""
     cpus_per_worker: float = 1.0
     threads: int = 0
-    """Torch threads of a worker on CPU; 0: the machine's CPUs shared by the workers."""
+    """Torch threads of a worker on CPU; 0: the machine's CPUs divided among the workers."""
     loader_workers: int = 0
-    """Processes, each on a CPU of its own, that make a worker's batches: decode pictures, crop and
-    mask. On a cluster they are spread over the nodes. 0: a thread of the worker makes them."""
+    """Processes, each on its own CPU, that make a worker's batches: decode pictures, crop and mask.
+    On a cluster they are spread over the nodes. 0: a thread of the worker makes them."""
     max_failures: int = 3
-    """How often Ray restarts the workers before the run fails; with a new checkpoint since, as
-    often again."""
+    """How often Ray restarts the workers before the run fails; if they wrote a new checkpoint
+    meanwhile, as often again."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0 writes none."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints are kept."""
     keep_every: int = 0
-    """Checkpoints at multiples of so many steps are kept for ever; 0 for none."""
+    """Checkpoints at multiples of this many steps are kept for ever; 0 for none."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """What comes of a step whose loss or gradient is not finite, or whose loss is a spike: the end
-    of the run, or it is left out. Either way its samples are named in the run's `bad-steps`."""
+    """Reaction to a step whose loss or gradient is not finite, or whose loss is a spike: stop the
+    run, or skip the step. Either way its samples are listed in the run's `bad-steps`."""
     spike_factor: float = 0.0
     """A loss above this factor times the median of the last 64 good steps is a spike; 0: none is.
     There are no spikes before the 17th good step."""
     max_bad_steps: int = 10
-    """Bad steps in a row that end a run which leaves them out."""
+    """With skip: this many bad steps in a row end the run."""
     spot_notice: bool = False
     """Ask the metadata service of EC2 or Google Compute Engine whether a worker's spot machine is
     about to be taken back; then write a checkpoint at once."""
     max_hours: float = 0.0
     """Hours after which the run writes a checkpoint and stops, counted from this start of the
-    command, with the time to start workers; 0: no limit."""
+    command, including the time to start workers; 0: no limit."""
     max_cost: float = 0.0
-    """As `max_hours`, in the money that all workers cost in that time; 0: no limit."""
+    """Like `max_hours`, but a limit on what all workers cost in that time; 0: no limit."""
     price_per_hour: float = 0.0
     """Price of one worker for one hour, in the currency of `max_cost`."""
     log_every: int = 10
@@ -156,7 +157,7 @@ class TrainConfig:
     def check_shared(self, name: str, batch: int) -> None:
         """
         Raises:
-            ValueError: the batch that this option sets can't be shared equally by the workers.
+            ValueError: the batch set by the option `name` can't be divided equally among workers.
         """
         if self.workers and batch % self.workers:
             raise ValueError(
@@ -165,32 +166,32 @@ class TrainConfig:
 
     @property
     def stage(self) -> int:
-        """The ZeRO stage in fact."""
+        """The effective ZeRO stage."""
         if self.zero_stage is not None:
             return self.zero_stage
         return 1 if self.workers > 1 or self.offload else 0
 
 
 class Recipe(Protocol):
-    """What a run trains. Must be picklable: it travels to the workers."""
+    """Defines what a run trains. Must be picklable: it is sent to the workers."""
 
     def build(self) -> nn.Module:
         """The module; its forward takes a batch and returns a dict with `loss` and other scalars.
 
-        Parts that are not the model's own start from a backbone named `backbone`.
+        The backbone, which may start from another model, is named `backbone`.
         """
         ...
 
     def batches(self, rank: int, world: int) -> Callable[[int], Any]:
-        """A function from the number of a batch to this worker's share of it, on CPU."""
+        """A function from a batch's number to this worker's share of it, on CPU."""
         ...
 
     def samples_per_batch(self) -> int:
-        """Samples of a batch over all workers."""
+        """Samples per batch, over all workers."""
         ...
 
     def flops(self, batch: Any) -> float:
-        """FLOPs that a worker's batch needs, forward and backward; 0 where nobody counts them."""
+        """FLOPs that a worker's batch needs, forward and backward; 0 if they are not counted."""
         ...
 
     def layers(self) -> int:
@@ -198,7 +199,7 @@ class Recipe(Protocol):
         ...
 
     def evaluate(self, module: nn.Module, step: int, logger: tracking.Logger) -> dict[str, float]:
-        """Scores on held-out data and pictures; called on rank 0."""
+        """Scores on held-out data; may log pictures. Called on rank 0."""
         ...
 
     def export(self, module: nn.Module, folder: Path) -> dict[str, Any]:
@@ -208,7 +209,7 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: where it lives, what it trains, and what it leaves."""
+    """A training run: where it is stored, what it trains, and what it produces."""
 
     store_uri: str
     name: str
@@ -220,8 +221,8 @@ class Run:
     config: TrainConfig
     tracking: tracking.RunHandle | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """The configuration, flat, as checkpoints note it."""
+    """The flattened configuration, as noted in checkpoints."""
     step_memory: StepMemory | None = None
-    """What a step takes of a GPU beside the state, where somebody reckons it."""
+    """Memory that a step takes on a GPU on top of the state, if it was estimated."""
     tuned: bool = False
     """Part of a Ray Tune trial: evaluations are reported to it, and it may stop the run."""

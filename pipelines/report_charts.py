@@ -140,7 +140,7 @@ def score_dots(score: Score) -> Html:
 
 
 def histogram(title: str, bars: Sequence[tuple[str, int]], *, note: str = "") -> Html:
-    """Counts as bars, from left to right, with a label below as many of them as there is room."""
+    """Counts as bars, from left to right, with labels below as many bars as there is room for."""
     if not any(count for _, count in bars):
         return el("figure", el("h4", title), el("p", "nothing to count", class_="note"))
     most = max(count for _, count in bars)
@@ -179,7 +179,7 @@ def histogram(title: str, bars: Sequence[tuple[str, int]], *, note: str = "") ->
 
 
 def stacked(label: str, kept: int, aside: Mapping[str, int], colours: Mapping[str, str]) -> Html:
-    """What of a source was kept, and why the rest was not: one bar over the whole width."""
+    """How much of a source was kept, and why the rest was not: one bar over the whole width."""
     total = max(1, kept + sum(aside.values()))
     parts = [("kept", kept, KEPT)] + [(r, n, colours[r]) for r, n in aside.items()]
     spans = [
@@ -192,14 +192,14 @@ def stacked(label: str, kept: int, aside: Mapping[str, int], colours: Mapping[st
 
 
 def reason_colours(reasons: Sequence[str]) -> dict[str, str]:
-    """A colour for each reason; held-out images, whatever for, stand out."""
+    """A colour for each reason; all reasons to hold out share one that stands out."""
     others = [r for r in reasons if not r.startswith("held out")]
     colours = dict(zip(others, _cycle(_ASIDE, len(others)), strict=True))
     return colours | {r: HELD_OUT for r in reasons if r.startswith("held out")}
 
 
 def legend(entries: Sequence[tuple[str, str]], dashed: str | None = None) -> Html:
-    """Colours and what they stand for, and what a dashed line does."""
+    """The meaning of each colour, and of a dashed line."""
     keys = [el("span", el("i", style=f"background:{colour}"), words) for colour, words in entries]
     if dashed is not None:
         keys.append(el("span", el("i", class_="dashed"), dashed))
@@ -220,7 +220,7 @@ def usage_chart(usage: Sequence[float]) -> Html:
 
 
 def code_map(codes: Codes, hidden: Sequence[Sequence[bool]] | None = None) -> Image.Image:
-    """One pixel a patch: each code has its own colour; patches that aren't hidden are dimmed."""
+    """One pixel per patch: each code has its own colour; patches that aren't hidden are dimmed."""
     grid = np.asarray(codes, dtype=np.int64)
     names, places = np.unique(grid, return_inverse=True)
     palette = np.array([_code_colour(int(code)) for code in names], dtype=np.float32)
@@ -232,7 +232,7 @@ def code_map(codes: Codes, hidden: Sequence[Sequence[bool]] | None = None) -> Im
 
 
 def _code_colour(code: int) -> tuple[float, float, float]:
-    """A colour that codes of near numbers don't share."""
+    """A colour for a code, distinct from those of nearby codes."""
     hue = code * 0.61803398875 % 1.0
     lightness = 0.42 + 0.3 * (code * 0.7548776662 % 1.0)
     r, g, b = colorsys.hls_to_rgb(hue, lightness, 0.55)
@@ -248,7 +248,7 @@ def _cycle(colours: Sequence[str], count: int) -> list[str]:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most so many points, each the mean of its neighbours: a page needs no more."""
+    """At most `_MOST_POINTS` points, each the mean of its neighbours: a page needs no more."""
     if len(points) <= _MOST_POINTS:
         return points
     groups = np.array_split(np.asarray(points, dtype=np.float64), _MOST_POINTS)

@@ -1,7 +1,8 @@
-"""What a report can show, as plain values.
+"""The content of a report, as plain values.
 
-Every section is optional; one that is None or empty is left out of the page. Nothing here knows
-where values come from (`pipelines.report` gathers them) or how they look (`pipelines.report_page`).
+Every section is optional; one that is None or empty is left out of the page. Nothing here depends
+on where values come from (`pipelines.report` gathers them) or how they look
+(`pipelines.report_page`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from PIL import Image
 Picture = Image.Image | bytes
 """A picture, or the bytes of one (JPEG, PNG or WEBP)."""
 Codes = Sequence[Sequence[int]]
-"""Visual tokens in rows and columns, as a numpy array's `tolist()` gives them."""
+"""Visual tokens in rows and columns, as returned by a numpy array's `tolist()`."""
 
 
 # -- headline -------------------------------------------------------------------------------------
@@ -22,7 +23,7 @@ Codes = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Score:
-    """A row of the score table; a value that is not known is None."""
+    """A row of the score table; an unknown value is None."""
 
     task: str
     metric: str
@@ -37,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Headline:
-    """What this is, and how it came out."""
+    """The report's subject and main results."""
 
     title: str
     summary: str = ""
@@ -48,7 +49,7 @@ class Headline:
     """Further labelled values, such as {"Parameters": "2.1 million"}."""
     scores: Sequence[Score] = ()
     note: str = ""
-    """Shown below the scores: how to read them, how far to trust them."""
+    """Shown below the scores: how to read them, and how far to trust them."""
 
 
 # -- data -----------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class IngestedSource:
-    """What one published source yielded. `rows` are images, or documents of a text source."""
+    """The yield of one published source. `rows` counts images, or documents of a text source."""
 
     name: str
     read: int
@@ -72,7 +73,7 @@ class IngestedSource:
     captions: int = 0
     bytes: int = 0
     set_aside: Mapping[str, int] = field(default_factory=dict)
-    """Records by the reason for which they were set aside."""
+    """Number of records set aside, by reason."""
     samples: Sequence[Sample] = ()
     texts: Sequence[str] = ()
     """Samples of a text source."""
@@ -116,7 +117,7 @@ class ImageTokenizer:
     """How often each code was used, in any order."""
     maps: Sequence[CodeMap] = ()
     patches: Mapping[int, Sequence[Picture]] = field(default_factory=dict)
-    """Patches by the code that they share."""
+    """Example patches, by their code."""
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -146,13 +147,13 @@ class Chart:
     baseline_label: str = "baseline"
     percent: bool = False
     smooth: bool = True
-    """Draw a moving average over the values, where there are many."""
+    """Draw a moving average over the values if there are many."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class MaskedExample:
-    """An image with hidden patches, and the codes that the model put in their place."""
+    """An image with hidden patches, and the codes that the model predicted for them."""
 
     image: Picture
     masked: Picture
@@ -161,7 +162,7 @@ class MaskedExample:
     hidden: Sequence[Sequence[bool]] | None = None
     """Which patches were hidden; others are dimmed in the maps."""
     text: str = ""
-    """Of a pair: its text, with what was hidden and predicted, ready to read."""
+    """For a pair: its text, with hidden and predicted tokens, as readable text."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class CaptionExample:
     image: Picture
     generated: str
     baseline: str | None = None
-    """What the model without pretraining says."""
+    """The caption by the model without pretraining."""
     truths: Sequence[str] = ()
 
 
@@ -257,7 +258,7 @@ class Where:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page can show."""
+    """Everything that the page can show."""
 
     headline: Headline
     ingestion: IngestionSection | None = None

@@ -1,4 +1,4 @@
-"""HTML that is safe by construction, pictures within the page, numbers as people read them."""
+"""Builds HTML that is safe by construction, with embedded pictures and human-readable numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.report_content import Picture
 
 
 class Html(str):
-    """Markup. Any other string is text, and is escaped where it meets markup."""
+    """Markup. Any other string is text, and is escaped when joined with markup."""
 
     __slots__ = ()
 
@@ -31,7 +31,7 @@ _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 
 
 def text(value: object) -> Html:
-    """Any value as visible text: escaped, without control characters or half surrogates."""
+    """Any value as visible text: escaped, without control characters or lone surrogates."""
     if isinstance(value, Html):
         return value
     plain = str(value).encode(errors="replace").decode()
@@ -39,7 +39,7 @@ def text(value: object) -> Html:
 
 
 def join(*children: Content) -> Html:
-    """Children one after the other; None is nothing."""
+    """Children one after the other; None is skipped."""
     parts: list[str] = []
     for child in children:
         if child is None:
@@ -78,9 +78,9 @@ def opened(picture: Picture) -> Image.Image | None:
 
 
 def data_uri(picture: Picture, side: int, *, exact: bool = False) -> str | None:
-    """The picture, at most `side` pixels long; encoded anew, so that no stored byte gets in.
+    """The picture, at most `side` pixels long; re-encoded, so that no stored byte gets in.
 
-    `exact` keeps each pixel (PNG): for code maps and patches.
+    `exact` preserves each pixel (PNG): for code maps and patches.
     """
     image = opened(picture)
     if image is None:
@@ -96,7 +96,7 @@ def data_uri(picture: Picture, side: int, *, exact: bool = False) -> str | None:
 
 
 def img(picture: Picture, alt: str, *, side: int = 240, exact: bool = False) -> Html:
-    """An image element, or a placeholder that says what is missing."""
+    """An image element, or a placeholder if the picture can't be read."""
     source = data_uri(picture, side, exact=exact)
     if source is None:
         return el("span", "picture can't be read", class_="missing", role="img", aria_label=alt)
@@ -104,7 +104,7 @@ def img(picture: Picture, alt: str, *, side: int = 240, exact: bool = False) -> 
 
 
 def figure(picture: Picture, alt: str, *below: Content, side: int = 240, frame: str = "") -> Html:
-    """A picture with what stands below it."""
+    """A picture with the content below it."""
     caption = el("figcaption", *below) if any(b is not None for b in below) else None
     return el("figure", img(picture, alt, side=side), caption, class_=frame or None)
 
@@ -113,7 +113,7 @@ def figure(picture: Picture, alt: str, *below: Content, side: int = 240, frame: 
 
 
 def number(value: float | None, *, percent: bool = False) -> str:
-    """A value in few digits; a dash where there is none."""
+    """A value in a few digits; a dash if there is none."""
     if value is None or value != value:
         return "–"
     if percent:
@@ -126,7 +126,7 @@ def number(value: float | None, *, percent: bool = False) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as people say them."""
+    """A number of bytes in human-readable units."""
     amount, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if amount < 1000 or unit == "TB":
@@ -162,7 +162,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Html | None:
 def table(
     head: Iterable[str], rows: Iterable[Html], *, left: Iterable[str] = (), class_: str = ""
 ) -> Html:
-    """A table that scrolls within itself on a narrow screen; `left` names columns of words."""
+    """A table that scrolls horizontally on a narrow screen; `left` names left-aligned columns."""
     cells = [el("th", cell, scope="col", class_="left" if cell in left else None) for cell in head]
     body = el("table", el("thead", el("tr", cells)), el("tbody", *rows), class_=class_ or None)
     return el("div", body, class_="scroll")
@@ -175,7 +175,7 @@ def note(words: str) -> Html | None:
 def page(title: str, summary: str, known: Html | None, sections: Iterable[Section]) -> str:
     """A whole page: a header with links, then the sections that have content.
 
-    It opens offline and is not allowed a script or a request.
+    It opens offline, and its policy allows no script and no request.
     """
     shown = [(id, name, body) for id, name, body in sections if body]
     links = [el("a", name, href=f"#{id}") for id, name, _ in shown]

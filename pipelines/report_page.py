@@ -3,7 +3,7 @@
     Path("report.html").write_text(render(Report(Headline("My run", ...))), encoding="utf-8")
 
 Text from datasets is hostile input: everything goes through `report_html.el`, which escapes it, and
-the page forbids itself every script and every request.
+the page's policy forbids all scripts and requests.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pipelines.report_sections import ingestion, tokenizers, training
 
 
 def render(report: Report) -> str:
-    """The page as one string. Sections that have no content are left out."""
+    """The page as one string. Sections without content are left out."""
     head = report.headline
     built = [
         ("scores", "Scores", _scores(head)),
@@ -102,7 +102,7 @@ def _score_row(score: Score) -> Html:
 
 
 def best_of(values: Iterable[float | None], *, lower: bool = False) -> float | None:
-    """The best of the values that are known."""
+    """The best of the known values."""
     known = [v for v in values if v is not None and not math.isnan(v)]
     return (min(known) if lower else max(known)) if known else None
 

@@ -206,7 +206,7 @@ def _masked(example: MaskedExample) -> Html:
 
 
 def _agreement(example: MaskedExample) -> tuple[int, int]:
-    """Hidden patches whose predicted code is the true one, and hidden patches."""
+    """Number of hidden patches predicted correctly, and of all hidden patches."""
     right = total = 0
     for r, row in enumerate(example.true or ()):
         for c, code in enumerate(row):

@@ -1,9 +1,9 @@
-"""Another try for the URLs of a committed dataset that failed: `ingest.py --retry-failed`.
+"""Retries the failed URLs of a committed dataset: `ingest.py --retry-failed`.
 
-What fails on the web may work tomorrow. The records that downloading set aside become new shards,
-made into parts as any other; then the dataset is committed again with them, and with their new
-reasons in the place of the old ones. The earlier commit stays as it was. Killed anywhere and run
-again, it goes on where it was. One part's records are held in memory at a time.
+A URL that fails today may work tomorrow. The records whose download failed become new shards, made
+into parts like any others; then the dataset is committed again with these parts, and with new
+reasons in place of the old ones. The earlier commit stays as it was. If killed and run again, it
+resumes where it was. One part's records are held in memory at a time.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ HOPELESS = (
     "unsupported format",
     "unsupported scheme",
 )
-"""Reasons that another try won't change."""
-_STAGES = ("download", "decode")  # a server that was ill answers with a page, or with half a file
+"""Reasons for which a retry is pointless."""
+_STAGES = ("download", "decode")  # decode, too: a failing server may send a page or half a file
 
 
 @dataclass
 class Failed:
-    """What is tried again: the shards to make parts of, and what stays set aside without it.
+    """The records to retry: the shards to make into parts, and the set-aside files that remain.
 
-    reasons, stages: how many records failed with which reason, and where.
+    reasons, stages: number of records to retry by their failure's reason, and by its stage.
     """
 
     units: list[dict[str, Any]] = field(default_factory=list)
@@ -52,11 +52,11 @@ class Failed:
 
 
 def failed_shards(dataset: Dataset, commit: Commit, mark: str, size: int) -> Failed:
-    """Write the records whose download failed as shards of URLs of their own.
+    """Write the records whose download failed as new shards of URLs.
 
     Args:
-        mark: The fingerprint under which the shards of URLs lie.
-        size: Records of a shard.
+        mark: The fingerprint under which the shards of URLs are stored.
+        size: Records per shard.
     """
     folder = f"{dataset.name}/data-{mark[:8]}"
     failed = Failed()
@@ -102,14 +102,14 @@ def _number(path: str) -> int:
 
 
 def amend(dataset: Dataset, commit: Commit, failed: Failed, parts: list[PartRecord]) -> Commit:
-    """Commit the dataset again, with what came of the failed records.
+    """Commit the dataset again, with the results of the retried records.
 
     Raises:
-        StoreError: another job amended it meanwhile.
+        StoreError: another job amended it in the meantime.
     """
     recovered = sum(part.file.rows for part in parts)
     tried = failed.reasons.total()
-    stats = commit.stats | {"read": commit.stats["read"] - tried}  # they are read once more
+    stats = commit.stats | {"read": commit.stats["read"] - tried}  # the parts count them again
     for key, gone in (("set_aside", failed.reasons), ("stages", failed.stages)):
         stats[key] = dict(Counter(stats.get(key, {})) - gone)
     return dataset.amend(

@@ -1,5 +1,5 @@
-"""Object stores that speak S3, with patience: what fails with 5xx, throttling or a broken
-connection is tried again, after longer and longer pauses."""
+"""Connects to S3-compatible object stores; requests that fail with 5xx, throttling or a broken
+connection are retried, after longer and longer pauses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ ATTEMPTS = 10
 
 
 def connect(uri: str) -> tuple[pafs.S3FileSystem, str]:
-    """The filesystem of an `s3://bucket/prefix`, and the prefix as it wants it.
+    """The filesystem of an `s3://bucket/prefix`, and the path in it.
 
-    Large objects go up in several parts.
+    Large objects are uploaded in several parts.
 
     Raises:
         pa.ArrowInvalid: the URI has credentials or an unknown option.
-        OSError: nobody knows the bucket's region.
+        OSError: the bucket's region can't be found.
     """
     parsed = urlparse(uri)
-    if set(":@") & set(parsed.netloc):  # no bucket has them
+    if set(":@") & set(parsed.netloc):  # no bucket name has these
         raise pa.ArrowInvalid("credentials don't belong in a URI: set AWS_ACCESS_KEY_ID and so on")
     options = dict(parse_qsl(parsed.query))
     unknown = options.keys() - {"endpoint_override", "scheme", "region"}
@@ -30,7 +30,7 @@ def connect(uri: str) -> tuple[pafs.S3FileSystem, str]:
         raise pa.ArrowInvalid(f"unknown option {', '.join(sorted(unknown))} in the URI")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
-        # As it is, pyarrow would address buckets as virtual hosts of it.
+        # From the variable alone, pyarrow would address buckets as virtual hosts of the endpoint.
         at = urlparse(endpoint)
         options = {"endpoint_override": at.netloc + at.path, "scheme": at.scheme} | options
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -43,10 +43,10 @@ def connect(uri: str) -> tuple[pafs.S3FileSystem, str]:
 
 
 def put_if_absent(path: str, data: bytes) -> bool:
-    """Create the object `bucket/key` unless there is one already; False when there was.
+    """Create the object `bucket/key` unless it exists; returns False if it did.
 
     Raises:
-        OSError: the store did not do it.
+        OSError: the store failed to create it.
     """
     import boto3  # here, because most processes never commit
     from botocore.config import Config

@@ -1,10 +1,10 @@
-"""An opener for urllib, which img2dataset downloads with, that a hostile web can't lead astray.
+"""An opener for urllib (which img2dataset downloads with) that is safe against a hostile web.
 
-It speaks http and https and nothing else: no files, no FTP, no proxies of the environment, no
-cookies, no passwords. A host is resolved once, every address it has is checked, and exactly these
+It speaks http and https and nothing else: no files, no FTP, no proxies from the environment, no
+cookies, no passwords. A host is resolved once, all its addresses are checked, and only these
 addresses are connected to, so that a name can't mean one thing when checked and another when used.
-One clock runs over name, connection, handshake, headers, body and redirects. Bytes are counted as
-they leave the socket. Nothing is decompressed.
+One deadline covers name lookup, connection, handshake, headers, body and redirects. Bytes are
+counted as they leave the socket. Nothing is decompressed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 from pipelines.addresses import blocked_port, inside, is_loopback, refuse
 
 HEAD_BYTES = 64 << 10
-"""Most bytes of status line and headers."""
+"""Maximum bytes of status line and headers."""
 LARGE_BODY = 8 << 20
-"""Bodies of more bytes are held in memory a few at a time, see `Limits.large_bodies`."""
-_NAME_SECONDS = 60.0  # how long the addresses of a name are believed
+"""Only a few bodies larger than this are in memory at a time, see `Limits.large_bodies`."""
+_NAME_SECONDS = 60.0  # how long the addresses of a name are cached
 _MOST_NAMES = 4096
 
 Sockaddr = tuple[Any, ...]
@@ -38,17 +38,17 @@ Sockaddr = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one opener allows."""
+    """The limits of one opener."""
 
     most_bytes: int
     most_seconds: float
     allow_loopback: bool = False
     large_bodies: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(8))
-    """Taken by a body that grows past LARGE_BODY; who gets such a body releases it when done."""
+    """Acquired by a body that grows past LARGE_BODY; its receiver releases it when done."""
 
 
 def opener(limits: Limits) -> urllib.request.OpenerDirector:
-    """What `urllib.request.install_opener` takes, or open URLs with itself."""
+    """An opener to open URLs with, or to pass to `urllib.request.install_opener`."""
     made = _Opener(limits.most_seconds)
     for handler in (
         _Handler(limits),
@@ -68,7 +68,7 @@ class _Opener(urllib.request.OpenerDirector):
 
     def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
         request: Any = urllib.request.Request(fullurl) if isinstance(fullurl, str) else fullurl
-        if not hasattr(request, "clock"):  # a redirect goes on with the clock of its first request
+        if not hasattr(request, "clock"):  # a redirect keeps the clock of its first request
             seconds = self._most_seconds
             request.clock = _Clock(timeout or seconds, seconds, time.monotonic() + seconds)
         return super().open(request, data, timeout)
@@ -81,7 +81,7 @@ class _Clock:
     deadline: float
 
     def left(self) -> float:
-        """Seconds until the end, whatever happens; raises if it has come."""
+        """Seconds until the deadline; raises if it has passed."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise self.over()
@@ -99,14 +99,14 @@ class _Clock:
 
 
 class _Names:
-    """Finds the addresses of hosts: each host once in a while, however many ask."""
+    """Finds the addresses of hosts; looks each host up once in a while, however many ask."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[str, tuple[float, Future[list[tuple[int, Sockaddr]]]]] = {}
 
     def addresses(self, host: str, clock: _Clock) -> list[tuple[int, Sockaddr]]:
-        with contextlib.suppress(socket.gaierror):  # a number needs no looking up
+        with contextlib.suppress(socket.gaierror):  # a numeric address needs no lookup
             return _resolve(host, socket.AI_NUMERICHOST)
         now = time.monotonic()
         with self._lock:
@@ -116,7 +116,7 @@ class _Names:
                     self._known.clear()
                 found = Future()
                 self._known[host] = now + _NAME_SECONDS, found
-                # In a thread, because the system's resolver knows no deadline.
+                # In a thread, because the system's resolver has no timeout.
                 looking = threading.Thread(target=self._look_up, args=(host, found), daemon=True)
                 looking.start()
         try:
@@ -129,7 +129,7 @@ class _Names:
         try:
             found.set_result(_resolve(host))
         except Exception as error:
-            with self._lock:  # the next one asks again: it may have been a hiccup
+            with self._lock:  # the next request looks it up again: the failure may be temporary
                 if self._known.get(host, (0.0, None))[1] is found:
                     del self._known[host]
             found.set_exception(error)
@@ -156,7 +156,7 @@ class _Web:
         for family, (number, _, *rest) in addresses:
             try:
                 connection = socket.socket(family, socket.SOCK_STREAM)
-            except OSError as error:  # no IPv6 here, for one
+            except OSError as error:  # for example, no IPv6 here
                 failure = error
                 continue
             try:
@@ -172,7 +172,7 @@ class _Web:
     def _check(self, host: str, address: Any, port: int) -> None:
         if is_loopback(address) and self.limits.allow_loopback:
             return
-        if inside(address):  # one is enough: an honest host has no address inside
+        if inside(address):  # one is enough: an honest host has no internal address
             raise urllib.error.URLError(f"private address: {host} is {address}")
         if blocked_port(port):
             raise urllib.error.URLError(f"blocked port: {port}")
@@ -237,7 +237,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Wire(io.RawIOBase):
-    """What a socket receives, under the clock and counted."""
+    """A socket's incoming bytes, counted and under the clock."""
 
     def __init__(self, connection: socket.socket, clock: _Clock) -> None:
         self._connection, self._clock = connection, clock
@@ -245,7 +245,7 @@ class _Wire(io.RawIOBase):
         self.allowance = HEAD_BYTES
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """What a response asks its socket for."""
+        """The method of a socket that a response calls."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -256,7 +256,7 @@ class _Wire(io.RawIOBase):
         try:
             count: int = self._raw.readinto(buffer)
         except TimeoutError:
-            self._clock.left()  # says so if this was the end of all patience
+            self._clock.left()  # raises if the overall deadline has passed
             raise
         self.allowance -= count
         if self.allowance < 0:
@@ -286,7 +286,7 @@ class _Response(http.client.HTTPResponse):
         # Chunks may be framed by more bytes than they hold, but not by much more.
         self._wire.allowance = 2 * self._limits.most_bytes + HEAD_BYTES
         if not 200 <= self.status < 300:
-            self.close()  # what redirects and errors have to say is of no use
+            self.close()  # bodies of redirects and errors are of no use
 
     def read(self, amt: int | None = None) -> bytes:
         if amt is not None or self.fp is None:
@@ -298,7 +298,7 @@ class _Response(http.client.HTTPResponse):
                 raise
             except http.client.HTTPException as error:
                 raise _bad_response(error) from error
-            held.pop_all()  # who gets a large body gives its place back
+            held.pop_all()  # the receiver of a large body releases the semaphore
         return body
 
     def _whole(self, held: contextlib.ExitStack) -> bytes:
@@ -315,10 +315,10 @@ class _Response(http.client.HTTPResponse):
                 if not large:
                     raise self._clock.over()
                 held.callback(limits.large_bodies.release)
-        if self.length:  # what Content-Length promised and did not come
+        if self.length:  # bytes that Content-Length promised but that did not come
             raise urllib.error.URLError(f"IncompleteRead: {self.length} bytes are missing")
         return bytes(body)
 
 
 def _bad_response(error: http.client.HTTPException) -> urllib.error.URLError:
-    return urllib.error.URLError(f"bad response: {type(error).__name__}")  # not what it quotes
+    return urllib.error.URLError(f"bad response: {type(error).__name__}")  # without its quotation

@@ -1,4 +1,4 @@
-"""A worker's share of each batch: rows of committed datasets in the run's order, and pictures."""
+"""Draws a worker's share of each batch: rows of datasets in the run's order, and pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PICTURE_CACHE_BYTES = 256 << 20  # decoded pictures kept by a worker; a small da
 
 @dataclass(frozen=True)
 class Sample:
-    """A row, where it stands, and the random numbers that belong to this drawing of it."""
+    """A row, its position, and the random generator for this draw of it."""
 
     number: int
     group: RowGroup
@@ -36,7 +36,7 @@ class Sample:
 
 
 class Samples:
-    """Calls give a worker's samples of a batch, as a function of the batch's number."""
+    """A callable that returns a worker's samples of a batch, given the batch's number."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Samples:
         """
         Args:
             weights: How often each dataset is drawn; without them, by its number of rows.
-            readers: Of columns, as `ParquetRows` takes them.
+            readers: For columns, as in `ParquetRows`.
         """
         kept = rows_at_hand(world, len(weights) or 1)
         self.rows = ParquetRows(datasets, columns, readers=readers, kept=kept)
@@ -79,7 +79,7 @@ class Samples:
 
 
 class _Seed(ISeedSequence):
-    """Numbers hashed to a generator's first state; NumPy's own way takes several times as long."""
+    """Hashes numbers to a generator's initial state; NumPy's way takes several times as long."""
 
     def __init__(self, *numbers: int) -> None:
         self._numbers = numbers
@@ -92,8 +92,8 @@ class _Seed(ISeedSequence):
 
 
 def picture_of(row: Mapping[str, Any]) -> Any:
-    """The picture of a row of `images/*`, or the first of a row of `tasks/*`: bytes, or if the row
-    holds Arrow's scalars the scalar of them."""
+    """The picture of a row of `images/*`, or the first one of a row of `tasks/*`: bytes, or an
+    Arrow scalar if the row holds Arrow scalars."""
     return (row["image"] if "image" in row else row["images"][0])["bytes"]
 
 
@@ -116,7 +116,7 @@ class Pictures:
 
 
 _LATER = {"jitter": 0.0}
-"""Options of a view that came later, as runs and tokens were made before, which are still found."""
+"""View options added later, with the values at which earlier runs and tokens are still found."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,11 @@ class ViewConfig:
     """How a view (crop, flip and colours) of a picture is drawn."""
 
     scale: tuple[float, float] = (0.2, 1.0)
-    """Least and largest share of the picture's area."""
+    """Smallest and largest share of the picture's area."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Least and largest ratio of the crop's width to its height."""
+    """Smallest and largest ratio of the crop's width to its height."""
     flip: float = 0.5
-    """Probability of mirroring. Captions that say left and right want 0."""
+    """Probability of mirroring. Use 0 if captions mention left and right."""
     jitter: float = 0.0
     """How far brightness, contrast and saturation vary: factors from 1 minus this to 1 plus this.
     The paper pretrains with 0.4."""
@@ -162,7 +162,7 @@ class ViewConfig:
 
 
 def without_later(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's options, without those of a view that came later and are not used."""
+    """A job's options, without view options that were added later and are not used."""
     view = options.get("view", {}).items()
     used = {k: v for k, v in view if k not in _LATER or v != _LATER[k]}
     return {**options, "view": used} if view else dict(options)

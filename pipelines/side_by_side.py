@@ -1,4 +1,4 @@
-"""Trainings that start no workers of their own, as many at once as a cluster has CPUs for."""
+"""Runs trainings that start no workers of their own, as many at once as a cluster's CPUs allow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Result = TypeVar("_Result")
 
 
 class _Training(Protocol):
-    """What names a run and says how long it is: each training job's configuration."""
+    """A training job's configuration, which names the run and gives its number of steps."""
 
     @property
     def name(self) -> str: ...
@@ -26,7 +26,7 @@ class _Training(Protocol):
 
 
 def steps_of(trainings: Iterable[_Training]) -> dict[str, int]:
-    """The runs of trainings, and how many steps each has."""
+    """The number of steps of each training, by its run."""
     return {f"runs/{training.name}": training.train.steps for training in trainings}
 
 
@@ -38,18 +38,18 @@ def side_by_side(
     cpus: int,
     store: Store,
 ) -> Iterator[Iterator[_Result]]:
-    """Results of `work`, in the order of the runs, under one bar of all their steps.
+    """Results of `work`, in the order of the runs, with one progress bar for all their steps.
 
     Args:
-        work: What one run does, in a process of its own.
-        runs: Of each run the trainings in it, as by `steps_of`.
-        cpus: CPUs of a run (or all that a machine has). 0: they go one after another in this
-            process, for what starts Ray workers takes the cluster's resources by itself.
-        store: Where trainings say how far they are.
+        work: What one run does, in its own process.
+        runs: The trainings in each run, as returned by `steps_of`.
+        cpus: CPUs per run (or all that a machine has). 0: the runs go one after another in this
+            process, since runs that start Ray workers take the cluster's resources themselves.
+        store: Where trainings report their progress.
 
     Raises:
-        Exception: of the first run, in their order, that failed. What is not done when the context
-            is left is ended.
+        Exception: that of the first run, in their order, that failed. Runs that are not done when
+            the context is left are ended.
     """
     if not cpus or not runs:
         yield map(work, runs)
@@ -64,10 +64,10 @@ def side_by_side(
 
 
 class _Rota(Generic[_Run]):
-    """Which worker does which run: the next one goes to the first that has room and nothing to do.
+    """Assigns runs to workers: the next run goes to the first idle worker that has started.
 
-    Each run has a worker; those that there is no room for yet wait for it, and what waits makes an
-    autoscaler add nodes.
+    There is a worker for each run; workers without room yet wait, which makes an autoscaler add
+    nodes.
     """
 
     def __init__(self, work: Callable[[_Run], Any], runs: Iterable[_Run], cpus: int) -> None:
@@ -76,10 +76,10 @@ class _Rota(Generic[_Run]):
         self.starting: dict[Any, Any] = {worker.begin.remote(): worker for worker in workers}
         self.going: dict[Any, tuple[Any, _Run]] = {}
         self.done: dict[_Run, Any] = {}
-        """Runs that have ended, and where their results are."""
+        """Runs that have ended, and references to their results."""
 
     def wait(self, seconds: float) -> None:
-        """Until a worker has ended its run or has room, but not longer; it begins the next run."""
+        """Wait up to `seconds` for a worker to finish its run or start; it begins the next run."""
         import ray
 
         for answer in ray.wait([*self.going, *self.starting], timeout=seconds)[0]:
@@ -100,18 +100,18 @@ class _Rota(Generic[_Run]):
         return worker
 
     def _dismiss(self) -> None:
-        """End the workers that still wait for room, so that no node is added for them."""
+        """End the workers still waiting for room, so that no node is added for them."""
         import ray
 
         while self.starting:
             ray.kill(self.starting.popitem()[1])
 
     def end(self) -> None:
-        """End all that is not done."""
+        """End all runs that are not done."""
         import ray
 
         for answer, (worker, _) in self.going.items():
-            ray.cancel(answer)  # so that Ray doesn't speak of beginning it again
+            ray.cancel(answer)  # so that Ray doesn't report a restart
             ray.kill(worker)
         self._dismiss()
 
@@ -119,17 +119,17 @@ class _Rota(Generic[_Run]):
 def _workers(work: Callable[[Any], Any], cpus: int, count: int) -> list[Any]:
     """Processes of `cpus` CPUs each that do `work`.
 
-    Actors, which Ray ends surely: cancelling a task by force may abort the process that asks it,
-    and a task that is asked to end may not hear it (Ray 2.60).
+    They are actors, which Ray reliably ends: cancelling a task by force may abort the calling
+    process, and a task asked to end may not notice (Ray 2.60).
     """
     import ray
 
     cluster.start()
     sizes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    # A head without CPUs of its own may be all that there is until something waits for more.
+    # A head without CPUs may be the only node until something waits for more.
     cpus = min(cpus, int(max(sizes))) or cpus
 
-    # A worker lost with its node begins its run again, which goes on from its last checkpoint.
+    # A worker lost with its node restarts its run, which resumes from its last checkpoint.
     @ray.remote(num_cpus=cpus, max_restarts=3, max_task_retries=3)
     class Worker:
         def begin(self) -> None:
@@ -144,7 +144,7 @@ def _workers(work: Callable[[Any], Any], cpus: int, count: int) -> list[Any]:
 def _in_order(
     work: Callable[[Any], Any], runs: Mapping[_Run, Mapping[str, int]], cpus: int, store: Store
 ) -> Generator[Any, None, None]:
-    """Results of runs, as they come, under a bar."""
+    """Results of runs, in their order, with a progress bar."""
     import ray
 
     total = sum(sum(trainings.values()) for trainings in runs.values())

@@ -1,7 +1,7 @@
-"""The signatures of a dataset's rows, in a side file beside each of its files.
+"""Stores the signatures of a dataset's rows, in a side file beside each of its files.
 
-They outlive the search that wanted them (`pipelines.duplicates`): datasets that are compared again
-are not read again.
+They outlive the search they were made for (`pipelines.duplicates`): datasets that are compared
+again are not read again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("sha256", pa.binary(32)),  # of the stored bytes, or of the text
-        ("bits", pa.binary(HASH_BYTES)),  # null, as the colours, where there is no picture to read
+        ("bits", pa.binary(HASH_BYTES)),  # null, like the colours, without a readable picture
         ("colours", pa.binary(COLOUR_BYTES)),
     ]
 )
@@ -32,14 +32,14 @@ VERSION = 1  # raised when signatures change
 
 
 def name(dataset: str, path: str) -> str:
-    """Where the signatures of a dataset's file are, or belong."""
+    """The name of the signature file of a dataset's file."""
     folder, file = posixpath.split(path)
     stem = file.removesuffix(".parquet")
     return posixpath.join(dataset, folder, f"_signatures-{stem}-v{VERSION}.parquet")
 
 
 def sign(batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """The signatures of a part's rows, in their order: a column `image`, or else `text`."""
+    """The signatures of a part's rows, in order, from the column `image`, or else `text`."""
     rows = [row for batch in batches for row in _sign(batch)]
     return pa.Table.from_pylist(rows, SCHEMA)
 
@@ -49,15 +49,15 @@ def read(store: Store, dataset: str, path: str) -> pa.Table:
 
 
 def write(dataset: Dataset, file: FileRecord, signed: pa.Table) -> None:
-    """Keep signatures beside their part, for a job that has its images at hand anyway."""
+    """Store signatures beside their part, for a job that has its images at hand anyway."""
     dataset.store.write_table(name(dataset.name, file.path), signed)
 
 
 def write_missing(dataset: Dataset, files: Sequence[FileRecord], *, here: bool = False) -> None:
-    """Write the signatures that aren't there yet: one task for each file.
+    """Write the missing signatures, one task per file.
 
     Args:
-        here: Do all in this process, without Ray.
+        here: Do everything in this process, without Ray.
     """
     there = _objects(dataset, files)
     todo = [f for f in files if name(dataset.name, f.path) not in there]
@@ -90,7 +90,7 @@ def _sign(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 def _signature(data: bytes) -> Signature | None:
     try:
         return signatures.signature(data)
-    except Exception:  # decoders raise nearly anything; its checksum is compared instead
+    except Exception:  # decoders raise nearly anything; the checksum is compared instead
         return None
 
 
@@ -101,6 +101,6 @@ def _sign_file(store: Store, unit: dict[str, Any]) -> None:
 
 
 def _objects(dataset: Dataset, files: Sequence[FileRecord]) -> set[str]:
-    """Names of the objects beside these files: one listing for each folder."""
+    """Names of the objects beside these files, with one listing per folder."""
     folders = {posixpath.join(dataset.name, posixpath.dirname(f.path)) for f in files}
     return {posixpath.join(folder, n) for folder in folders for n in dataset.store.list(folder)}

@@ -1,10 +1,10 @@
-"""What a picture looks like, in 224 bytes: whatever its size and quality, nearly the same.
+"""Describes a picture's look in 224 bytes, nearly independently of its size and quality.
 
 A *signature* is a difference hash (is each of 16 x 16 fields brighter than its left neighbour?) and
 the mean colours of 8 x 8 fields. Two pictures are the same if both are close. The hash alone
 confuses pictures with empty backgrounds, where noise decides the bits, and the colours alone
-confuse compositions alike; together they are far apart (`benchmarks/same_picture.py`). How close is
-for those to say who compare: `pipelines.leaks`, `pipelines.duplicates`.
+confuse similar compositions; together they separate pictures well (`benchmarks/same_picture.py`).
+The limits are set by the modules that compare: `pipelines.leaks`, `pipelines.duplicates`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ COLOUR_BYTES = 3 * COLOUR_SIDE**2
 
 @dataclass(frozen=True)
 class Signature:
-    """What is compared: the packed bits of the hash, and the mean colours."""
+    """The packed bits of the hash, and the mean colours."""
 
     bits: bytes
     colours: bytes
 
 
 def signature(data: bytes) -> Signature:
-    """The signature of an upright image, as `clean_image` leaves it; raises if it can't be read."""
+    """The signature of an upright image from `clean_image`; raises if it can't be read."""
     with Image.open(io.BytesIO(data)) as image:
         rgb = image.convert("RGB")
-    # Box means: what a field holds decides, whatever the number of pixels in it.
+    # Box means: a field's content decides, not the number of pixels in it.
     box = Image.Resampling.BOX
     grey = np.asarray(rgb.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), box))
     bits = np.packbits(grey[:, 1:] > grey[:, :-1])
@@ -47,10 +47,10 @@ def signature(data: bytes) -> Signature:
 def packed(
     bits: Sequence[bytes], colours: Sequence[bytes]
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """Many signatures as two arrays, as `same_picture` compares them.
+    """Many signatures as two arrays, as `same_picture` takes them.
 
-    A column of words for each hash, so that one word of all is compared at a time, which takes a
-    tenth of the time; a row for each picture's colours.
+    Each hash is a column of words, so that one word of all hashes is compared at a time, which
+    takes a tenth of the time; each picture's colours are a row.
     """
     words = np.frombuffer(b"".join(bits), np.uint64).reshape(-1, HASH_SIDE**2 // 64)
     return (
@@ -67,15 +67,15 @@ def same_picture(
     most_bits: int,
     most_colour: int,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Which of many signatures are of the same picture as this one, ascending.
+    """Find which of many signatures are of the same picture as this one.
 
-    The places of those that are, and by how many bits and levels of colour each differs.
+    Returns their indices, ascending, and by how many bits and levels of colour each differs.
     """
     apart: NDArray[Any] = np.zeros(bits.shape[1], np.int16)
     for words, word in zip(bits, np.frombuffer(picture.bits, np.uint64), strict=True):
         apart += np.bitwise_count(words ^ word)
     near = np.flatnonzero(apart <= most_bits)
-    # Wide enough for differences of bytes; only the few near ones are compared.
+    # int16 holds differences of bytes; only the few near ones are compared.
     own = np.frombuffer(picture.colours, np.uint8).astype(np.int16)
     colour = np.abs(colours[near] - own).max(axis=1, initial=0)
     close = colour <= most_colour

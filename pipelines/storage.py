@@ -1,9 +1,9 @@
-"""Stores: where all that jobs make is kept, a local folder or an object store, named by one URI.
+"""Stores hold everything that jobs make, in a local folder or an object store, named by one URI.
 
 A *store* is a URI (`/data/store`, `file:///data/store`, `s3://bucket/prefix`). Object stores have
-no rename, so what is written is written where it will stay, and appears there whole. Credentials
-come from the ordinary AWS chain (environment, profile, instance role) and `AWS_ENDPOINT_URL`; none
-is ever stored.
+no rename, so objects are written directly to their final place, and appear there whole. Credentials
+come from the ordinary AWS chain (environment, profile, instance role) and `AWS_ENDPOINT_URL`; they
+are never stored.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pipelines import s3
 if TYPE_CHECKING:
     from pipelines.dataset import Dataset
 
-PIECE_BYTES = 16 << 20  # of a large file on its way; S3 takes up to 10,000 of them
+PIECE_BYTES = 16 << 20  # pieces in which large files are copied; S3 takes up to 10,000 of them
 PIECES_AT_ONCE = 4
 
 
 class StoreError(Exception):
-    """A store or dataset can't be used as asked. The message names it and the way out."""
+    """A store or dataset can't be used as requested. The message names it and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Store:
             connect = s3.connect if self.uri.startswith("s3://") else pafs.FileSystem.from_uri
             self.fs, self.root = connect(self.uri)
         except (pa.ArrowInvalid, OSError) as error:
-            shown = re.sub("//.*@", "//", str(uri))  # without what should be kept secret
+            shown = re.sub("//.*@", "//", str(uri))  # without secrets
             raise StoreError(f"store {shown}: {error}") from error
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
@@ -79,7 +79,7 @@ class Store:
         return "?".join([f"{address}/{name}", *options])
 
     def path(self, *names: str) -> str:
-        """The path of an object as this store's pyarrow filesystem wants it."""
+        """The path of an object for this store's pyarrow filesystem."""
         return posixpath.join(self.root, *names)
 
     def check_writable(self) -> None:
@@ -121,7 +121,7 @@ class Store:
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Any]:
-        """A stream to an object, which is there when the context ends well."""
+        """A stream to an object, which appears when the context ends without an error."""
         path = self.path(name)
         if not isinstance(self.fs, pafs.LocalFileSystem):
             stream = self.fs.open_output_stream(path)  # an S3 upload appears when complete
@@ -150,13 +150,13 @@ class Store:
         return pq.read_table(pa.BufferReader(self.read(name)))
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Write a Parquet file of a job's own; those of datasets are `Dataset.write_table`'s."""
+        """Write a job's internal Parquet file; for datasets, use `Dataset.write_table`."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         self.write(name, memoryview(sink.getvalue()))
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Create an object unless there is one already; False when there was."""
+        """Create an object unless it exists; returns False if it did."""
         if isinstance(self.fs, pafs.LocalFileSystem):
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ class Store:
         return True
 
     def delete(self, name: str) -> None:
-        """Delete a file or a folder; nothing happens if there is none."""
+        """Delete a file or a folder, if it exists."""
         info = self.fs.get_file_info(self.path(name))
         if info.type == pafs.FileType.Directory:
             self.fs.delete_dir(info.path)
@@ -211,26 +211,26 @@ class Store:
             raise StoreError(f"{self.uri}/{name}: {error}") from error
 
     def dataset(self, name: str) -> Dataset:
-        from pipelines.dataset import Dataset  # which is made of stores
+        from pipelines.dataset import Dataset  # here, because it imports this module
 
         return Dataset(self, name)
 
 
 def _copied(pieces: Iterable[bytes], target: Any, name: str) -> FileRecord:
-    """Write a file's pieces to a stream; the record of what they were."""
+    """Write a file's pieces to a stream; returns the record of the file."""
     digest, size = hashlib.sha256(), 0
     for number, piece in enumerate(pieces, 1):
         target.write(piece)
         digest.update(piece)
         size += len(piece)
         if number % PIECES_AT_ONCE == 0:
-            target.flush()  # S3 sends pieces beside each other, and would let any number wait
+            target.flush()  # S3 sends pieces concurrently, and would let any number wait
     return FileRecord(name, 0, size, digest.hexdigest())
 
 
 @contextlib.contextmanager
 def local_folder(place: str) -> Iterator[Path]:
-    """A folder of published files on this machine; one at another URI is copied for the while."""
+    """A local folder of published files; a folder at a URI is copied for the time of the block."""
     if "://" not in place:
         yield Path(place)
         return

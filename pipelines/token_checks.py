@@ -1,4 +1,4 @@
-"""Whether tokens can be trained on: of the right kind, and made for this model."""
+"""Checks that tokens can be trained on: that they are of the right kind and fit the model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def tokens(store: Store, cfg: PretrainConfig) -> dict[str, list[Dataset]]:
 
 
 def check_data(store: Store, cfg: PretrainConfig) -> tuple[list[Dataset], TextTokenizer]:
-    """All datasets of a run, the held-out one last, and the text tokenizer; they can be used.
+    """Check all datasets of a run; returns them, the held-out one last, and the text tokenizer.
 
     Raises:
-        StoreError, ValueError: as `run`.
+        StoreError, ValueError: as for `pretrain.run`.
     """
     datasets = tokens(store, cfg)
     held_out = [store.dataset(f"tokens/{cfg.held_out}")] if cfg.held_out else []
@@ -39,10 +39,10 @@ def check_data(store: Store, cfg: PretrainConfig) -> tuple[list[Dataset], TextTo
 
 
 def check_kinds(datasets: dict[str, list[Dataset]]) -> None:
-    """Datasets are named under what they hold: pictures, texts, pictures with captions.
+    """Check that each dataset is of the kind that it is named for: pictures, texts, or pairs.
 
     Raises:
-        StoreError: one is not, or is missing or empty.
+        StoreError: a dataset is of another kind, or is missing or empty.
     """
     for kind, of_kind in datasets.items():
         for dataset in of_kind:
@@ -63,7 +63,7 @@ def check_kinds(datasets: dict[str, list[Dataset]]) -> None:
 
 
 class Words(NamedTuple):
-    """How a training step finds visual words."""
+    """How a training step computes visual words."""
 
     tokenizer: str
     """`tokenizers/image/<name>`."""
@@ -71,11 +71,11 @@ class Words(NamedTuple):
 
 
 def words_in_step(cfg: PretrainConfig, datasets: Sequence[Dataset]) -> Words | None:
-    """How the training step is to find visual words, since they are wanted and not stored with all
-    of these tokens; None: they are.
+    """How the training step must compute visual words, if they are needed and some of these tokens
+    lack them; None otherwise.
 
     Raises:
-        StoreError: not alike for all.
+        StoreError: the datasets need different precisions.
     """
     found: dict[Precision, tuple[Words, str]] = {}
     for dataset in datasets if cfg.objectives.image_target == "codes" else ():
@@ -95,7 +95,7 @@ def words_in_step(cfg: PretrainConfig, datasets: Sequence[Dataset]) -> Words | N
 
 
 def _has_captions(dataset: Dataset) -> bool:
-    """Whether any row has, by what the files' footers count."""
+    """Whether any row has a caption, according to the files' footers."""
     for path in dataset.paths():
         footer = pq.read_metadata(path, filesystem=dataset.store.fs)
         for number in range(footer.num_row_groups):
@@ -103,14 +103,14 @@ def _has_captions(dataset: Dataset) -> bool:
             columns = [group.column(i) for i in range(group.num_columns)]
             captions = next(c for c in columns if c.path_in_schema.startswith("captions."))
             counted = captions.statistics
-            # Without a caption there is a null in the place of its first token.
+            # A row without captions has a null in place of the first token.
             if counted is None or captions.num_values > (counted.null_count or 0):
                 return True
     return False
 
 
 def check_tokens(store: Store, cfg: PretrainConfig, datasets: Sequence[Dataset]) -> TextTokenizer:
-    """Every dataset comes from one pair of tokenizers that fits the model."""
+    """Check that all datasets come from one pair of tokenizers, which fits the model."""
     used: dict[str, dict[str, str]] = {"text": {}, "image": {}}
     examples: dict[str, dict[str, str]] = {"text": {}, "image": {}}
     for dataset in datasets:
@@ -163,15 +163,15 @@ def check_tokens(store: Store, cfg: PretrainConfig, datasets: Sequence[Dataset])
 
 
 def check_pictures(datasets: Sequence[Dataset]) -> None:
-    """The pictures are still those that were tokenized: tokens name them by part and row alone.
+    """Check that pictures are still those tokenized: tokens refer to them only by part and row.
 
     Raises:
-        StoreError: they are gone, or others came under their name.
+        StoreError: they are gone, or were replaced by others.
     """
     for dataset in datasets:
         origin = dataset.commit().lineage["inputs"][0]
         if origin["dataset"].startswith("text/"):
-            continue  # training reads nothing but their tokens
+            continue  # training reads only their tokens
         source = dataset.store.dataset(origin["dataset"])
         versions = list(source.commits())
         if not versions:
@@ -179,7 +179,7 @@ def check_pictures(datasets: Sequence[Dataset]) -> None:
                 f"{dataset.uri} was made of {source.uri}, whose pictures training needs, and that "
                 f"is not there: restore it, or ingest it, delete {dataset.name} and tokenize again"
             )
-        # Pictures that came after they were tokenized do no harm.
+        # Pictures added after tokenization do no harm.
         there = _parts(versions[0])
         if not any(v.identity == origin["identity"] and _parts(v) <= there for v in versions):
             raise StoreError(
@@ -189,5 +189,5 @@ def check_pictures(datasets: Sequence[Dataset]) -> None:
 
 
 def _parts(commit: Commit) -> set[tuple[str, str]]:
-    """Name and content of each file."""
+    """The name and content hash of each file."""
     return {(posixpath.basename(file.path), file.sha256) for file in commit.files}

@@ -1,17 +1,17 @@
-"""Tokenize a corpus: images to visual words, captions and texts to ids, in Parquet.
+"""Tokenizes a corpus: images to visual words, captions and texts to ids, in Parquet.
 
     python pipelines/tokenize_corpus.py --store store --images cc3m cc12m --texts wiki --views 4
 
-Of each image, `views` views (crop, flip, colours) are drawn and stored beside their visual words,
-so that pretraining replays exactly what was tokenized. A part of `tokens/<name>` belongs to the
-part of the same number in its source, which holds the pictures; `image_row` says which row.
-The same commit, tokenizers and seed give the same bytes, however many workers there are. (Another
-batch size or device rounds otherwise: of two codes that are equally near, it may choose the other.)
+For each image, `views` views (crop, flip, colours) are drawn and stored with their visual words, so
+that pretraining replays exactly what was tokenized. A part of `tokens/<name>` belongs to the part
+of the same number in its source, which holds the pictures; `image_row` says which row.
+The same commit, tokenizers and seed give the same bytes, whatever the number of workers. (Another
+batch size or device rounds differently and may choose the other of two equally near codes.)
 
-With `--in-step` the words are left to pretraining, which finds the same
+With `--in-step` the words are left to pretraining, which computes the same ones
 (`pipelines/words_in_step.py`).
 
-A worker's threads decode pictures while it encodes those before, and it holds the pixels of a few
+A worker's threads decode pictures while it encodes earlier ones, and it holds the pixels of a few
 batches at most, however large the part is.
 """
 
@@ -51,12 +51,12 @@ from pipelines.storage import Store
 
 AHEAD = 2  # batches that are decoded while one is encoded
 PICTURES, DOCUMENTS = 32, 256  # rows read at once
-GATHERED = 1024  # rows whose tokens are held as Python has them
+GATHERED = 1024  # rows whose tokens are held as Python objects
 
 
 def image_tokens(patches: int, *, jitter: bool = False) -> pa.Schema:
-    """Columns of a tokenized image dataset; a picture's words are a list of one fixed size. With no
-    patches there are no words: the training step finds them. Without `jitter`, colours stay."""
+    """Columns of a tokenized image dataset; a view's words are a list of fixed size. With 0 patches
+    there are no words: the training step computes them. Without `jitter`, colours don't vary."""
     colours = [("jitter", pa.list_(pa.float32(), 3))] if jitter else []
     words = [("words", pa.list_(pa.uint16(), patches))] if patches else []
     view = pa.struct([("box", pa.list_(pa.float64(), 4)), ("flip", pa.bool_()), *colours, *words])
@@ -97,27 +97,28 @@ class TokenizeConfig:
     text_tokenizer: str = "sentencepiece"
     """`tokenizers/text/<name>`."""
     views: int = 4
-    """Views drawn of each image; epochs cycle through them."""
+    """Views per image; epochs cycle through them."""
     view: ViewConfig = field(default_factory=ViewConfig)
     in_step: bool = False
-    """Store the views without their visual words: each training step finds them, with the same
-    image tokenizer. So no GPU is needed here, and any number of views costs next to nothing, but
-    training pays each time that it sees one."""
+    """Store the views without visual words: each training step computes them, with the same image
+    tokenizer. Then no GPU is needed here, and views cost next to nothing, but training pays each
+    time it sees one."""
     precision: Precision = "fp32"
-    """What the image tokenizer computes in, also in a training step. GPUs have their tensor cores
-    for bf16; some words then change, to codes that are about as near:
+    """Precision of the image tokenizer, also in a training step. On GPUs, bf16 uses the tensor
+    cores; some words then change, to codes that are about as near:
     `pipelines/check_tokenizer.py` says how many."""
     max_text_length: int = 512
-    """Longest piece of a text in tokens, `<s>` and `</s>` included; longer texts become several."""
+    """Maximum tokens per piece of a text, including `<s>` and `</s>`; longer texts become several
+    pieces."""
     max_caption_length: int = 64
     batch_size: int = 64
-    """Views encoded at once; 0: as many as the device's memory holds."""
+    """Views encoded at once; 0: as many as fit into the device's memory."""
     seed: int = 0
     actors: int = 0
     """Size of the actor pool that encodes images; 0: plain tasks on CPUs."""
     gpus_per_actor: float = 0.0
     cpus_per_actor: float = 1.0
-    """CPUs of an actor: so many threads decode pictures while it encodes others."""
+    """CPUs per actor; it decodes pictures in this many threads while it encodes others."""
 
     def __post_init__(self) -> None:
         if not (self.images or self.texts or self.held_out):
@@ -140,7 +141,7 @@ class TokenizeConfig:
 
 
 _LATER = {"in_step": False, "precision": "fp32"}
-"""Options that came later, as tokens were made before, which are still found."""
+"""Options added later, with the values at which earlier tokens are still found."""
 
 PRESETS = {
     "default": TokenizeConfig(images=("cc3m",)),
@@ -226,7 +227,7 @@ def _schema(cfg: TokenizeConfig, patches: int) -> pa.Schema:
 
 @functools.cache
 def _image_tokenizer(uri: str, name: str, device: str) -> VQKD:
-    """Loaded once per process: tasks come and go, their process stays."""
+    """An image tokenizer, loaded once per process, which outlives its tasks."""
     if device == "cpu":
         torch.set_num_threads(1)  # there is a task per CPU
     return train_image_tokenizer.load(Store(uri), name)[0].to(device)
@@ -239,7 +240,7 @@ def _text_tokenizer(uri: str, name: str) -> TextTokenizer:
 
 @dataclass
 class _Picture:
-    """A picture's row of its part, its views and their pixels; `broken` says why there are none."""
+    """A picture's row in its part, its views and their pixels; `broken` says why there are none."""
 
     number: int
     id: str
@@ -306,7 +307,7 @@ class ImagePart:
 
     def __call__(self, unit: dict[str, Any]) -> PartOutput:
         columns, aside = _Columns(_schema(self.cfg, self.shape.patches)), []
-        tables = [columns.table()]  # as Arrow holds them, tokens take a sixth of the memory
+        tables = [columns.table()]  # in Arrow, tokens take a sixth of the memory
         counts = np.zeros(self.shape.codebook_size, np.int64)
         batch: list[_Picture] = []
 
@@ -347,7 +348,7 @@ class ImagePart:
         )
 
     def _pictures(self, unit: dict[str, Any]) -> Iterator[_Picture]:
-        """A part's pictures in order, decoded ahead of their turn."""
+        """A part's pictures in order, decoded ahead."""
         ahead = AHEAD * max(1, self.batch // self.cfg.views)
         waiting: deque[Future[_Picture]] = deque()
         with ThreadPoolExecutor(max(1, round(self.cfg.cpus_per_actor))) as threads:
@@ -364,7 +365,7 @@ class ImagePart:
             yield from map(_as_pair, batch.to_pylist())
 
     def _decode(self, part: str, number: int, row: dict[str, Any]) -> _Picture:
-        """Decode a picture and draw its views: a function of the seed and of where it stands."""
+        """Decode a picture and draw its views, as a function of the seed, its part and its row."""
         picture = _Picture(number, row["id"], row["captions"])
         try:
             image = decode(row["data"])
@@ -389,20 +390,20 @@ class ImagePart:
 
 
 def _give_back_memory() -> None:
-    """Free what the C library keeps: among so many pictures of so many sizes, the holes between
-    them would grow with the part."""
+    """Free memory that the C library retains: with many pictures of different sizes, fragmentation
+    would grow with the part."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
 
 
 def _number(part: str) -> int:
-    """What a part's random numbers are drawn by."""
+    """The number that seeds a part's random numbers."""
     return int(part) if part.isdecimal() else zlib.crc32(part.encode())
 
 
 def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """Identity, picture and captions of a row of `images/*`, or of a prepared split of captions."""
+    """Id, picture and captions of a row of `images/*`, or of a prepared split with captions."""
     return {"id": row["id"], "data": picture_of(row), "captions": captions_of(row)}
 
 

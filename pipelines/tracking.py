@@ -1,9 +1,9 @@
-"""MLflow: parameters, curves, pictures; one run per job, resumed by the job that resumes.
+"""Tracks jobs in MLflow: parameters, curves, pictures; one run per job, reopened on resume.
 
 The tracking URI is MLFLOW_TRACKING_URI, or a SQLite file in the (local) store. Metrics go through a
-buffer and a background thread, so that a slow or absent server never holds up a step; those that it
-has not taken by a checkpoint, or by the end, wait in the store. Artifacts, which may go to another
-place than metrics, have a thread of their own.
+buffer and a background thread, so that a slow or absent server never holds up a step; metrics not
+delivered by a checkpoint, or by the end, wait in the store. Artifacts, which may go elsewhere than
+metrics, have their own thread.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "beit3-ray"
 BATCH = 500  # metrics per request; the server refuses more than 1000
-PARAM_CHARS = 6000  # longest value of a parameter that MLflow keeps
-SAMPLING_SECONDS = 10.0  # between samples of the machine's use, as MLflow's default is
-UNDELIVERED = "undelivered.json"  # of a run's folder: metrics that wait for the server
-ARTIFACT_TRIES = 5  # that fail in a row while the server answers: then artifacts are left out
-DROPPED = "dropped_artifacts"  # tag of a run: how many were left out
+PARAM_CHARS = 6000  # maximum length of a parameter's value in MLflow
+SAMPLING_SECONDS = 10.0  # between samples of the machine's use; MLflow's default
+UNDELIVERED = "undelivered.json"  # in a run's folder: metrics that wait for the server
+ARTIFACT_TRIES = 5  # artifacts are dropped after this many failures in a row with the server up
+DROPPED = "dropped_artifacts"  # a run's tag: how many artifacts were dropped
 CERTIFICATE = "MLFLOW_TRACKING_SERVER_CERT_PATH"
 
 Value = tuple[str, float, int, int]  # a metric's name, value, time in ms and step
-Artifact = tuple[str, str, Any]  # its kind; its path, or the file's; what is in it, or its folder
+Artifact = tuple[str, str, Any]  # its kind; its path, or the file's; its content, or its folder
 
 
 @dataclass(frozen=True)
 class RunHandle:
-    """An MLflow run, as other processes can find it again."""
+    """A reference by which other processes find an MLflow run."""
 
     uri: str
     run_id: str
@@ -58,7 +58,7 @@ def tracking_uri(store: Store) -> str:
     """Where runs are tracked: MLFLOW_TRACKING_URI, or a SQLite file beside the data.
 
     Raises:
-        StoreError: on a cluster that file would be where the workers don't see it.
+        StoreError: on a cluster, the workers could not access that file.
     """
     configured = os.environ.get("MLFLOW_TRACKING_URI")
     if configured:
@@ -76,7 +76,7 @@ def tracking_uri(store: Store) -> str:
 
 
 def _absolute(uri: str) -> str:
-    """The URI with an absolute path if it is a SQLite file's: workers have folders of their own."""
+    """The URI, for a SQLite file with an absolute path: workers run in other folders."""
     found = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/:?][^?]*)(.*)", uri)
     return f"{found[1]}{Path(found[2]).absolute()}{found[3]}" if found else uri
 
@@ -86,7 +86,7 @@ def client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    if os.environ.get(CERTIFICATE):  # read at each request, by when the folder may be another
+    if os.environ.get(CERTIFICATE):  # read at each request, when the working folder may differ
         os.environ[CERTIFICATE] = str(Path(os.environ[CERTIFICATE]).absolute())
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -103,14 +103,14 @@ def start_run(
     key: str | None = None,
     parent: str | None = None,
 ) -> RunHandle:
-    """Open a run, or the one that an earlier, interrupted job of the same `key` opened.
+    """Open a new run, or reopen that of an earlier, interrupted job with the same `key`.
 
     Args:
         key: Where in the store to remember the run, e.g. `runs/base`; None: always a new run.
         parent: Run id under which this one is nested.
 
     Raises:
-        StoreError: the tracking server can't be reached, or its artifacts not be stored.
+        StoreError: the tracking server can't be reached, or artifacts can't be stored.
     """
     uri = tracking_uri(store)
     note = f"{key}/mlflow.json" if key else None
@@ -136,7 +136,7 @@ def start_run(
 
 
 def _found(tracker: MlflowClient, run_id: str) -> Run | None:
-    """The run of this id; None only if the server says that it is gone or deleted."""
+    """The run with this id; None only if the server says that it doesn't exist or is deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -179,7 +179,7 @@ def _new(
 
 
 def _store_parameters(tracker: MlflowClient, run: Run, parameters: Mapping[str, Any]) -> None:
-    """Log this start's parameters, whole, as an artifact: what stops here would stop pictures."""
+    """Log this start's full parameters as an artifact; fails if pictures could not be stored."""
     from mlflow.exceptions import MlflowException
 
     text = json.dumps(dict(parameters), indent=1, default=str)
@@ -212,9 +212,9 @@ def finish_run(handle: RunHandle, status: str = "FINISHED") -> None:
 
 
 def settle(store: Store, key: str) -> None:
-    """Finish the run of `key`, of which all is logged, with what its `Logger` left in the store.
+    """Finish the run of `key` once its job is done, delivering what its `Logger` left in the store.
 
-    The work is done and stays so: a server that doesn't answer is said, and the metrics wait.
+    The job stays done even if the server doesn't answer: this is printed, and the metrics wait.
     """
     left = f"{key}/{UNDELIVERED}"
     try:
@@ -234,15 +234,15 @@ def settle(store: Store, key: str) -> None:
 
 
 class _LeftToStore(Exception):
-    """Another logger will deliver what is left."""
+    """Delivery ended: another logger will deliver the rest."""
 
 
 class Logger:
     """Writes a run's metrics and pictures in the background. Use as a context manager.
 
     Metrics of steps that the run already holds are not written again, so that a run resumed from an
-    older checkpoint has no doubled step. All of them are delivered, however long it takes; an
-    artifact is left out if its place does not take it while the server answers.
+    older checkpoint has no duplicate steps. All metrics are delivered, however long it takes; an
+    artifact is dropped if it can't be stored although the server answers.
     """
 
     def __init__(
@@ -252,20 +252,20 @@ class Logger:
         key: str = "",
         say: Callable[[str], None] = console.say,
     ) -> None:
-        """With a store, `keep` and the end leave there, in the run's folder `key`, the metrics that
-        the server hasn't taken; a logger begins with those."""
+        """With a store, `keep` and `close` save undelivered metrics in the run's folder `key`; a
+        new logger delivers those first."""
         self.handle = handle
         self.dropped = 0
-        """Artifacts that were left out."""
+        """Number of artifacts that were dropped."""
         self._say = say
         self._store, self._left = (store if handle else None), f"{key}/{UNDELIVERED}"
         self._values: queue.Queue[Value | threading.Event | None] = queue.Queue()
         self._artifacts: queue.Queue[Artifact | threading.Event | None] = queue.Queue()
-        self._waiting: deque[Value] = deque()  # metrics in the queue or on their way
-        self._lock = threading.Lock()  # both are in one order
+        self._waiting: deque[Value] = deque()  # metrics in the queue or being sent
+        self._lock = threading.Lock()  # keeps both in the same order
         self._logged: dict[str, int] = {}
         self._failing = {"metrics": threading.Event(), "artifacts": threading.Event()}
-        self._refused = 0  # tries of artifacts in a row
+        self._refused = 0  # failed tries of artifacts in a row
         self._left_to_store = threading.Event()
         self._tracker: MlflowClient | None = None
         self._connecting = threading.Lock()
@@ -287,7 +287,7 @@ class Logger:
         self.close()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log scalars of a step."""
+        """Log a step's scalars."""
         now = int(time.time() * 1000)
         for name, value in values.items():
             self._put(name, float(value), now, step)
@@ -299,7 +299,7 @@ class Logger:
                 self._values.put(value)
 
     def machine(self, step: int) -> None:
-        """Log at a step what this machine was busy with since this was last called (`system/*`)."""
+        """Log this machine's resource use since the last call (`system/*`)."""
         if self._threads:
             self._machine = self._machine or Machine()
             self.metrics(step, {f"system/{k}": v for k, v in self._machine.taken().items()})
@@ -322,11 +322,11 @@ class Logger:
 
     @property
     def failing(self) -> bool:
-        """The tracker does not take what it was sent last; it is sent again and again."""
+        """Whether the last delivery failed; it is being retried."""
         return any(event.is_set() for event in self._failing.values())
 
     def flush(self, timeout: float = 60.0) -> None:
-        """Wait until what was logged so far is delivered, at most `timeout` seconds."""
+        """Wait until everything logged so far is delivered, at most `timeout` seconds."""
         if self._threads:
             deadline = time.monotonic() + timeout
             metrics, artifacts = threading.Event(), threading.Event()
@@ -336,8 +336,8 @@ class Logger:
                 delivered.wait(max(0.0, deadline - time.monotonic()))
 
     def keep(self) -> None:
-        """Leave in the store the metrics that the server hasn't taken, so that they outlive this
-        process: a run that goes on from a checkpoint written after this logs no step before it."""
+        """Save undelivered metrics in the store, so that they outlive this process: a run resumed
+        from a checkpoint written after this does not log earlier steps again."""
         if self._store is not None:
             with self._lock:
                 waiting = list(self._waiting)
@@ -347,7 +347,7 @@ class Logger:
                 self._store.delete(self._left)
 
     def close(self, timeout: float = 60.0) -> None:
-        """Wait until all is delivered, at most `timeout` seconds."""
+        """Wait until everything is delivered, at most `timeout` seconds."""
         if self._machine is not None:
             self._machine.close()
         if self._threads:
@@ -369,12 +369,12 @@ class Logger:
 
     def _connect(self) -> None:
         assert self.handle is not None
-        with self._connecting:  # one thread imports MLflow
+        with self._connecting:  # only one thread imports MLflow
             self._tracker = self._tracker or client(self.handle.uri)
 
     def _deliver_metrics(self, tracker: MlflowClient) -> None:
         def failed(_: Exception) -> bool:
-            self._logged.clear()  # it may have taken them, and failed to say so
+            self._logged.clear()  # the server may have stored them without confirming it
             return False
 
         closing = False
@@ -438,11 +438,11 @@ class Logger:
         self._refused = 0
 
     def _given_up(self, tracker: MlflowClient, path: str, error: Exception) -> bool:
-        """Whether an artifact is left out: it, or those before, failed while the server answers."""
+        """Whether to drop an artifact: it, or earlier ones, failed while the server answers."""
         assert self.handle is not None
         try:
             run = tracker.get_run(self.handle.run_id)
-        except Exception:  # it is away: artifacts wait for it, as metrics do
+        except Exception:  # the server is away: artifacts wait for it, as metrics do
             return False
         self._refused += 1
         if self._refused < ARTIFACT_TRIES:
@@ -461,7 +461,7 @@ class Logger:
     def _retry(
         self, kind: str, send: Callable[[], None], given_up: Callable[[Exception], bool]
     ) -> None:
-        """Try until it is delivered or given up, with growing pauses, beside the training."""
+        """Try until it is delivered or given up, with growing pauses, in the background."""
         pause = 1.0
         while True:
             try:
@@ -482,8 +482,8 @@ class Logger:
 class Machine:
     """Samples the use of CPUs, memory, disk, network and GPUs with MLflow's own monitors.
 
-    MLflow would also send what they find, and end with the first request that fails; here it goes
-    through a `Logger`.
+    MLflow would also send the samples, but stop at the first failed request; here they go through a
+    `Logger`.
     """
 
     def __init__(self) -> None:
@@ -517,7 +517,7 @@ class Machine:
         monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
         with contextlib.suppress(RuntimeError):  # no GPU
             monitors.append(GPUMonitor())
-        for monitor in monitors:  # the use of CPUs is told since the last time one asked
+        for monitor in monitors:  # CPU use is measured since the previous sample
             monitor.collect_metrics()
             monitor.clear_metrics()
         self._monitors = monitors

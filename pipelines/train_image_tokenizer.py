@@ -1,11 +1,11 @@
-"""Train the image tokenizer: VQ-KD, distilled from a teacher.
+"""Trains the image tokenizer: VQ-KD, distilled from a teacher.
 
     python pipelines/train_image_tokenizer.py --store store --images imagenet21k --teacher teacher
 
-The teacher is a dual encoder of the store (`pipelines/contrast.py` makes one), a CLIP
-(`pipelines/import_weights.py` brings one in), or the pixels themselves. Leaves the bundle
-`tokenizers/image/<name>`, whose `health` says whether it is usable; MLflow gets the loss, codebook
-usage and perplexity as curves, code maps, and patches nearest to a code.
+The teacher is a dual encoder in the store (from `pipelines/contrast.py`), a CLIP (imported by
+`pipelines/import_weights.py`), or the pixels themselves. Writes the bundle
+`tokenizers/image/<name>`, whose `health` says whether it is usable; MLflow gets curves of the loss,
+codebook usage and perplexity, code maps, and the patches nearest to each code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipelines.trainer import fit
 PIXELS = "pixels"
 EVALUATED = 64  # images measured at once
 DEAD_BELOW = 0.01
-"""Average uses per step under which a code counts as dead in the curves."""
+"""Average uses per step below which a code counts as dead in the curves."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class ImageTokenizerConfig:
     images: tuple[str, ...] = ("imagenet21k",)
     """Image datasets to learn from (`images/<name>`)."""
     held_out: str = ""
-    """Dataset of images, not learned from, that the health figures are measured on (`images/<name>`
-    or `tasks/<task>/<split>`); empty: images of the first of `images`."""
+    """Images not trained on, for measuring the health figures (`images/<name>` or
+    `tasks/<task>/<split>`); empty: images of the first of `images`."""
     teacher: str = "teacher"
-    """Whose patch features are reconstructed: a dual encoder's (`models/<name>`), an imported
-    CLIP's (`teachers/<name>`, said with that prefix), or `pixels`, normalised by patch."""
+    """The model whose patch features are reconstructed: a dual encoder (`models/<name>`), an
+    imported CLIP (`teachers/<name>`, given with that prefix), or `pixels`, normalised per patch."""
     tokenizer: VQKDConfig = field(default_factory=VQKDConfig)
     batch_size: int = 512
     view: ViewConfig = field(default_factory=lambda: ViewConfig(scale=(0.08, 1.0)))
     evaluate_images: int = 128
-    """Pictures that the health figures are measured on."""
+    """Number of pictures that the health figures are measured on."""
     baseline_images: int = 1024
-    """Pictures of `images` that k-means, with which the result is compared, learns from."""
+    """Number of pictures of `images` from which k-means, the baseline, learns."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -119,14 +119,14 @@ class PictureBatch:
 
 
 class Distillation(nn.Module):
-    """The tokenizer beside its frozen teacher; forward takes a batch."""
+    """The tokenizer with its frozen teacher; forward takes a batch."""
 
     def __init__(self, tokenizer: VQKD, teacher: Teacher) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.teacher = teacher
         self.health: dict[str, Any] | None = None
-        """The last judgement, with its numbers."""
+        """The latest judgement, with its numbers."""
 
     def forward(self, batch: PictureBatch) -> dict[str, Tensor]:
         results = self.tokenizer(batch.images, self.teacher(batch.images))
@@ -182,7 +182,7 @@ class ImageTokenizerRecipe:
         return batch
 
     def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
-        """Health on held-out images; code maps beside the images, and patches of each code."""
+        """Health on held-out images; logs code maps with the images, and patches of each code."""
         assert isinstance(module, Distillation)
         store, cfg, tokenizer = Store(self.cfg.store), self.cfg, module.tokenizer
         device = tokenizer.codebook.vectors.device
@@ -237,10 +237,10 @@ class ImageTokenizerRecipe:
 
 
 def open_teacher(store: Store, name: str, tokenizer: VQKDConfig) -> Teacher:
-    """A teacher for a tokenizer of this shape, by the name that `ImageTokenizerConfig.teacher` has.
+    """The teacher of this name (as in `ImageTokenizerConfig.teacher`) for a tokenizer.
 
     Raises:
-        StoreError: it is missing, or its patch grid can't be made the tokenizer's.
+        StoreError: it is missing, or its patch grid can't be adapted to the tokenizer's.
     """
     if name == PIXELS:
         return PixelTeacher(tokenizer.image_size, tokenizer.patch_size)
@@ -268,9 +268,9 @@ def check(
     """Health of a tokenizer on images, uint8 `[n, 3, size, size]`.
 
     Args:
-        teacher: Without it nothing is said of the reconstruction.
-        learned: Datasets whose images k-means learns from; none: it is left out.
-        held_out: Whether the tokenizer has not learned from the images.
+        teacher: If None, the reconstruction is not measured.
+        learned: Datasets from whose images k-means learns; if empty, k-means is left out.
+        held_out: Whether the images were not used to train the tokenizer.
     """
     device = tokenizer.codebook.vectors.device
 
@@ -294,7 +294,7 @@ def check(
 
 
 def load(store: Store, name: str) -> tuple[VQKD, str]:
-    """A trained tokenizer of the store and its identity (content hash)."""
+    """A trained tokenizer from the store, and its identity (content hash)."""
     bundle = f"tokenizers/image/{name}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -304,7 +304,7 @@ def load(store: Store, name: str) -> tuple[VQKD, str]:
 
 
 def shape(store: Store, name: str) -> VQKDConfig:
-    """The shape of a tokenizer of the store, without its weights.
+    """The configuration of a tokenizer in the store, without its weights.
 
     Raises:
         StoreError: there is none.
@@ -314,7 +314,7 @@ def shape(store: Store, name: str) -> VQKDConfig:
 
 
 def run(cfg: ImageTokenizerConfig) -> dict[str, Any]:
-    """Train, or skip what is trained; returns the bundle's info.
+    """Train, unless the tokenizer is trained already; returns the bundle's info.
 
     Raises:
         StoreError: the teacher or a dataset is missing, or the teacher has another patch grid.

@@ -1,9 +1,10 @@
-"""Train the text tokenizer: SentencePiece on a sample of texts and captions.
+"""Trains the text tokenizer: SentencePiece on a sample of texts and captions.
 
     python pipelines/train_text_tokenizer.py --store store --texts wiki --images cc3m cc12m
 
-Reads committed `text/*` and `images/*` datasets with Ray Data and leaves the bundle
-`tokenizers/text/<name>` with `tokenizer.spm`. Ids are the released BEiT-3's (`beit3.text`).
+Reads committed `text/*` and `images/*` datasets with Ray Data and writes the bundle
+`tokenizers/text/<name>` with `tokenizer.spm`. Ids are laid out as in the released BEiT-3
+(`beit3.text`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class TextTokenizerConfig:
     images: tuple[str, ...] = ()
     """Image datasets whose captions to learn from (`images/<name>`)."""
     vocab_size: int = 64002
-    """Ids of the tokenizer, the special ones and `<mask>` included."""
+    """Number of ids, including the special ones and `<mask>`."""
     model_type: Literal["unigram", "bpe"] = "unigram"
     character_coverage: float = 0.9995
     byte_fallback: bool = False
@@ -62,7 +63,7 @@ PRESETS = {"released": TextTokenizerConfig(images=("cc3m",))}
 
 
 def run(cfg: TextTokenizerConfig) -> TextTokenizer:
-    """Train, or read the tokenizer that is there.
+    """Train a tokenizer, or load it if it is trained already.
 
     Raises:
         StoreError: a dataset is missing, or the name is taken by another tokenizer.
@@ -140,14 +141,14 @@ def train(sentences: list[str], cfg: TextTokenizerConfig) -> bytes:
 
 
 def load(store: Store, name: str) -> TextTokenizer:
-    """Read a trained tokenizer of the store, verified."""
+    """Load a trained tokenizer from the store, verified."""
     with tempfile.TemporaryDirectory() as folder:
         bundles.load(store, f"tokenizers/text/{name}", Path(folder))
         return TextTokenizer.from_file(Path(folder) / TOKENIZER_FILE)
 
 
 def _sentences(datasets: Sequence[Dataset], share: float) -> Iterator[str]:
-    """Those of all datasets of one store, in any order."""
+    """The sentences of all datasets, which share one store, in any order."""
     import ray.data
 
     paths: dict[str, list[str]] = defaultdict(list)
@@ -155,7 +156,7 @@ def _sentences(datasets: Sequence[Dataset], share: float) -> Iterator[str]:
         if dataset.commit().rows:
             column = "text" if dataset.name.startswith("text/") else "captions"
             paths[column] += dataset.paths()
-    for column, files in paths.items():  # one reading of each: to start one takes seconds
+    for column, files in paths.items():  # one Ray Data read per column: each takes seconds to start
         rows = ray.data.read_parquet(files, filesystem=datasets[0].store.fs, columns=[column])
         lines: Any = rows.map_batches(
             cast(Any, _lines), batch_format="pyarrow", fn_args=(column, share)

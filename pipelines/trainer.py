@@ -1,8 +1,8 @@
-"""The one training: Ray Train starts the workers (`pipelines/training_worker.py`), which train.
+"""Runs every training: Ray Train starts the workers (`pipelines/training_worker.py`), which train.
 
 Pretraining, VQ-KD, the contrastive stage and finetuning differ in their `Recipe`; the loop, the
-schedule, checkpoints, resume and tracking are shared. A run that was killed anywhere, or a worker
-that Ray restarts, goes on from the newest sound checkpoint, on any number of workers.
+schedule, checkpoints, resume and tracking are shared. A killed run, or a worker that Ray restarts,
+resumes from the newest sound checkpoint, on any number of workers.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def fit(
     track: bool = True,
     tuned: bool = False,
 ) -> dict[str, Any]:
-    """Train, or skip what is trained, or go on with what was interrupted.
+    """Train; a finished training is skipped, an interrupted one resumed.
 
     Args:
         fingerprint: Hash of configuration and inputs; a finished run with another is an error.
         parameters: Flat values for the tracker.
-        step_memory: What a step takes of a GPU beside the state, where somebody reckons it.
+        step_memory: Memory that a step takes on a GPU on top of the state, if it was estimated.
         parent: MLflow run under which this one is nested.
         tuned: Report evaluations to the Ray Tune trial that this is called in.
 
@@ -59,7 +59,7 @@ def fit(
 
     Raises:
         StoreError: the store or the tracker can't be used, or the output's name is taken.
-        ValueError: the options fit neither each other nor the machines.
+        ValueError: the options don't fit each other or the machines.
         FloatingPointError: a loss or a gradient went wrong; see `pipelines/guards.py`.
         Stopped: the run was stopped and left a checkpoint; see `pipelines/stops.py`.
     """
@@ -90,7 +90,7 @@ def fit(
         step_memory=step_memory,
         tuned=tuned,
     )
-    store.delete(f"{run_folder}/{stops.BEGUN}")  # what an interrupted run said last
+    store.delete(f"{run_folder}/{stops.BEGUN}")  # an interrupted run's last report
     try:
         with (
             bill.of_training(None if tuned else handle, config),  # trials share their nodes
@@ -99,7 +99,7 @@ def fit(
         ):
             _launch(run, store)
     except BaseException as error:
-        stopped = tuned and isinstance(error, SystemExit)  # by Tune: the sweep says how it ended
+        stopped = tuned and isinstance(error, SystemExit)  # by Tune: the sweep records how it ended
         if handle is not None and not stopped:
             with contextlib.suppress(Exception):
                 kind = "KILLED" if isinstance(error, stops.Stopped) else "FAILED"
@@ -114,7 +114,7 @@ def fit(
 
 
 def _claim(store: Store, folder: str, fingerprint: str, parameters: Mapping[str, Any]) -> None:
-    """Note what the run comes from; an interrupted run of other options is an error."""
+    """Record the run's provenance; an interrupted run with other options is an error."""
     note = f"{folder}/run.json"
     if store.exists(note) and store.read_json(note)["fingerprint"] != fingerprint:
         raise StoreError(
@@ -125,9 +125,9 @@ def _claim(store: Store, folder: str, fingerprint: str, parameters: Mapping[str,
 
 
 def _launch(run: Run, store: Store) -> None:
-    """Train on Ray's workers, and start them again as long as there is progress between failures.
+    """Train on Ray's workers, and restart them as long as there is progress between failures.
 
-    Ray counts the failures of a run of weeks all together.
+    Ray itself never resets its count of failures, even in a run of weeks.
     """
     from ray.train import TrainingFailedError
 
@@ -173,11 +173,11 @@ def _trainer(run: Run) -> Any:
 
 
 def _environment(config: TrainConfig) -> dict[str, str]:
-    """Variables of the workers' processes, but where the job's own has others.
+    """Environment variables for the workers' processes; the job's own values take precedence.
 
-    On a CPU, tensors are in the C library's memory. Left alone, glibc gives it back to the system
-    at every step, and gets it again page by page, each cleared anew: more so in a thread that is
-    not the main one, as a worker's of Ray Train.
+    On a CPU, tensors are in the C library's memory. By default glibc returns it to the system at
+    every step, and gets it back page by page, each zeroed again; even more so in a thread other
+    than the main one, such as that of a Ray Train worker.
     """
     if cluster.device(config.gpus_per_worker) == "cuda":
         return {}

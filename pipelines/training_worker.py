@@ -1,7 +1,7 @@
-"""A worker of a training: its steps with DeepSpeed; what it logs, evaluates, saves and publishes.
+"""A training worker: takes steps with DeepSpeed, logs, evaluates, saves and publishes.
 
-All workers of a run do the same at the same time: what one finds or is told, all agree on before
-they act on it.
+All workers of a run do the same at the same time: whatever one finds or is told, all agree on
+before they act on it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def work(run: Run) -> None:
         _train(run)
     finally:
         if not run.config.workers and dist.is_initialized():
-            # This process may train again, also after an error: leave no group behind.
+            # This process may train again, even after an error: leave no group behind.
             import deepspeed.comm
 
             deepspeed.comm.destroy_process_group()
@@ -57,11 +57,11 @@ def work(run: Run) -> None:
 def _train(run: Run) -> None:
     store = Store(run.store_uri)
     rank, world, device = _join(run.config)
-    if bundles.exists(store, run.output):  # a worker was lost after all was done
+    if bundles.exists(store, run.output):  # a worker was lost after everything was done
         if run.tuned:
             _report(run, bundles.info(store, run.output)["metrics"], run.config.steps)
         return
-    said: list[str] = []  # the job's process shows it: a worker's own console is out of sight
+    said: list[str] = []  # shown by the job's process: a worker's own console is not visible
     if rank == 0:
         progress.begin(store, run.name, said)
         if run.tuned and run.config.workers:
@@ -99,19 +99,19 @@ def _train(run: Run) -> None:
                     logger.metrics(run.config.steps, final)
     if world > 1:
         dist.barrier()
-    if run.tuned and not ended:  # now that the model is there
+    if run.tuned and not ended:  # only now, after the model is published
         _report(run, metrics, run.config.steps)
     engines.close(engine)
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One of a run's workers, and what it has to work with."""
+    """One of a run's workers, with everything it works with."""
 
     run: Run
     engine: Any
     start: int
-    """Steps that were done before."""
+    """Number of steps done before this start."""
     rank: int
     world: int
     device: torch.device
@@ -122,7 +122,7 @@ class Worker:
     """Rank 0's."""
 
     def steps(self) -> dict[str, float]:
-        """Take the steps that are left; the scores after the last.
+        """Take the remaining steps; returns the scores after the last.
 
         Raises:
             Ended: the run was stopped, or a step was bad.
@@ -141,7 +141,7 @@ class Worker:
         return metrics
 
     def _step(self, step: int, batches: Prefetcher[Any]) -> dict[str, float]:
-        """Take a step and what is due after it; scores, if that is an evaluation."""
+        """Take a step and do what is due after it; returns scores if it evaluates."""
         config, metrics = self.run.config, dict[str, float]()
         passed = self._passes(step, batches)
         done = step + 1
@@ -161,14 +161,14 @@ class Worker:
         if evaluated and haste:
             metrics = self.evaluate(done)
         if evaluated and self.run.tuned and not last:
-            self.writer.wait()  # another trial may go on from this one's checkpoint
+            self.writer.wait()  # another trial may continue from this one's checkpoint
             if not self.logger.failing:
                 self.logger.flush()
             _report(self.run, metrics, done)  # Tune may end this process in here
         return metrics
 
     def _passes(self, step: int, batches: Prefetcher[Any]) -> list[dict[str, Tensor]]:
-        """Forward and backward through the batches of a step; what each forward pass returned."""
+        """Forward and backward through a step's batches; returns each forward pass's scalars."""
         config, passed = self.run.config, []
         # Dropout and the like are a function of the step, so that a resumed run repeats them.
         torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + self.rank)
@@ -201,12 +201,12 @@ class Worker:
             self.clock.show(done)
 
     def _save(self, done: int, agreed: Verdict, *, due: bool) -> None:
-        """Save a checkpoint; `due`, before the step's evaluation.
+        """Save a checkpoint; with `due`, the step's evaluation is still to come.
 
         Raises:
             Ended: the run was asked to stop.
         """
-        if not self.logger.failing:  # a run that goes on from here doesn't log these steps again
+        if not self.logger.failing:  # a run resumed from here doesn't log these steps again
             self.logger.flush(10.0)
         self.logger.keep()
         self.writer.save(done, self.engine, due=due)
@@ -216,7 +216,7 @@ class Worker:
             raise self.guard.watch.ended(done)
 
     def evaluate(self, done: int) -> dict[str, float]:
-        """Scores of the weights after a step: rank 0 finds and logs them while the others wait."""
+        """Scores of the weights after step `done`; rank 0 computes and logs them, others wait."""
         metrics: dict[str, float] = {}
         with zero.whole(self.engine) as module:
             if self.rank == 0:
@@ -230,7 +230,7 @@ class Worker:
 
 
 def _every(steps: int, done: int) -> bool:
-    """Whether something is due that comes every so many steps; 0: never."""
+    """Whether something is due that happens every `steps` steps; 0: never."""
     return bool(steps) and done % steps == 0
 
 
@@ -246,7 +246,7 @@ def _worker(
     world: int,
     device: torch.device,
 ) -> Iterator[Worker]:
-    """The worker of an engine that is ready; at its end the last checkpoint is written."""
+    """A worker for an engine that is ready; the context's end waits for the last checkpoint."""
     notes = {
         "fingerprint": run.fingerprint,
         "parameters": dict(run.parameters),
@@ -264,10 +264,10 @@ def _worker(
 def _begin(
     run: Run, store: Store, world: int, device: torch.device, say: Callable[[str], None]
 ) -> tuple[Any, int, bool]:
-    """The engine with the newest checkpoint's state, its step, and whether to evaluate that.
+    """The engine with the newest checkpoint's state, its step, and whether to evaluate that step.
 
     Raises:
-        Ended: a worker can't begin, for a reason that a second start would not change.
+        Ended: a worker can't begin, for a reason that a restart would not change.
     """
     torch.manual_seed(run.config.seed)
     module, failed = nn.Module(), None
@@ -283,7 +283,7 @@ def _begin(
     try:
         start, due = checkpoints.restore(store, run.name, engine, say, run.fingerprint)
     except StoreError as error:
-        if isinstance(error.__cause__, OSError):  # rank 0's alone
+        if isinstance(error.__cause__, OSError):  # on rank 0 only
             raise
         raise Ended(str(error), error=StoreError) from error
     if start:
@@ -292,10 +292,10 @@ def _begin(
 
 
 def _end_if_any(failed: Exception | None, world: int) -> None:
-    """Every worker must call this, with what went wrong on it.
+    """End all workers if any failed; each must call this, with its own error or None.
 
     Raises:
-        Ended: something did on some worker.
+        Ended: some worker failed.
     """
     said = (isinstance(failed, StoreError), str(failed)) if failed else None
     everyone: list[tuple[bool, str] | None] = [None] * world
@@ -305,7 +305,7 @@ def _end_if_any(failed: Exception | None, world: int) -> None:
 
 
 def _report(run: Run, metrics: Mapping[str, float], step: int) -> None:
-    """Tell Ray Tune how the trial fares after a step; every worker must call this."""
+    """Report the trial's metrics after a step to Ray Tune; every worker must call this."""
     told = {**metrics, "step": step}
     if run.config.workers:
         import ray.train
@@ -345,14 +345,14 @@ def _join(config: TrainConfig) -> tuple[int, int, torch.device]:
         device = ray.train.torch.get_device()
         assert isinstance(device, torch.device)
         torch.cuda.set_device(device)
-        # DeepSpeed takes the GPU of this number, which need not be Ray's number of the worker.
+        # DeepSpeed uses the GPU of this number, which need not be the worker's local rank in Ray.
         os.environ["LOCAL_RANK"] = str(device.index)
     else:
         device = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
         threads = config.threads or max(1, (os.cpu_count() or 1) // max(1, config.workers))
         torch.set_num_threads(threads)
-        os.environ.setdefault("LOCAL_RANK", "0")  # of the job's own process; Ray has set workers'
+        os.environ.setdefault("LOCAL_RANK", "0")  # for the job's own process; Ray sets workers'
     if not dist.is_initialized():  # in the job's own process there is no group yet
         meeting = Path(tempfile.mkdtemp()) / "group"
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
@@ -360,7 +360,7 @@ def _join(config: TrainConfig) -> tuple[int, int, torch.device]:
 
 
 def _mean_over_workers(passed: Sequence[Mapping[str, Tensor]], world: int) -> dict[str, float]:
-    """Scalars of a step's passes, averaged over those and the workers that have them.
+    """Scalars of a step's passes, averaged over the passes and the workers that have them.
 
     Every worker must call this.
     """

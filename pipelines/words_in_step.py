@@ -1,4 +1,4 @@
-"""Visual words found in the training step, for tokens that were stored without them."""
+"""Computes visual words in the training step, for tokens that were stored without them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from beit3.vqkd import VQKD
 
 
 class WordsInStep(MaskedDataModelling):
-    """Masked data modelling of batches whose pictures a frozen tokenizer reads first.
+    """Masked data modelling of batches whose pictures a frozen tokenizer encodes first.
 
-    It reads the views that the model reads, in a precision of its own, and so finds the words that
-    `pipelines/tokenize_corpus.py` would have stored. It is no part of the module: neither trained,
-    nor saved, nor shared out among workers.
+    The tokenizer reads the same views as the model, in its own precision, and so finds the words
+    that `pipelines/tokenize_corpus.py` would have stored. It is not part of the module: it is
+    neither trained, nor saved, nor sharded among workers.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class WordsInStep(MaskedDataModelling):
         self._tokenizer = (tokenizer.eval().requires_grad_(False),)  # a tuple is not registered
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> WordsInStep:
-        self._tokenizer[0]._apply(fn)  # so that it is where the model is
+        self._tokenizer[0]._apply(fn)  # keep it on the model's device
         return super()._apply(fn, recurse)
 
     def with_words(self, batch: MaskedBatch) -> MaskedBatch:
-        """The batch with its pictures' visual words."""
+        """The batch with the visual words of its pictures."""
         if not len(batch.images):
             return batch
         return batch.with_visual_words(self._tokenizer[0].encode(batch.images, self._precision))

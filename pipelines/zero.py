@@ -1,8 +1,8 @@
-"""A model's parameters and optimizer state, whole, whatever DeepSpeed's ZeRO splits over workers.
+"""Gathers and sets whole parameters and optimizer state that DeepSpeed's ZeRO shards over workers.
 
-Stages 1 and 2 split what the optimizer keeps of each parameter, stage 3 the parameters too. Here
-one parameter after another is made whole, or a whole one split again, so that no more than one is
-whole at a time. Where it is not said otherwise, every worker must call a function at the same time.
+Stages 1 and 2 shard the optimizer's state of each parameter, stage 3 also the parameters. Here
+parameters are gathered, or sharded again, one after another, so that no more than one is whole at a
+time. Unless stated otherwise, every worker must call a function at the same time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "average"
-"""The weights' moving average: one more thing that the optimizer keeps of each parameter."""
+"""The weights' moving average, kept as part of the optimizer's state of each parameter."""
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -29,7 +29,7 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def parts(engine: Any) -> list[Tensor]:
-    """What this worker's optimizer updates, fp32: without ZeRO the parameters, else flat pieces."""
+    """The fp32 tensors this worker's optimizer updates: with ZeRO flat pieces, else parameters."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return [p for group in engine.optimizer.param_groups for p in group["params"]]
@@ -38,22 +38,22 @@ def parts(engine: Any) -> list[Tensor]:
 
 
 def states(engine: Any) -> Any:
-    """What the optimizer keeps of each of `parts`: tensors by name."""
+    """The optimizer's state of each of `parts`: tensors by name."""
     own = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
     return own.state
 
 
 @torch.no_grad()
 def update_average(engine: Any, decay: float, step: int) -> None:
-    """Move the weights' average to what optimizer step `step`, counted from 1, made of them.
+    """Move the weights' average towards the weights after optimizer step `step`, counted from 1.
 
-    The decay grows with the steps up to `decay`, `(1 + step) / (10 + step)`, lest the average
-    remember the weights of the start. Each worker averages its own part and calls this by itself.
+    The decay grows with the steps, as `(1 + step) / (10 + step)`, up to `decay`, so that the
+    average forgets the initial weights. Each worker averages its own part and calls this by itself.
     """
     kept = min(decay, (1 + step) / (10 + step))
     for part in parts(engine):
         state = states(engine).get(part)
-        if not state:  # not optimised yet: the optimizer would take its state for created
+        if not state:  # not optimised yet: with an average, its state would seem to exist already
             continue
         if AVERAGE not in state:
             state[AVERAGE] = part.detach().clone()
@@ -66,7 +66,7 @@ def has_average(engine: Any) -> bool:
 
 
 def create_state(engine: Any, step: int, names: tuple[str, ...]) -> None:
-    """Give the optimizer the state that it would have created itself before, all zeros."""
+    """Create the all-zero state that the optimizer itself creates at its first step."""
     for part in parts(engine):
         zeros = {name: torch.zeros_like(part, requires_grad=False) for name in names}
         states(engine)[part] = {"step": torch.tensor(float(step), device=part.device), **zeros}
@@ -74,9 +74,9 @@ def create_state(engine: Any, step: int, names: tuple[str, ...]) -> None:
 
 
 def link_state(engine: Any) -> None:
-    """Tell each parameter where its state lies in the flat parts of stages 1 and 2.
+    """Tell each parameter where its state is in the flat parts of stages 1 and 2.
 
-    DeepSpeed does it after the first parameter group has stepped, when the others have no state.
+    DeepSpeed does so after the first parameter group has stepped, when the others have no state.
     """
     if engine.zero_optimization_stage() not in (1, 2):
         return
@@ -90,14 +90,14 @@ def link_state(engine: Any) -> None:
 
 
 def whole_weight(parameter: Tensor) -> Tensor:
-    """All of a parameter or buffer, as it is kept: the tensor itself where nothing is split."""
+    """A whole parameter or buffer, as stored; the tensor itself if it isn't sharded."""
     if _is_split(parameter):
         return _joined(parameter, parameter.ds_tensor)  # type: ignore[attr-defined]
     return parameter.detach()
 
 
 def whole_state(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
-    """All that the optimizer keeps of a parameter under that name; `link_state` comes first."""
+    """A parameter's whole optimizer state of that name; call `link_state` first."""
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
     if engine.zero_optimization_stage() == 0:
@@ -111,7 +111,7 @@ def whole_state(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
 
 @torch.no_grad()
 def set_weight(parameter: Tensor, value: Tensor) -> None:
-    """Set a parameter or buffer to a whole value; `refresh` when all are set."""
+    """Set a parameter or buffer to a whole value; call `refresh` when all are set."""
     if _is_split(parameter):
         parameter.ds_tensor.copy_(_own_piece(parameter, value))  # type: ignore[attr-defined]
     else:
@@ -119,14 +119,14 @@ def set_weight(parameter: Tensor, value: Tensor) -> None:
 
 
 def refresh(engine: Any) -> None:
-    """Have the optimizer take over weights that were set: offloaded, or split, it has its own."""
+    """Copy weights that were set to the optimizer, which with ZeRO has its own copy."""
     if engine.zero_optimization_stage() != 0:
         engine.optimizer.refresh_fp32_params()
 
 
 @torch.no_grad()
 def set_state(engine: Any, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-    """Set what `create_state` created of a parameter to a whole value."""
+    """Set a parameter's state, created by `create_state`, to a whole value."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     if engine.zero_optimization_stage() == 0:
@@ -146,8 +146,8 @@ def shape(parameter: Tensor) -> torch.Size:
 def whole(engine: Any) -> Iterator[nn.Module]:
     """The module with all of its parameters on rank 0, where it can be evaluated and exported.
 
-    Of trained parameters these are the averages, if there are any. Nothing may train meanwhile; on
-    the other workers the module stays as it is.
+    Trained parameters are replaced by their averages, if there are any. Nothing may train
+    meanwhile; on the other workers the module stays as it is.
     """
     own: list[tuple[nn.Parameter, Tensor]] = []
     averaged = has_average(engine)
@@ -172,7 +172,7 @@ def whole(engine: Any) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
-    """Stage 3's hooks would have all workers gather a parameter before rank 0 reads it."""
+    """Remove stage 3's hooks, which need all workers to gather a parameter that rank 0 reads."""
     names = ("_forward_pre_hooks", "_forward_hooks")
     saved = [(part, name, getattr(part, name)) for part in module.modules() for name in names]
     for part, name, _ in saved:
@@ -189,7 +189,7 @@ def _is_split(parameter: Tensor) -> bool:
 
 
 def _joined(parameter: Any, piece: Tensor) -> Tensor:
-    """A parameter's shape from every worker's piece; the last pieces are padded."""
+    """A whole parameter from every worker's piece; the last pieces are padded."""
     flat = piece.new_empty(piece.numel() * dist.get_world_size())
     dist.all_gather_into_tensor(flat, piece.contiguous())
     return flat[: parameter.ds_numel].view(parameter.ds_shape)

@@ -1,4 +1,4 @@
-"""Retrieval by a pretrained model as it is: pictures ranked by how well they explain a caption."""
+"""Zero-shot retrieval by a pretrained model: ranks pictures by how well they explain a caption."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KS = (1, 5)
 
 
 class Predictor(Protocol):
-    """Such as `MaskedDataModelling`."""
+    """A model with the interface of `MaskedDataModelling`."""
 
     def predict(self, batch: MaskedBatch) -> dict[str, Tensor]: ...
 
@@ -25,12 +25,12 @@ class Predictor(Protocol):
 def picture_recall(
     model: Predictor, batch: MaskedBatch, mask_id: int, device: torch.device, *, count: int
 ) -> dict[str, float]:
-    """Share of captions whose own picture is among the best 1 or 5 of some, 0..1.
+    """Share of captions whose own picture is among the best 1 or 5 of `count`, 0..1.
 
     Half of a caption's words are hidden; a picture's score is the log-likelihood of these words
-    beside it. Every caption is compared over pictures, with the same words hidden, so that it does
-    not matter how likely a caption is by itself; that is why there is no ranking of captions. The
-    model reads `count` squared pairs. Pictures with equal scores share their places' mean.
+    given the picture. Each caption is compared across pictures, with the same words hidden, so that
+    the caption's own likelihood does not matter; that is why captions are not ranked. The model
+    reads `count` squared pairs. Pictures with equal scores share their mean rank.
 
     Args:
         batch: Pairs, on CPU; the first `count` of them take part.

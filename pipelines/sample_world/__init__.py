@@ -1,10 +1,10 @@
-"""A small drawn world in the published formats: what the demo and every test live in.
+"""A small drawn world in the published formats, used by the demo and every test.
 
     with serve(root, port=8123) as server:
         world = generate(root, base_url=server.url)
 
-`generate` writes images, annotations and texts; `serve` puts the images on a web that fails as the
-real one does. Equal arguments give equal bytes, and `picture(seed, name)` tells what is in any
+`generate` writes images, annotations and texts; `serve` serves the images on a web that fails as
+the real one does. Equal arguments give equal bytes, and `picture(seed, name)` tells what is in any
 image. The scenes, their language and their drawing are in `scenes`, `language` and `draw`.
 """
 

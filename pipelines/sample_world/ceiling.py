@@ -1,14 +1,14 @@
-"""What a perfect reader would score on the sample world: its scenes are known, and how it writes.
+"""Scores of a perfect reader on the sample world, whose scenes and way of writing are known.
 
 `ceiling(task, rows, seed=...)` takes rows of a prepared split and gives the task's own metrics:
 
     vqa         each question's best answer among the head's labels
     nlvr2       every statement judged as it is labelled: labels are exact
     imagenet    the right class wherever the middle square, which evaluation sees, shows the thing
-    retrieval   captions and pictures matched by how likely the world writes the one for the other:
-                captions that fit several pictures of the gallery lower it
-    captioning  a further writer's caption of the same scene: what people score against each other.
-                A model that says what most writers would can do better
+    retrieval   captions and pictures matched by how likely the world writes the caption for the
+                picture: captions that fit several pictures of the gallery lower the score
+    captioning  another writer's caption of the same scene: what people score against each other.
+                A model that says what most writers would say can do better
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .pictures import picture
 from .scenes import Scene, derive
 from .writing import coco_picture
 
-_UNLIKELY = 1e-12  # of a caption that the world writes for none of the gallery's pictures
+_UNLIKELY = 1e-12  # for captions that the world writes for none of the gallery's pictures
 _TIE = 1e-9
 
 
@@ -69,7 +69,7 @@ def _answer(example: Example, labels: Sequence[str], scorer: Task) -> str:
 def _classes(
     row: dict[str, Any], example: Example, seed: int, labels: Sequence[str]
 ) -> Sequence[str]:
-    """The class alone, or where the middle shows nothing of the thing, any."""
+    """The right class alone, or any classes if the middle shows nothing of the thing."""
     wnid, number = row["id"].split("_")
     scene = picture(seed, f"imagenet1k/{wnid}/{number}").scene
     left, top, right, bottom = centre_view(scene.width, scene.height).box
@@ -88,9 +88,9 @@ def _retrieval(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, float]:
     texts = [_plain(e.text or "") for row in rows for e in read_examples(row)]
     owner = np.array([i for i, row in enumerate(rows) for _ in row["examples"]])
     likely = likelihoods([coco_picture(seed, int(row["id"])).scene for row in rows], texts)
-    # Of each text, how likely it is each picture's: every picture being as likely as another.
+    # For each text, the probability of each picture, with all pictures equally likely a priori.
     found = likely / likely.sum(1, keepdims=True).clip(_UNLIKELY)
-    found *= 1 + _TIE * np.random.default_rng(seed).random(found.shape)  # who can't tell, guesses
+    found *= 1 + _TIE * np.random.default_rng(seed).random(found.shape)  # break ties at random
     return recalls(np.eye(len(rows)), found, owner)
 
 
@@ -98,7 +98,7 @@ def likelihoods(scenes: Sequence[Scene], texts: Sequence[str]) -> np.ndarray:
     """Return how likely the world writes each text, in lower case and without a full stop, as a
     caption of each scene: `[texts, scenes]`."""
     places: dict[str, list[int]] = {}
-    parts: set[str] = set()  # what a body can be, so that other bodies need no look
+    parts: set[str] = set()  # possible bodies, so that others can be skipped
     for place, text in enumerate(texts):
         places.setdefault(text, []).append(place)
         words = text.split()
@@ -118,5 +118,5 @@ def _around(body: str, scene: Scene, rng: random.Random) -> str:
 
 
 def _plain(text: str) -> str:
-    """A caption before it was put as COCO's writers put it."""
+    """A caption without the capital letter and full stop of COCO's writers."""
     return text.lower().removesuffix(".")

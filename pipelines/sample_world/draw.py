@@ -1,4 +1,4 @@
-"""Scenes as image files: Pillow drawing, and the many encodings that a crawl meets."""
+"""Draws scenes with Pillow, and encodes them in the many formats that a crawl meets."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from .scenes import BACKGROUNDS, COLOURS, Scene, Thing
 
 FORMATS = ("jpeg", "grey", "cmyk", "exif", "png", "palette", "alpha")
-"""jpeg: RGB JPEG; grey: JPEG of one channel; cmyk: CMYK JPEG; exif: JPEG stored turned, with an
-EXIF orientation; png: RGB PNG; palette: PNG of 64 colours; alpha: PNG with clear corners."""
+"""jpeg: RGB JPEG; grey: one-channel JPEG; cmyk: CMYK JPEG; exif: rotated JPEG with an EXIF
+orientation; png: RGB PNG; palette: PNG of 64 colours; alpha: PNG with transparent corners."""
 
 _SCALE = 2  # drawn this many times larger, then reduced: smooth edges
 _OUTLINE = 0.12  # width of a thing's outline as a share of its diameter
@@ -23,7 +23,7 @@ _TILE = 640  # side of the background tiles that pictures are cut from, in drawn
 
 
 def paint(scene: Scene, rng: random.Random) -> Image.Image:
-    """Return the scene as an upright RGB image of its size; `rng` moves light and background."""
+    """Return the scene as an upright RGB image of its size; `rng` varies light and background."""
     width, height = scene.width * _SCALE, scene.height * _SCALE
     left, top = rng.randint(0, _TILE - width), rng.randint(0, _TILE - height)
     image = _tile(scene.background).crop((left, top, left + width, top + height))
@@ -47,7 +47,7 @@ def encode(image: Image.Image, form: str, rng: random.Random) -> bytes:
     elif form == "cmyk":
         image.convert("CMYK").save(out, "JPEG", quality=quality)
     elif form == "exif":
-        # Each orientation with the turn that a viewer will undo.
+        # Each orientation with the rotation that a viewer will undo.
         orientation, turn = rng.choice(
             (
                 (3, Image.Transpose.ROTATE_180),
@@ -95,7 +95,7 @@ def _paint_thing(image: Image.Image, thing: Thing) -> None:
     ink = _shade(colour, 0.45)
     layer = Image.new("RGB", size, colour)
     pen = ImageDraw.Draw(layer)
-    # Few and broad marks: they must survive a reduction to 48 pixels.
+    # A few broad marks: they must survive a reduction to 48 pixels.
     step = thing.diameter * _SCALE / 4
     if thing.kind.texture == "striped":
         for i in range(-6, 12):
@@ -111,13 +111,13 @@ def _paint_thing(image: Image.Image, thing: Thing) -> None:
     mask = Image.new("L", size, 0)
     ImageDraw.Draw(mask).polygon(outline, fill=255)
     image.paste(layer, (left, top), mask)
-    # The same ink for all: a shape is seen as such whatever its colour and background.
+    # The same ink for all: a shape is recognizable whatever its colour and background.
     width = round(thing.diameter * _SCALE * _OUTLINE)
     ImageDraw.Draw(image).line([*around, *around[:2]], _INK, width, joint="curve")
 
 
 def _light(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Brighten one side and darken the other a little, as light does."""
+    """Brighten one side and darken the other a little, like light from one side."""
     angle, strength, level = (
         rng.uniform(0, 2 * math.pi),
         rng.uniform(0, 0.12),
@@ -132,7 +132,7 @@ def _light(image: Image.Image, rng: random.Random) -> Image.Image:
 
 @cache
 def _tile(background: str) -> Image.Image:
-    """Return a large square of a background, the same in every process."""
+    """Return a large square of a background, identical in every process."""
     rng = random.Random(f"background/{background}")
     base = BACKGROUNDS[background]
     image = Image.new("RGB", (_TILE, _TILE), base)

@@ -1,6 +1,6 @@
-"""The published annotation formats, as text: what each source's own files look like.
+"""Writes annotations in the published formats, as text that looks like each source's own files.
 
-Each function takes records of the small world and returns the content of one file (or of a few,
+Each function takes records of the small world and returns the content of one file (or of several,
 by name). Nothing here draws, downloads or decides what is in the world.
 """
 
@@ -32,10 +32,10 @@ _LICENSES = [{"id": 1, "name": "No known copyright restrictions", "url": ""}]
 
 @dataclass(frozen=True)
 class Photo:
-    """An image with captions, as COCO and Flickr30k have them.
+    """An image with captions, as in COCO and Flickr30k.
 
-    `split` is Karpathy's: train, restval, val or test. `release` is the part of COCO 2017 that the
-    image is in: train2017 or val2017 ("" for Flickr30k).
+    `split` is Karpathy's: train, restval, val or test. `release` is the part of COCO 2017 that
+    contains the image: train2017 or val2017 ("" for Flickr30k).
     """
 
     id: int
@@ -46,7 +46,7 @@ class Photo:
 
     @property
     def folder(self) -> str:
-        """COCO's folder of 2014: restval, val and test are all of val2014."""
+        """COCO's folder of 2014: restval, val and test are all in val2014."""
         return "train2014" if self.split == "train" else "val2014"
 
     @property
@@ -57,7 +57,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Place:
-    """An image of Visual Genome, with COCO's id where COCO has it too."""
+    """An image of Visual Genome, with its COCO id if it is also in COCO."""
 
     id: int
     picture: Picture
@@ -70,7 +70,7 @@ def conceptual_tsv(
 ) -> tuple[str, dict[str, int]]:
     """Return a TSV of (url, caption) rows and its number of malformed lines by kind.
 
-    CC3M has the caption first, CC12M the URL. The malformed lines come on top of the rows: one
+    CC3M has the caption first, CC12M the URL. The malformed lines are in addition to the rows: one
     without a tab, an empty one, one without a caption, one with a NUL in the caption.
     """
 
@@ -104,7 +104,7 @@ def sbu_json(rows: Sequence[tuple[str, str]]) -> tuple[str, dict[str, int]]:
 def coco_files(photos: Sequence[Photo], base_url: str) -> tuple[dict[str, str], dict[str, int]]:
     """Return captions_*2017.json and instances_*2017.json by name, and malformed counts.
 
-    The training captions hold one annotation that names an image which is not there.
+    The training captions include one annotation that names a missing image.
     """
     files: dict[str, str] = {}
     for release in ("train2017", "val2017"):
@@ -161,7 +161,7 @@ def karpathy_json(photos: Sequence[Photo], dataset: str) -> str:
 def genome_files(places: Sequence[Place]) -> tuple[dict[str, str], dict[str, int]]:
     """Return image_data.json and region_descriptions.json by name, and malformed counts.
 
-    The first image has one region on top whose phrase is empty.
+    The first image has one extra region, whose phrase is empty.
     """
     images, regions = [], []
     for place in places:
@@ -243,7 +243,7 @@ def vqa_files(photos: Sequence[Photo], subtype: str) -> dict[str, str]:
 
 
 def json_lines(rows: Iterable[object]) -> str:
-    """Return the rows as JSON, one a line."""
+    """Return the rows as JSON, one per line."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -259,7 +259,7 @@ def tar_bytes(members: Sequence[tuple[str, bytes]]) -> bytes:
 
 
 def sentence_case(caption: str, rng: random.Random) -> str:
-    """Return a caption as COCO's writers put it: with a capital, mostly with a full stop."""
+    """Return a caption in COCO's style: with a capital letter, mostly with a full stop."""
     return caption[0].upper() + caption[1:] + ("." if rng.random() < 0.8 else "")
 
 
@@ -269,7 +269,7 @@ def _coco_image(photo: Photo, base_url: str) -> dict[str, object]:
         "license": 1,
         "file_name": name,
         "coco_url": f"{base_url}/coco/{photo.release}/{name}",
-        # The photographers' own pages are gone, as many are.
+        # The photographers' own pages are gone, as many are in reality.
         "flickr_url": f"{base_url}/flickr/{photo.id}_z.jpg",
         "height": photo.picture.scene.height,
         "width": photo.picture.scene.width,

@@ -1,6 +1,6 @@
-"""What can be said and asked about a scene: captions, phrases, questions, statements about two.
+"""Language about scenes: captions, phrases, questions, and statements about two scenes.
 
-All of it is true of the scene it is made for (or, for statements, as true as it is labelled).
+All of it is true of the scene it is made for (statements are true or false as labelled).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _RELATION_TAILS = {
     "above": "above it",
     "below": "below it",
 }
-# The question types of VQAv2 that these questions fall under: the longest that begins a question.
+# VQAv2's question types for these questions; a question has the longest type that it begins with.
 _QUESTION_TYPES = (
     "how many",
     "is there a",
@@ -57,7 +57,7 @@ _QUESTION_TYPES = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question of VQAv2's style, its true answer and the mistakes that people might make."""
+    """A VQAv2-style question, its true answer and the mistakes that people might make."""
 
     text: str
     answer: str
@@ -67,19 +67,19 @@ class Question:
 
 
 def plural(shape: str) -> str:
-    """Return a shape's name for several of it."""
+    """Return the plural of a shape's name."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
 def with_article(words: str) -> str:
-    """Return the words after "a" or "an"."""
+    """Return the words preceded by "a" or "an"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def noun_phrase(
     kind: Kind, count: int = 1, *, size: bool = True, texture: bool = True, colour: bool = True
 ) -> str:
-    """Return for example "a small striped blue square" or "three red circles"."""
+    """Return a phrase such as "a small striped blue square" or "three red circles"."""
     words = [
         word
         for word, wanted in ((kind.size, size), (kind.texture, texture), (kind.colour, colour))
@@ -91,7 +91,7 @@ def noun_phrase(
 
 
 def describe(kind: Kind, count: int, rng: random.Random, *, grey: bool) -> str:
-    """Return a noun phrase that names some of the looks; never the colour if `grey`."""
+    """Return a noun phrase with some of a kind's attributes; never the colour if `grey`."""
     texture = 0.08 if kind.texture == "plain" else 0.65
     return noun_phrase(
         kind,
@@ -103,18 +103,18 @@ def describe(kind: Kind, count: int, rng: random.Random, *, grey: bool) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Return a true caption in lower case, of the whole scene or a part; no colours if grey."""
+    """Return a true lower-case caption of the whole scene or a part; no colours if it is grey."""
     place = caption_place(scene, rng)
     return caption_around(caption_body(scene, rng), place, rng)
 
 
 def caption_place(scene: Scene, rng: random.Random) -> str:
-    """Return how a caption says where things are, for example "on sand"; "" if it doesn't."""
+    """Return a caption's phrase for the background, such as "on sand"; "" if it has none."""
     return rng.choice(_PLACES[scene.background]) if rng.random() < 0.6 else ""
 
 
 def caption_body(scene: Scene, rng: random.Random) -> str:
-    """Return what a caption says of the things alone."""
+    """Return the part of a caption about the things, without the place."""
     groups = scene.groups()
     style = rng.random()
     pair = _related_pair(scene, rng) if len(groups) > 1 else None
@@ -133,7 +133,7 @@ def caption_body(scene: Scene, rng: random.Random) -> str:
 
 
 def caption_around(body: str, place: str, rng: random.Random) -> str:
-    """Return the caption of a body and a place."""
+    """Return a caption made of a body and a place."""
     deixis = "this is " if body.startswith(("a ", "an ")) else "here are "
     deixis = "here is " if body.startswith("one ") else deixis
     opening = rng.choice(("", "", "", "", "a picture of ", "a drawing of ", deixis))
@@ -161,14 +161,14 @@ def region_phrases(scene: Scene, rng: random.Random) -> list[tuple[str, tuple[in
 
 
 def pixel_box(scene: Scene, box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
-    """Return left, top, right, bottom as whole-pixel x, y, width, height inside the picture."""
+    """Convert left, top, right, bottom to integer x, y, width, height inside the picture."""
     left, top = max(0, int(box[0])), max(0, int(box[1]))
     right, bottom = min(scene.width, int(box[2]) + 1), min(scene.height, int(box[3]) + 1)
     return left, top, right - left, bottom - top
 
 
 def questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """Return up to `count` different questions about the scene; none on colour if it is grey."""
+    """Return up to `count` distinct questions about the scene; none about colour if it is grey."""
     makers = [_ask_count, _ask_presence, _ask_presence, _ask_background, _ask_size]
     if not scene.grey:
         makers += [_ask_colour, _ask_colour, _ask_shape, _ask_shape]
@@ -194,10 +194,10 @@ def human_answers(question: Question, rng: random.Random) -> list[tuple[str, str
 
 
 def statement(left: Scene, right: Scene, truth: bool, rng: random.Random) -> str:
-    """Return a sentence about two images, of NLVR2's style, that is true just if `truth`.
+    """Return an NLVR2-style sentence about two images that is true if and only if `truth`.
 
-    A kind of sentence is chosen only where these images allow it to be either, so that words alone
-    tell next to nothing (NLVR2 has a sentence for pairs of which it is true and of which it isn't).
+    A kind of sentence is chosen only if it could be true or false for these images, so that words
+    alone tell next to nothing (NLVR2 uses each sentence for pairs where it is true and where not).
     """
     for say in rng.sample(_STATEMENTS, len(_STATEMENTS)):
         sentence = say(left, right, truth, rng)
@@ -268,7 +268,7 @@ def _ask_background(scene: Scene, rng: random.Random) -> Question:
 
 def _ask_neighbour(scene: Scene, rng: random.Random) -> Question | None:
     anchor, how = rng.choice(scene.things), rng.choice(RELATIONS)
-    # One thing alone must lie on that side, and clearly: else the answer is open to dispute.
+    # Exactly one thing must lie on that side, and clearly; otherwise the answer is disputable.
     there = [t for t in scene.things if t is not anchor and how in sides(t, anchor)]
     if len(there) != 1 or relation(there[0], anchor) != how:
         return None
@@ -278,7 +278,7 @@ def _ask_neighbour(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _some_look(scene: Scene, present: bool, rng: random.Random) -> tuple[str, str]:
-    """Return a shape and colour that are in the scene, or that miss it by one of the two."""
+    """Return a shape and colour present in the scene, or an absent pair that differs in one."""
     kind, _ = rng.choice(scene.groups())
     if present:
         return kind.shape, kind.colour
@@ -312,12 +312,12 @@ def _say_how_many_images(left: Scene, right: Scene, truth: bool, rng: random.Ran
 
 
 def _any_order(rng: random.Random) -> list[tuple[bool, bool]]:
-    """Whether a sentence names a shape, and whether a colour; it names one of them or both."""
+    """Return in random order whether a sentence names a shape, and a colour: one, other, both."""
     return rng.sample(((True, False), (False, True), (True, True)), 3)
 
 
 def _looks(scene: Scene, shape: bool, colour: bool) -> set[tuple[str, str]]:
-    """Return the shapes and colours in a scene; "" for an attribute that isn't asked for."""
+    """Return the shapes and colours in a scene; "" for an attribute that isn't requested."""
     return {(kind.shape * shape, kind.colour * colour) for kind, _ in scene.groups()}
 
 
@@ -349,7 +349,7 @@ def _say_background(left: Scene, right: Scene, truth: bool, rng: random.Random) 
 
 
 def _bare(background: str) -> str:
-    """Return a background's name as a predicate wants it: "sand", but "a brick wall"."""
+    """Return a background's name as used in a predicate: "sand", but "a brick wall"."""
     return {"brick wall": "a brick wall", "night sky": "the night sky"}.get(background, background)
 
 

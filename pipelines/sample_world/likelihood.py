@@ -1,8 +1,8 @@
-"""How likely each text of a random writer is: every course its draws can take, with its weight.
+"""Computes the probability of each text of a random writer, by enumerating its random draws.
 
     outcomes(lambda rng: caption(scene, rng))      # {"a red circle on sand": 0.0019, ...}
 
-The writer is run once for every course, so that what is found can't drift from what is written.
+The writer is run once for every sequence of draws, so the result can't diverge from the writer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 def outcomes(make: Callable[[random.Random], str]) -> dict[str, float]:
     """Return the probability of each text that `make` can return; they sum to 1.
 
-    `make` may call `random` (and compare what it gives with numbers, no more), `choice`, `randint`
+    `make` may call `random` (whose result it may only compare with numbers), `choice`, `randint`
     and `sample`.
     """
     found: dict[str, float] = defaultdict(float)
@@ -38,20 +38,20 @@ def outcomes(make: Callable[[random.Random], str]) -> dict[str, float]:
 
 
 class _Fork:
-    """A place where the course can go several ways, and which of them is being followed."""
+    """A draw with several outcomes, and the outcome being followed."""
 
     def __init__(self, weights: list[float]) -> None:
         self.weights, self.taken = weights, 0
 
 
 class _Draws:
-    """In a random generator's place: takes the ways that the course says, then the first ones."""
+    """Replaces a random generator: takes the outcomes the course gives, then the first ones."""
 
     def __init__(self, course: list[_Fork]) -> None:
         self.course, self.place = course, 0
 
     def fork(self, weights: list[float]) -> int:
-        """Return which of several ways to go."""
+        """Return which of several outcomes to take."""
         if len(weights) == 1:
             return 0
         if self.place == len(self.course):
@@ -63,7 +63,7 @@ class _Draws:
         return cast(float, _Between(self))
 
     def choice(self, options: Sequence[T]) -> T:
-        try:  # equal options are one way
+        try:  # equal options are one outcome
             counts = Counter(options)
         except TypeError:
             return options[self.fork([1 / len(options)] * len(options))]
@@ -79,7 +79,7 @@ class _Draws:
 
 
 class _Between:
-    """A number from 0 to 1 that is drawn no more exactly than comparing it demands."""
+    """A random number from 0 to 1, drawn only as precisely as comparisons demand."""
 
     def __init__(self, draws: _Draws) -> None:
         self.draws, self.low, self.high = draws, 0.0, 1.0

@@ -1,7 +1,7 @@
-"""A picture by its name: the scene and file that belong to a seed and a name, and to nothing else.
+"""Pictures by name: scene and file are a function of a seed and a name, and of nothing else.
 
-Names begin with their source: "cc3m/12", "coco/test/3", "imagenet/n00000004/7". So whoever holds a
-seed and a name can say what is in the picture, without a file.
+Names begin with their source: "cc3m/12", "coco/test/3", "imagenet/n00000004/7". So a seed and a
+name suffice to tell what is in a picture, without its file.
 """
 
 from __future__ import annotations

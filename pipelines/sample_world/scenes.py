@@ -1,4 +1,4 @@
-"""What there is in a picture: a background and one to three drawn things, placed apart.
+"""Scenes, the content of pictures: a background and one to three separate drawn things.
 
 Pure Python, no drawing. A scene is sampled from a `random.Random`, so that it is a function of a
 seed and a name (`derive`) and of nothing else.
@@ -37,7 +37,7 @@ DIAMETERS = {"small": (0.28, 0.33), "large": (0.42, 0.5)}
 
 RELATIONS = ("left of", "right of", "above", "below")
 
-_REACH = 0.57  # no outline, turned by at most _TILT degrees, leaves this many diameters
+_REACH = 0.57  # outlines, turned by at most _TILT degrees, stay within this many diameters
 _TILT = 10.0
 _GAP = 0.03  # between things and at the border, in short sides; half an outline's ink fits in
 _CLEAR = 1.7  # a relation is stated when one axis dominates the other by this factor
@@ -108,7 +108,7 @@ class Scene:
         return list(counts.items())
 
     def has_copies(self) -> bool:
-        """Return whether some kind stands there more than once."""
+        """Return whether some kind occurs more than once."""
         return len(self.groups()) < len(self.things)
 
     def count(self, shape: str | None = None, colour: str | None = None) -> int:
@@ -125,7 +125,7 @@ def derive(seed: int, name: str) -> random.Random:
 
 
 def sides(a: Thing, b: Thing) -> set[str]:
-    """Return the relations in which a's box lies wholly on that side of b's box."""
+    """Return the sides (of RELATIONS) of b's box on which a's box lies entirely."""
     left, top, right, bottom = a.box()
     other_left, other_top, other_right, other_bottom = b.box()
     tests = (right < other_left, left > other_right, bottom < other_top, top > other_bottom)
@@ -133,7 +133,7 @@ def sides(a: Thing, b: Thing) -> set[str]:
 
 
 def relation(a: Thing, b: Thing) -> str | None:
-    """Return how a stands to b (one of RELATIONS), or None where nobody would say so clearly."""
+    """Return a's relation to b (one of RELATIONS), or None if none is clear."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) >= _CLEAR * abs(dy):
         word = "left of" if dx < 0 else "right of"
@@ -145,7 +145,7 @@ def relation(a: Thing, b: Thing) -> str | None:
 
 
 def allowed_colours(background: str, *, grey: bool = False) -> list[str]:
-    """Return the colours that stand out clearly from `background`, in shade alone if `grey`."""
+    """Return the colours that stand out clearly from `background`; by shade alone if `grey`."""
     base = BACKGROUNDS[background]
     if grey:
         return [c for c, rgb in COLOURS.items() if abs(_luma(rgb) - _luma(base)) >= 36]
@@ -153,7 +153,7 @@ def allowed_colours(background: str, *, grey: bool = False) -> list[str]:
 
 
 def sample_scene(rng: random.Random, *, grey: bool = False, kind: Kind | None = None) -> Scene:
-    """Draw a scene: about a quarter hold copies of one kind, the others one to three kinds.
+    """Sample a scene: about a quarter hold copies of a kind, the others one to three kinds.
 
     With `kind`, the scene is a single thing of that shape and colour (a labelled example); its
     size, texture and background still vary.
@@ -177,7 +177,7 @@ def synset(kind: Kind) -> str:
 
 
 def synset_kind(wnid: str) -> Kind:
-    """Return a kind of the class `wnid`; raises ValueError for an id that names none."""
+    """Return a kind of the class `wnid`; raises ValueError for an unknown id."""
     index = int(wnid[1:]) - 1 if wnid[:1] == "n" and wnid[1:].isdigit() else -1
     if not 0 <= index < len(_CLASSES):
         raise ValueError(f"no class {wnid!r}: ids run from n00000001 to n{len(_CLASSES):08d}")
@@ -190,7 +190,7 @@ def _luma(rgb: tuple[int, int, int]) -> float:
 
 
 def _sample_size(rng: random.Random) -> tuple[int, int]:
-    if rng.random() < 0.04:  # the few panoramas and towers of any crawl
+    if rng.random() < 0.04:  # the few very wide or tall images of any crawl
         short, ratio = rng.randint(64, 96), rng.uniform(1.8, 2.4)
     else:
         short, ratio = rng.randint(64, 160), math.exp(rng.uniform(0.0, math.log(4 / 3)))
@@ -219,7 +219,7 @@ def _sample_kinds(rng: random.Random, colours: list[str]) -> list[Kind]:
 
 
 def _place(rng: random.Random, kinds: list[Kind], width: int, height: int) -> tuple[Thing, ...]:
-    """Place the kinds apart; where they do not fit, all become small, which always fits."""
+    """Place the kinds apart; if they do not fit, all become small, which always fits."""
     for attempt in range(90):
         if attempt == 60:
             kinds = [replace(kind, size="small") for kind in kinds]
@@ -279,7 +279,7 @@ _UNIT_OUTLINES: dict[str, list[tuple[float, float]]] = {
         for u, v in corners
     ],
 }
-# Numbers of shapes and colours share no factor, so this walk meets every combination once, and
+# The numbers of shapes and colours are coprime, so this walk visits every combination once, and
 # its first few classes already differ in both.
 _CLASSES = [
     (list(COLOURS)[i % len(COLOURS)], SHAPES[i % len(SHAPES)])

@@ -1,4 +1,4 @@
-"""The web that the small world lives on: an HTTP server that misbehaves as the real one does."""
+"""The small world's web: an HTTP server that misbehaves as the real web does."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _TYPES = {".jpg": "image/jpeg", ".png": "image/png", ".jpeg": "image/jpeg"}
 
 
 def serve(root: Path | str, host: str = "127.0.0.1", port: int = 0) -> Server:
-    """Start to serve `root`/web, in a thread of this process, and return the server.
+    """Start serving `root`/web, in a thread of this process, and return the server.
 
-    The world may be generated before or after: files and behaviour are read when asked for. Raises
+    The world may be generated before or after: files and behaviour are read on request. Raises
     OSError if the port is taken.
     """
     return Server(Path(root), host, port)
@@ -97,7 +97,7 @@ class _Http(ThreadingHTTPServer):
             self.requests += 1
 
     def behaviour(self, path: str) -> str:
-        """Return the kind of behaviour of a path, "" for a good one."""
+        """Return a path's kind of behaviour, "" if it behaves well."""
         file = self.web / "behaviour.json"
         try:
             stamp = file.stat().st_mtime_ns
@@ -122,11 +122,11 @@ class _Http(ThreadingHTTPServer):
         with self._lock:
             connections = list(self._open)
         for connection in connections:
-            with contextlib.suppress(OSError):  # its handler was quicker
+            with contextlib.suppress(OSError):  # its handler closed it first
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:  # type: ignore[override]
-        """Say nothing: clients that leave early are part of the game."""
+        """Say nothing: clients that leave early are expected."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -138,7 +138,7 @@ def _told(rng: random.Random, who: str) -> str:
 
 
 def _thing_seen(rng: random.Random) -> str:
-    """Return a caption that can stand as a verb's object."""
+    """Return a caption that can be a verb's object."""
     while True:
         sight = _sight(rng)
         if sight.split()[0] in ("a", "an", *NUMBERS):

@@ -1,4 +1,4 @@
-"""The small world on disk: how much of each source there is, and where it lies."""
+"""The small world on disk: how much of each source there is, and where it is stored."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _FOUND = ("counts", "expected_failures", "redirects", "expected_malformed", "exp
 class WorldSize:
     """How much of each source to make; the defaults suit a demo.
 
-    Counts are images, except `text` (documents), `nlvr2` (statements: four to each pair of images)
-    and `vg`, about half of whose images are COCO's. `bad_share` is the share of URLs that
+    Fields count images, except `text` (documents) and `nlvr2` (statements: four per pair of
+    images); about half the images of `vg` are COCO's. `bad_share` is the share of URLs that
     misbehave.
     """
 
@@ -65,10 +65,10 @@ class WorldSize:
 
     @classmethod
     def of_rows(cls, rows: int) -> WorldSize:
-        """Return a size for trials of scale: so many records in the sources of pretraining.
+        """Return a size for scaling trials, with `rows` records in the sources of pretraining.
 
-        They are those of CC3M, CC12M, SBU, COCO, Visual Genome, ImageNet-21K and the documents;
-        books come on top. What finetuning needs is as little as there can be.
+        These are CC3M, CC12M, SBU, COCO, Visual Genome, ImageNet-21K and the documents; books come
+        in addition. The sources for finetuning are as small as possible.
         """
         if rows < 500:
             raise ValueError(f"rows must be at least 500, not {rows}")
@@ -102,10 +102,10 @@ class World:
         counts: images (text: documents, vqa and nlvr2: questions and statements) by source.
         expected_failures: URLs that yield no image, by source and kind (`server.FAILURES`).
         redirects: URLs that yield their image after a redirect, by source.
-        expected_malformed: broken records in the annotation files, by source and kind. They come
-            on top of the counts.
-        expected_leaks: images that must not reach pretraining since a downstream val or test set
-            holds them too, by source and the way to find them: "id" (COCO's), "copy" (the same
+        expected_malformed: broken records in the annotation files, by source and kind; in addition
+            to the counts.
+        expected_leaks: images that must not reach pretraining, since a downstream val or test set
+            also holds them, by source and the way to find them: "id" (COCO's), "copy" (the same
             bytes) or "reencoded" (the same picture, smaller and at another quality).
     """
 
@@ -146,12 +146,12 @@ class World:
         return path
 
     def found(self) -> dict[str, Any]:
-        """What was counted when it was generated."""
+        """The counts from when the world was generated."""
         return {name: getattr(self, name) for name in _FOUND}
 
 
 def load(root: Path | str) -> World:
-    """Return the world under `root`; raises FileNotFoundError if there is none, or half of one."""
+    """Return the world under `root`; raises FileNotFoundError if it is missing or incomplete."""
     root = Path(root)
     data = json.loads((root / "world.json").read_text())
     found = {name: data[name] for name in _FOUND}

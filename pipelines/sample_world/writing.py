@@ -1,4 +1,4 @@
-"""How a small world is written, source by source."""
+"""Writes a small world, source by source."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BAD_WEIGHTS = {
 }
 _COCO_IDS = {"train": 100_000, "val": 400_000, "test": 600_000}  # the first of each part
 _COCO_GAP = 37
-_STATEMENTS = 4  # of NLVR2, to each pair of images
+_STATEMENTS = 4  # of NLVR2, per pair of images
 
 
 def generate(
@@ -46,11 +46,11 @@ def generate(
 ) -> World:
     """Write the world of these arguments under `root`, or return it if it is there already.
 
-    A generation that was interrupted goes on where it was. `base_url` is what `web/` will be served
-    under, such as "http://127.0.0.1:8123"; `progress` is called with images done and in total.
+    An interrupted generation resumes where it was. `base_url` is where `web/` will be served, such
+    as "http://127.0.0.1:8123"; `progress` is called with the numbers of images done and in total.
 
     Raises:
-        ValueError: `root` holds a world of other arguments, whole or in part.
+        ValueError: `root` holds a world, or part of one, made with other arguments.
     """
     root, size, base_url = Path(root), size or WorldSize(), base_url.rstrip("/")
     wanted = {"version": _VERSION, "seed": seed, "base_url": base_url, "size": asdict(size)}
@@ -67,10 +67,10 @@ def generate(
 
 
 def coco_picture(seed: int, image_id: int) -> Picture:
-    """Return the picture that has this id of COCO's in the world `seed`.
+    """Return the picture with this COCO id in the world `seed`.
 
     Raises:
-        ValueError: the id is below all that a world gives.
+        ValueError: the id is below all ids of a world.
     """
     begun = [part for part, first in _COCO_IDS.items() if first <= image_id]
     if not begun:
@@ -99,7 +99,7 @@ def _check_same(root: Path, there: dict, wanted: dict) -> None:
 
 
 def _write(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     passing = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -108,7 +108,7 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 def _link(source: Path, path: Path) -> None:
-    """Give a file a second name, or a second copy where the file system has no hard links."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class _Writer:
         self.progress(self.done, self.total)
 
     def publish(self, source: str, path: str, kind: str, made: Callable[[], bytes] | Path) -> str:
-        """Put an image on the web under `path`, to behave as `kind` says; return its URL.
+        """Put an image on the web under `path`, with the behaviour `kind`; return its URL.
 
         `made` makes the image, or is a file that holds it.
         """
@@ -178,7 +178,7 @@ class _Writer:
             failures[kind] = failures.get(kind, 0) + 1
         file = self.world.web / (("/moved" if kind == REDIRECT else "") + path).lstrip("/")
         if kind not in ("", REDIRECT, "truncated"):
-            self.step()  # nothing of it will ever be sent
+            self.step()  # the image will never be sent
         elif isinstance(made, Path):
             _link(made, file)
             self.step()
@@ -187,10 +187,10 @@ class _Writer:
         return self.world.base_url + path
 
     def behave(self, path: str, index: int, *, every_kind: bool = False) -> str:
-        """Return how the image `index` of a source behaves; "" is well.
+        """Return the behaviour of a source's image `index`; "" is good.
 
-        The first is always well. With `every_kind`, the next few show one kind each, so that even
-        the smallest world has them all.
+        The first image is always good. With `every_kind`, the next few show one kind each, so that
+        even the smallest world has them all.
         """
         if index == 0 or self.size.bad_share == 0:
             return ""
@@ -217,7 +217,7 @@ class _Writer:
         return rows
 
     def leaked(self, index: int) -> tuple[Picture | None, str]:
-        """Return the COCO test image that stands at this place of a crawl, and in what guise."""
+        """Return the COCO test image leaked at this position of a crawl, and in which form."""
         block, place = divmod(index, 50)
         guise = {5: "copy", 6: "reencoded"}.get(place, "")
         number = 2 * block + (place - 5)
@@ -270,10 +270,10 @@ class _Writer:
         item = picture(self.seed, f"coco/{part}/{index}")
         rng = derive(self.seed, f"{item.name}/captions")
         captions = tuple(formats.sentence_case(caption(item.scene, rng), rng) for _ in range(5))
-        # Ids with gaps, as the published ones.
+        # Ids with gaps, like the published ones.
         number = _COCO_IDS[part] + _COCO_GAP * index + rng.randrange(_COCO_GAP)
         split = "restval" if part == "train" and index % 8 == 7 else part
-        # As in COCO: of Karpathy's val and test, some are in val2017 and some in train2017.
+        # As in COCO: Karpathy's val and test images are partly in val2017, partly in train2017.
         release = "train2017" if part == "train" or index % 2 else "val2017"
         return Photo(number, item, captions, split, release)
 
@@ -344,7 +344,7 @@ class _Writer:
     def imagenet1k(self) -> None:
         folder = self.world.root / "annotations/imagenet1k"
         for _, wnid, number, item in self.labelled("imagenet1k", self.size.imagenet1k):
-            # The second of a class and every fifth from there: each class has both splits early.
+            # Every fifth from the second of a class on: each class has both splits early.
             split = "val" if number % 5 == 1 else "train"
             self.image(folder / split / wnid / f"{wnid}_{number}.JPEG", item.file)
         self.annotate("imagenet1k", {"classes.json": self.class_names()})
@@ -364,7 +364,7 @@ class _Writer:
                 self.image(self.world.root / "images" / path, item.file)
                 urls.append(f"{self.world.base_url}/{path}")
             rng = derive(self.seed, f"nlvr2/{pair}/statements")
-            # Of each pair as many are true as false: images alone tell nothing.
+            # Each pair has as many true statements as false ones: images alone tell nothing.
             truths = rng.sample((True, False) * (_STATEMENTS // 2), _STATEMENTS)
             truths = truths[: self.size.nlvr2 - _STATEMENTS * pair]
             for k, truth in enumerate(truths):
@@ -387,7 +387,7 @@ class _Writer:
         self.world.counts["nlvr2"] = self.size.nlvr2
 
     def vqa(self, photos: list[Photo]) -> None:
-        # Restval images are of val2014, whose questions are all for testing here: left out.
+        # Restval images are skipped: they are in val2014, whose questions are all for testing here.
         parts = {
             "train2014": [photo for photo in photos if photo.split == "train"],
             "val2014": [photo for photo in photos if photo.split in ("val", "test")],
@@ -417,7 +417,7 @@ class _Writer:
 
 
 def _reencoded(item: Picture) -> bytes:
-    """Return the picture as a site would show it again: a little smaller, more compressed."""
+    """Return the picture as another site would show it: a little smaller, more compressed."""
     with Image.open(io.BytesIO(item.file())) as stored:
         image = ImageOps.exif_transpose(stored).convert("RGB")
     size = (round(image.width * 0.9), round(image.height * 0.9))

@@ -1,22 +1,22 @@
-"""Published datasets, one module each: what its files are called and how a record reads.
+"""Reads published datasets; one module each, for the names of its files and their format.
 
-A source is a module of this package; `load(name)` finds it, so adding one is adding a file. Its
-`KIND` says which functions it has:
+A source is a module of this package; `load(name)` finds it, so adding a source is adding a file.
+Its `KIND` says which functions it has:
 
 - `"pairs"`: images at URLs, with captions. `files(root, options)` lists the annotation files in the
   local folder `root`, and `read(root, options)` yields their records in published order.
-  Where the images are published as files too, records name them in `files`.
+  If the images are also published as files, records name them in `files`.
 - `"images"`: archives of images. `UNITS` are the archives' name patterns, and
   `read_file(stream, name, options)` yields the records of one of them. A source may have
   `find(store)`, which lists the units itself.
 - `"text"`: files of text; `UNITS` and `read_file` as above.
 
-`ORIGIN` says where one gets the files, `EXPECTED` how they are called. Sources with `OWN` read data
-of the user's: their ids begin with the dataset's name, `options.name`.
+`ORIGIN` says where to get the files, `EXPECTED` what they are called. Sources with `OWN` read the
+user's data: their ids begin with the dataset's name, `options.name`.
 
-A bad record never raises: it is yielded as `Malformed`. A missing file raises `FileNotFoundError`
-that says what was expected and where one gets it. `_archives` and `_documents` are what the readers
-of archives and texts share.
+A bad record never raises: it is yielded as `Malformed`. A missing file raises a `FileNotFoundError`
+that says what was expected and where to get it. `_archives` and `_documents` are shared by the
+readers of archives and texts.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ MISSING_IMAGE = "annotation names a missing image"
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller may choose about reading; each source takes what concerns it."""
+    """Options for reading; each source uses those that concern it."""
 
     max_captions: int = 50
-    """Captions kept of one image, the first ones (Visual Genome has about 50 phrases an image)."""
+    """Maximum captions kept per image, the first ones (Visual Genome has about 50 per image)."""
     coco_split: Path | None = None
     """Karpathy's dataset_coco.json; by default looked for beside the annotations."""
     document_chars: int = 4_000
-    """Plain text is cut at paragraphs into documents of about so many characters."""
+    """Plain text is cut at paragraphs into documents of about this many characters."""
     name: str = ""
-    """The dataset's name, which ids of a user's own data begin with."""
+    """The dataset's name, with which the ids of a user's own data begin."""
     url_column: str = ""
-    """Column of a table's URLs; by default the first there is of `URL_COLUMNS`."""
+    """Column of a table's URLs; by default the first of `URL_COLUMNS` that exists."""
     caption_column: str = ""
-    """Column of a table's captions; by default the first there is of `CAPTION_COLUMNS`."""
+    """Column of a table's captions; by default the first of `CAPTION_COLUMNS` that exists."""
     splits: tuple[str, ...] = ("train",)
-    """Which splits of a source that has some."""
+    """Splits to read, for a source that has splits."""
     from_files: bool = False
     """The images are taken from published folders or zips, not from their URLs."""
 
@@ -64,7 +64,7 @@ class ImageRecord:
     """An image of a source: at a `url`, in one of `files`, or, from an archive, its `data`."""
 
     id: str
-    """`source/published id or line number`: unique, and the same at every reading."""
+    """`source/published id or line number`: unique, and the same on every reading."""
     url: str | None
     captions: list[str] = field(default_factory=list)
     data: bytes | None = None
@@ -82,7 +82,7 @@ class TextRecord:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A sound record that pretraining must not see, because a benchmark tests on it."""
+    """A valid record that pretraining must not see, because a benchmark tests on it."""
 
     record: ImageRecord
     reason: str
@@ -103,7 +103,7 @@ TextItem = TextRecord | Malformed
 
 
 def names() -> list[str]:
-    """The sources there are."""
+    """The names of all sources."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
@@ -111,14 +111,14 @@ def load(name: str) -> ModuleType:
     """The module of a source.
 
     Raises:
-        ValueError: there is none of this name; the message lists those there are.
+        ValueError: there is no source of this name; the message lists those that exist.
     """
     if name not in names():
         raise ValueError(f"source {name!r}: unknown; one of {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
-# -- what the readers share -----------------------------------------------------------------------
+# -- shared by the readers ------------------------------------------------------------------------
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -126,14 +126,14 @@ _INVISIBLE = re.compile(r"[\u00ad\u200b\u2060\ufeff]")  # soft hyphen, no width 
 
 
 def clean_text(text: str) -> str:
-    """One line of composed Unicode (NFC), without controls or runs of spaces; may end up ""."""
+    """One line of composed Unicode (NFC), without controls or runs of spaces; may become ""."""
     if not text.isprintable():  # most texts have none of these
         text = _INVISIBLE.sub("", no_surrogates(_CONTROL.sub(" ", text)))
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def no_surrogates(text: str) -> str:
-    """The text without half surrogates: JSON and file names may hold them, UTF-8 may not."""
+    """The text without lone surrogates: JSON and file names may hold them, UTF-8 may not."""
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -141,7 +141,7 @@ def need(file: Path, origin: str) -> Path:
     """`file`, if it exists.
 
     Raises:
-        FileNotFoundError: it doesn't; says where to get it.
+        FileNotFoundError: it doesn't exist; the message says where to get it.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing. Get it from {origin}")
@@ -155,7 +155,7 @@ def lines(file: Path) -> Iterator[tuple[int, str | Malformed]]:
 
 
 def stream_lines(stream: BinaryIO, name: str, most: int) -> Iterator[tuple[int, str | Malformed]]:
-    """The lines of UTF-8 text and their numbers, from 1; those over `most` bytes are passed by."""
+    """The lines of UTF-8 text and their numbers, from 1; lines over `most` bytes are malformed."""
     number = 0
     while line := stream.readline(most):
         number += 1
@@ -174,7 +174,7 @@ def stream_lines(stream: BinaryIO, name: str, most: int) -> Iterator[tuple[int, 
 
 
 def tsv_pairs(file: Path, prefix: str, *, url_first: bool) -> Iterator[ImageRecord | Malformed]:
-    """Records of a headerless file of two columns, a tab between; ids: `prefix` + line number."""
+    """Records of a headerless file of two tab-separated columns; ids: `prefix` + line number."""
     for number, line in lines(file):
         where = f"{file.name}:{number}"
         if isinstance(line, Malformed):
@@ -208,7 +208,7 @@ def read_json(file: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: it is not JSON; names the file.
+        ValueError: it is not JSON; the message names the file.
     """
     try:
         with file.open("rb") as stream:
@@ -222,10 +222,10 @@ KARPATHY_FILE = "dataset_coco.json"
 
 
 def karpathy_file(root: Path, options: Options) -> Path | None:
-    """The split file: the one chosen, or one in the annotations' folder or a `coco` beside it.
+    """The split file: the chosen one, or one in the annotations' folder or in `coco` beside it.
 
     Raises:
-        FileNotFoundError: one was chosen and isn't there.
+        FileNotFoundError: the chosen file doesn't exist.
     """
     if options.coco_split is not None:
         return need(options.coco_split, "Karpathy's caption_datasets.zip (cs.stanford.edu)")

@@ -1,13 +1,14 @@
-"""Compressed files and archives, read as streams: nothing is unpacked to disk, nothing is trusted.
+"""Reads compressed files and archives as streams: nothing is unpacked to disk, nothing is trusted.
 
-Each layer is known by its first bytes, whatever the file is called: gzip, bzip2, xz, zstd, lz4, tar
-and zip, one inside another, as in `openwebtext.tar.xz`, a tar of xz files that are tars of texts.
+Each layer is identified by its first bytes, whatever the file is called: gzip, bzip2, xz, zstd,
+lz4, tar and zip, nested in each other, as in `openwebtext.tar.xz`, a tar of xz files that are tars
+of texts.
 
-- Names of members are for messages and ids only: no path is ever made of them.
+- Names of members are for messages and ids only: no path is ever made from them.
 - A file that unpacks to far more than texts and photos do, or is nested too deep, is given up.
-- Memory is bounded, but for a zip's directory (about half a kilobyte a member). A zip inside
+- Memory is bounded, except for a zip's directory (about half a kilobyte per member). A zip inside
   another archive is read whole, if it is small.
-- What is wrong with a file is a reason; what is wrong with the storage it lies on is raised.
+- Faults of a file are yielded as reasons; faults of its storage are raised.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from pipelines.sources import Malformed, no_surrogates
 MAX_DEPTH = 4
 """Layers inside one another: a .tar.xz of .tar.xz has four."""
 MAX_EXPANSION = 300
-"""Bytes that one byte of a file may unpack to, over the whole file; texts have about 4."""
+"""Maximum unpacked bytes per packed byte, over the whole file; texts have about 4."""
 FREE_BYTES = 64 << 20
-"""What a file may unpack to however small it is."""
+"""Bytes that any file may unpack to, however small it is."""
 MAX_NESTED_ZIP = 64 << 20
 _XZ_MEMORY = 256 << 20  # `xz -9` needs 65 MB
 _BLOCK = 1 << 16
-_HEAD = 512  # a tar's magic stands at 257
+_HEAD = 512  # a tar's magic is at 257
 
 _MAGIC = (
     (b"\x1f\x8b", "gzip"),
@@ -52,11 +53,11 @@ ARCHIVES = (".tar", *(f".tar{p}" for p in PACKED), ".tgz", ".tbz2", ".txz", ".zi
 
 
 class StorageError(Exception):
-    """The storage failed, not the file: worth another try."""
+    """The storage failed, not the file: worth a retry."""
 
 
 class BrokenFileError(Exception):
-    """A compressed file or archive can't be read (further); says why."""
+    """A compressed file or archive can't be read (any further); the message says why."""
 
     reason = ""
 
@@ -69,17 +70,17 @@ class BombError(BrokenFileError):
 
 @dataclass(frozen=True)
 class Leaf:
-    """A file that is no archive: read its stream before asking for the next one."""
+    """A file that is not an archive; read its stream before requesting the next leaf."""
 
     name: str
-    """Its place: the outermost file's name, then a name for each archive around it."""
+    """Its path: the outermost file's name, followed by the name within each archive."""
     head: bytes
     """Its first bytes; the stream starts with them."""
     stream: BinaryIO
 
 
 def leaves(stream: BinaryIO, name: str) -> Iterator[Leaf | Malformed]:
-    """The files inside a file, in order; the file itself where it is no archive.
+    """The files inside a file, in order; the file itself if it is not an archive.
 
     Reading a leaf's stream may raise `BrokenFileError`.
     """
@@ -91,7 +92,7 @@ def leaves(stream: BinaryIO, name: str) -> Iterator[Leaf | Malformed]:
 
 
 def contents(stream: BinaryIO, name: str, most: int) -> Iterator[tuple[str, bytes] | Malformed]:
-    """The files inside an archive as bytes, those of more than `most` bytes set aside."""
+    """The files inside an archive as bytes; those of more than `most` bytes are malformed."""
     try:
         for leaf in leaves(stream, name):
             if isinstance(leaf, Malformed):
@@ -107,7 +108,7 @@ def contents(stream: BinaryIO, name: str, most: int) -> Iterator[tuple[str, byte
 
 
 def safe_name(name: str) -> str:
-    """A member's name as part of an id: no control characters, no way up, not absolute."""
+    """A member's name as part of an id: no control characters, no "..", not absolute."""
     parts = re.split(r"[/\\]+", re.sub(r"[\x00-\x1f\x7f-\x9f]", "", no_surrogates(name)))
     return "/".join(p for p in parts if p not in ("", ".", ".."))[-300:]
 
@@ -137,7 +138,7 @@ def _tar(stream: BinaryIO, name: str, meter: _Meter, depth: int) -> Iterator[Lea
             member = archive.next()
         if member is None:
             return
-        cast(Any, archive).members.clear()  # or the list of them grows with the archive
+        cast(Any, archive).members.clear()  # otherwise the list grows with the archive
         inner = safe_name(member.name)
         if not member.isfile() or _hidden(inner):
             continue
@@ -170,7 +171,7 @@ def _zip(stream: BinaryIO, name: str, meter: _Meter, depth: int) -> Iterator[Lea
         try:
             with _Readable():
                 content = archive.open(member)
-        except BrokenFileError as error:  # the other members may be sound
+        except BrokenFileError as error:  # the other members may be readable
             yield Malformed("broken file", str(error)[:200], where)
             continue
         with content:
@@ -178,7 +179,7 @@ def _zip(stream: BinaryIO, name: str, meter: _Meter, depth: int) -> Iterator[Lea
 
 
 def _hidden(name: str) -> bool:
-    """Whether a system left the file behind: `.DS_Store`, `._n01_1.JPEG`, `__MACOSX/x`."""
+    """Whether an operating system left the file: `.DS_Store`, `._n01_1.JPEG`, `__MACOSX/x`."""
     return name.startswith("__MACOSX/") or name.rpartition("/")[2].startswith(".") or not name
 
 
@@ -202,7 +203,7 @@ class _Xz:
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
         self.decoder: lzma.LZMADecompressor | None = None
-        self.rest = b""  # read, and not yet taken by the decoder
+        self.rest = b""  # read, but not yet fed to the decoder
 
     def read(self, size: int) -> bytes:
         while True:
@@ -225,7 +226,7 @@ class _Xz:
 
 
 class _Meter(io.RawIOBase):
-    """The outermost stream: counts what is read of it, and what that unpacks to."""
+    """The outermost stream: counts the bytes read from it, and the bytes these unpack to."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
@@ -252,7 +253,7 @@ class _Meter(io.RawIOBase):
         return len(data)
 
     def bounded(self, read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-        """`read`, so that a file that grows too much when unpacked is broken."""
+        """`read`, but raising `BombError` if the file grows too much when unpacked."""
 
         def counted(size: int) -> bytes:
             with _Readable():
@@ -266,7 +267,7 @@ class _Meter(io.RawIOBase):
 
 
 class _Forward(io.RawIOBase):
-    """A stream that can only be read on, of a function that reads."""
+    """A forward-only stream around a function that reads."""
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
         self._read = read
@@ -297,7 +298,7 @@ def _peek(stream: BinaryIO) -> tuple[bytes, BinaryIO]:
 
 
 class _Storage:
-    """Errors of the storage get a type of their own: `tarfile` and others raise OSError, too."""
+    """Gives storage errors their own type, since `tarfile` and others also raise OSError."""
 
     def __enter__(self) -> None:
         pass
@@ -308,7 +309,7 @@ class _Storage:
 
 
 class _Readable:
-    """Whatever a decoder says of what it reads becomes `BrokenFileError`."""
+    """Turns all errors of a decoder into `BrokenFileError`."""
 
     def __enter__(self) -> None:
         pass
@@ -322,7 +323,7 @@ def seekable(stream: BinaryIO) -> BinaryIO:
     """A stream of bytes with `seek`, as Parquet needs it.
 
     Raises:
-        BrokenFileError: the stream can't seek, as inside an archive.
+        BrokenFileError: the stream can't seek, for example inside an archive.
     """
     if not stream.seekable():
         raise BrokenFileError("Parquet inside an archive can't be read: unpack it")

@@ -1,14 +1,14 @@
-"""Documents out of whatever a text corpus is published as; the sources of texts share this.
+"""Reads documents from any published form of a text corpus; shared by the sources of texts.
 
-    .txt, .text                     paragraphs between blank lines, or one sentence a line
-    .jsonl, .ndjson, wiki_00        one JSON object a line
-    .json                           one JSON object, a list of them, or one a line
-    .parquet                        a row a document
+    .txt, .text                     paragraphs between blank lines, or one sentence per line
+    .jsonl, .ndjson, wiki_00        one JSON object per line
+    .json                           one JSON object, a list of them, or one per line
+    .parquet                        one document per row
 
-each compressed (gz, bz2, xz, zst, lz4) or not, and, but for Parquet, in tars and zips or not
-(`pipelines.sources._archives`). A document is one line for each paragraph, in composed Unicode
-(NFC), without control characters. One of more than `MAX_DOCUMENT_BYTES` is set aside; memory holds
-a document at a time (of Parquet, a batch).
+Each may be compressed (gz, bz2, xz, zst, lz4), and, except Parquet, inside tars and zips
+(`pipelines.sources._archives`). A document is one line per paragraph, in composed Unicode (NFC),
+without control characters. Documents of more than `MAX_DOCUMENT_BYTES` are set aside; memory holds
+one document at a time (for Parquet, a batch).
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def documents(
     title: str | None = None,
     whole: bool = False,
 ) -> Iterator[TextItem]:
-    """The documents of a file; ids are its name, those of members within, and a number.
+    """The documents of a file; ids consist of its name, its members' names, and a number.
 
     Args:
-        stream: The file, able to seek.
+        stream: The file, seekable.
         name: Its name below the annotations' folder.
-        options: `document_chars` cuts plain text.
-        field: JSON fields or Parquet columns that may hold the text: the first there is.
+        options: `document_chars` is the length to which plain text is cut.
+        field: JSON fields or Parquet columns that may hold the text; the first that exists is used.
         title: A field that becomes the document's first line, unless the text starts with it.
-        whole: A plain text is one document, whatever its length.
+        whole: Make a plain text one document, whatever its length.
     """
     reader = _Reader(field, title, MAX_DOCUMENT_BYTES if whole else options.document_chars)
     for leaf in leaves(stream, name):
@@ -113,7 +113,7 @@ class _Reader:
         if isinstance(rows, list):
             for number, row in enumerate(rows, start=1):
                 yield self._document(row, f"{leaf.name}:{number}", f"{leaf.name}:{number:09d}")
-        else:  # lines, or nothing that can be read
+        else:  # JSON lines, or unreadable
             chained = io.BufferedReader(_Chain([io.BytesIO(whole + rest), leaf.stream]))
             yield from self._lines(chained, leaf.name)
 
@@ -179,7 +179,7 @@ def _join(paragraphs: Iterable[str]) -> str:
 
 
 def _paragraphs(leaf: Leaf, most: int) -> Iterator[str | Malformed]:
-    """Paragraphs as single lines, since books are hard-wrapped; long ones cut between lines."""
+    """Paragraphs joined to single lines (books are hard-wrapped); long ones cut between lines."""
     pending: list[str] = []
     characters = 0
     for _, line in stream_lines(leaf.stream, leaf.name, MAX_DOCUMENT_BYTES):

@@ -1,4 +1,4 @@
-"""What ImageNet's two sources share: finding synsets, tarred or unpacked, and reading photos."""
+"""Shared by ImageNet's two sources: finds synsets, tarred or unpacked, and reads photos."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PHOTOS = (".jpeg", ".jpg")
 
 
 def synsets(store: Store, folder: str) -> list[dict[str, Any]]:
-    """The units below a folder: tars at any depth, and folders named as synsets."""
+    """The units below a folder: tars at any depth, and folders named like synsets."""
     units: list[dict[str, Any]] = []
     for info in _entries(store, folder):
         name = posixpath.join(folder, info.base_name)
@@ -42,7 +42,7 @@ def unpacked(store: Store, folder: str) -> dict[str, Any]:
 
 
 def photos(stream: BinaryIO, name: str, source: str) -> Iterator[ImageItem]:
-    """The photos of an archive, or of the archives in it, in its order."""
+    """The photos in an archive, and in archives inside it, in its order."""
     for file in contents(stream, name, MAX_FILE_BYTES):
         if isinstance(file, Malformed):
             yield file
@@ -51,7 +51,7 @@ def photos(stream: BinaryIO, name: str, source: str) -> Iterator[ImageItem]:
 
 
 def read_folder(store: Store, folder: str, source: str) -> Iterator[ImageItem]:
-    """The photos that lie in a folder, by name."""
+    """The photos in a folder, by name."""
     for info in _photos(store, folder):
         if info.size > MAX_FILE_BYTES:
             yield Malformed("file too large", f"{info.size} bytes", f"{folder}/{info.base_name}")

@@ -2,9 +2,9 @@
 
     python pipelines/ingest.py --source bookcorpus --annotations /data/bookcorpus
 
-Three published shapes. `bookcorpus.tar.bz2` or the files in it, `books_large_p1.txt` and
-`books_large_p2.txt`: one sentence a line, books one after the other without a mark between. Or
-`books1.tar.gz`, a new crawl: `books1/epubtxt/<title>.txt`, a book each, with paragraphs between
+It is published in three forms. `bookcorpus.tar.bz2` or the files in it, `books_large_p1.txt` and
+`books_large_p2.txt`: one sentence per line, with nothing to mark where one book ends. Or
+`books1.tar.gz`, a new crawl: `books1/epubtxt/<title>.txt`, one book each, with paragraphs between
 blank lines. Or Parquet with a column `text`. Documents are cut every `document_chars` characters,
 between lines. The books belong to their authors; Smashwords' terms allow personal use.
 """

@@ -3,8 +3,8 @@
     python pipelines/ingest.py --source cc_news --annotations /data/cc_news --language en
 
 From huggingface.co/datasets/vblagoje/cc_news: Parquet with the columns title, text, domain, date,
-description, url, image_url; its older form `cc_news.tar.gz` holds one JSON object a file, whose
-text is called `maintext`, as news-please writes it. JSON lines with title and text are read too.
+description, url, image_url; the older `cc_news.tar.gz` holds one JSON object per file, whose text
+is called `maintext`, as written by news-please. JSON lines with title and text are read, too.
 RoBERTa's 76 GB were a crawl of the same source that was never published. A title becomes its
 document's first line. The articles belong to their publishers; see Common Crawl's terms of use.
 """

@@ -4,9 +4,9 @@
 
 From cocodataset.org/#download ("Train/Val annotations"): every `captions_*.json` in the folder;
 `images` [{id, file_name, coco_url, ...}] and `annotations` [{id, image_id, caption}]. The photos
-come from their URLs, or with `--images` from the zips that are published beside the annotations,
-`train2017.zip`, `val2014.zip` and so on, or from the folders in them. One that is in the files of
-2014 and of 2017 is taken from whichever is there.
+come from their URLs, or with `--images` from the zips published beside the annotations,
+`train2017.zip`, `val2014.zip` and so on, or from the folders in them. A photo that is in the files
+of both 2014 and 2017 is taken from whichever exists.
 
 With Karpathy's `dataset_coco.json` beside them, the images of his val and test splits are held out,
 because captioning and retrieval are tested on them. The JSON is read whole, file by file: about
@@ -48,7 +48,7 @@ def files(root: Path, options: Options) -> list[Path]:
 
 
 def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # noqa: B008 (frozen)
-    """Yield the images in published order with all their captions, then what was malformed."""
+    """Yield the images in published order with all their captions, then the malformed records."""
     annotations = [f for f in files(root, options) if f.name.startswith("captions_")]
     held_out = karpathy_held_out(karpathy_file(root, options))
     urls: dict[int, Any] = {}
@@ -80,7 +80,7 @@ def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # no
 
 
 def _place(image: dict[str, Any], annotations: Path) -> tuple[str, ...]:
-    """Where the photo is below the images: `captions_val2014.json` describes `val2014/`."""
+    """Possible paths of the photo below the images: `captions_val2014.json` is for `val2014/`."""
     name = image.get("file_name")
     folder = annotations.stem.removeprefix("captions_")
     return (f"{folder}/{name}", name) if isinstance(name, str) and name else ()
@@ -89,7 +89,7 @@ def _place(image: dict[str, Any], annotations: Path) -> tuple[str, ...]:
 def _add(
     row: Any, urls: dict[int, Any], captions: dict[int, dict[Any, str]], file: str
 ) -> Malformed | None:
-    """File an annotation under its image, by its own id: 2014's and 2017's files share them."""
+    """Add an annotation to its image, by annotation id: the files of 2014 and 2017 share ids."""
     if not isinstance(row, dict) or "image_id" not in row:
         return Malformed("annotation without an image", repr(row)[:200], file)
     where = f"{file}: annotation {row.get('id')}"

@@ -3,14 +3,14 @@
     python pipelines/ingest.py --source imagenet1k --annotations /data/imagenet1k
 
 From image-net.org/challenges/LSVRC/2012 (an account and its terms: non-commercial research):
-`ILSVRC2012_img_train.tar`, a tar of a tar for each synset, read where it is, a task for each
-synset; or unpacked to `train/n01440764.tar` or `train/n01440764/n01440764_10026.JPEG`. Kaggle's
-copy has `train` in `ILSVRC/Data/CLS-LOC`.
+`ILSVRC2012_img_train.tar`, a tar with a tar per synset, read in place with one task per synset; or
+unpacked to `train/n01440764.tar` or `train/n01440764/n01440764_10026.JPEG`. Kaggle's copy has
+`train` in `ILSVRC/Data/CLS-LOC`.
 
 The validation photos are a benchmark: they are read only if `--splits` names `val`, from
-`ILSVRC2012_img_val.tar`, or from `val`, flat or with a folder for each class. The devkit's ground
-truth is not needed, since images are stored without classes. Photos of the training set are
-ImageNet-21K's too. Memory: a photo.
+`ILSVRC2012_img_val.tar`, or from `val`, flat or with a folder per class. The devkit's ground truth
+is not needed, since images are stored without classes. Photos of the training set are also in
+ImageNet-21K. Memory: one photo.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def find(store: Store, options: Options) -> list[dict[str, Any]]:
     """The units of the chosen splits.
 
     Raises:
-        FileNotFoundError: a chosen split isn't there.
+        FileNotFoundError: a chosen split is missing.
         ValueError: the archive of archives can't be read.
     """
     units: list[dict[str, Any]] = []
@@ -63,7 +63,7 @@ def _find(store: Store, split: str) -> list[dict[str, Any]]:
 
 
 def _inner(store: Store, archive: str) -> list[dict[str, Any]]:
-    """A unit for each tar in the tar: only the headers between them are read."""
+    """One unit per tar in the tar; only the headers between them are read."""
     units = []
     with store.fs.open_input_file(store.path(archive)) as stream:
         try:

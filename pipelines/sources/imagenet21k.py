@@ -4,8 +4,8 @@
 
 From image-net.org/download-images (an account and its terms: non-commercial research): one tar per
 WordNet id, `n01440764.tar` holding `n01440764_10026.JPEG` and so on, at any depth below the folder;
-or the tars unpacked, `n01440764/n01440764_10026.JPEG`. A synset of which there is both is read from
-its tar. Memory: a photo.
+or the tars unpacked, `n01440764/n01440764_10026.JPEG`. A synset present in both forms is read from
+its tar. Memory: one photo.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python pipelines/ingest.py --source stories --annotations /data/stories
 
-From huggingface.co/datasets/spacemanidol/cc-stories, a copy of what Trinh and Le published
-(arXiv 1806.02847): plain text, `cc-stories.txt`, packed or in a tar; JSON lines with a `text` are
-read too. Plain text is cut every `document_chars` characters, at paragraphs or between lines. The
-texts belong to their authors; see Common Crawl's terms of use.
+From huggingface.co/datasets/spacemanidol/cc-stories, a copy of the corpus by Trinh and Le
+(arXiv 1806.02847): plain text, `cc-stories.txt`, compressed or in a tar; JSON lines with a `text`
+are read, too. Plain text is cut every `document_chars` characters, at paragraphs or between lines.
+The texts belong to their authors; see Common Crawl's terms of use.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""A list of your own: Parquet, CSV, TSV or JSON lines of image URLs and captions.
+"""Your own list: Parquet, CSV, TSV or JSON lines of image URLs and captions.
 
     python pipelines/ingest.py --source table --name mine --annotations /data/mine \
         --url-column link --caption-column description
 
 Every `*.parquet`, `*.csv`, `*.tsv`, `*.jsonl`, `*.ndjson` below the folder is read, by name; the
-last four may be packed (gz, bz2, xz, zst, lz4). Without the options, the columns are the first of
-`URL_COLUMNS` and `CAPTION_COLUMNS` that are there. A caption may be a list of captions, in JSON
-lines and Parquet. CSV and TSV start with the columns' names; if the options are numbers, from 0,
-they don't.
-Commas and tabs separate; quotes work in CSV, and are plain characters in TSV, as in the published
-lists. Memory: a line, or a batch of a Parquet file. The licence is your data's own.
+last four may be compressed (gz, bz2, xz, zst, lz4). Without the options, the columns are the first
+of `URL_COLUMNS` and `CAPTION_COLUMNS` that exist. In JSON lines and Parquet, a caption may be a
+list of captions. CSV and TSV start with a header of column names, unless the options are column
+numbers, from 0.
+CSV is separated by commas and may have quotes; TSV is separated by tabs, and quotes are plain
+characters in it, as in the published lists. Memory: a line, or a batch of a Parquet file. The
+licence is your data's own.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # no
     """Yield the rows of all files, in their order.
 
     Raises:
-        ValueError: a file has no such columns, or is no Parquet; names it.
+        ValueError: a file lacks the columns, or is broken Parquet; the message names it.
     """
     for file in files(root, options):
         name = file.relative_to(root).as_posix()
@@ -75,7 +76,7 @@ def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # no
 
 
 def _kind(file: Path) -> str:
-    """The suffix that says how a file reads; "" for one that is not read."""
+    """The suffix that gives a file's format; "" for a file that is not read."""
     suffixes = [s.lower() for s in file.suffixes]
     if suffixes and suffixes[-1] == ".parquet":
         return ".parquet"
@@ -119,7 +120,7 @@ def _parquet(file: Path, options: Options) -> Iterator[_Row]:
 
 
 def _separated(leaf: Leaf, kind: str, options: Options) -> Iterator[_Row | Malformed]:
-    """Rows of CSV or TSV; a quoted CSV field may hold line ends, and counts as one row."""
+    """Rows of CSV or TSV; a row whose quoted CSV field holds line ends counts once."""
     bad: list[Malformed] = []
 
     def good() -> Iterator[str]:
@@ -142,7 +143,7 @@ def _separated(leaf: Leaf, kind: str, options: Options) -> Iterator[_Row | Malfo
         except StopIteration:
             yield from bad
             return
-        except csv.Error as error:  # a quote that never ends, for one
+        except csv.Error as error:  # for example, a quote that never ends
             number += 1
             yield Malformed("broken row", str(error), f"{leaf.name}:{number}")
             continue
@@ -186,7 +187,7 @@ def _columns(have: list[str], options: Options, file: str) -> tuple[str, str]:
     """The names of the columns of URLs and captions.
 
     Raises:
-        ValueError: the file has none such; says which it has.
+        ValueError: the file lacks one of them; the message lists the columns it has.
     """
     found = []
     for asked, usual, option in (

@@ -1,10 +1,10 @@
-"""Text corpora of any origin: a folder of JSON lines, plain text, Parquet, packed or not.
+"""Text corpora of any origin: a folder of JSON lines, plain text, Parquet, compressed or not.
 
     python pipelines/ingest.py --source text_files --name mine --annotations /data/texts
 
-`.jsonl`: one object a line with a `text`, one document each. `.txt`: paragraphs between blank
-lines, gathered in order into documents of about `document_chars` characters. What else is read, and
-in which archives: `pipelines.sources._documents`. The licence is the corpus's own.
+`.jsonl`: one object with a `text` per line, one document each. `.txt`: paragraphs between blank
+lines, gathered in order into documents of about `document_chars` characters. For other formats and
+archives see `pipelines.sources._documents`. The licence is the corpus's own.
 """
 
 from __future__ import annotations

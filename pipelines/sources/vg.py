@@ -47,7 +47,7 @@ def files(root: Path, options: Options) -> list[Path]:
 
 
 def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # noqa: B008 (frozen)
-    """Yield the images in published order with their phrases, then what was malformed."""
+    """Yield the images in published order with their phrases, then the malformed records."""
     image_file, region_file, *_ = files(root, options)
     held_out = karpathy_held_out(karpathy_file(root, options))
     bad: list[Malformed] = []
@@ -75,7 +75,7 @@ def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # no
 def _add(
     entry: Any, images: dict[int, Any], phrases: dict[int, dict[str, None]], most: int
 ) -> list[Malformed]:
-    """File the phrases of one entry under their image, each once, the first `most` of them."""
+    """Add the distinct phrases of one entry to their image, up to `most` per image."""
     if not isinstance(entry, dict) or not isinstance(entry.get("regions"), list):
         return [Malformed("annotation without an image", repr(entry)[:200], "regions")]
     bad = []

@@ -2,12 +2,12 @@
 
     python pipelines/ingest.py --source webdataset --name mine --annotations /data/shards
 
-What img2dataset's `--output_format webdataset` writes, and most tools read: in each `*.tar`,
-packed or not, files of one sample follow one another and share their name up to the first dot:
-`000010005.jpg` (or jpeg, png, webp, gif, bmp) with `000010005.txt`, a caption, or
-`000010005.json`, an object with `caption` (a text or a list of them) and perhaps `url`. The text
-wins over the JSON, and other files are passed by.
-Nothing is downloaded. Memory: a sample. The licence is your data's own.
+The format is written by img2dataset's `--output_format webdataset`, and read by most tools: in each
+`*.tar`, compressed or not, the files of a sample follow one another and share their name up to the
+first dot: `000010005.jpg` (or jpeg, png, webp, gif, bmp) with `000010005.txt`, a caption, or
+`000010005.json`, an object with `caption` (a text or a list of texts) and perhaps `url`. The text
+file takes precedence over the JSON, and other files are ignored.
+Nothing is downloaded. Memory: one sample. The licence is your data's own.
 """
 
 from __future__ import annotations

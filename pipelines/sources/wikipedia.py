@@ -2,11 +2,11 @@
 
     python pipelines/ingest.py --source wikipedia --annotations /data/wikipedia --language en
 
-Two published shapes. `train-00000-of-00041.parquet` and so on, with the columns id, url, title,
-text: huggingface.co/datasets/wikimedia/wikipedia, for example the folder 20231101.en. Or what
-`wikiextractor --json` makes of `enwiki-latest-pages-articles.xml.bz2` from dumps.wikimedia.org:
-`AA/wiki_00` and so on, one JSON object of the same fields a line. The dump's XML itself is not
-read. Texts: CC BY-SA and GFDL.
+It is published in two forms. `train-00000-of-00041.parquet` and so on, with the columns id, url,
+title, text: huggingface.co/datasets/wikimedia/wikipedia, for example the folder 20231101.en. Or the
+output of `wikiextractor --json` for `enwiki-latest-pages-articles.xml.bz2` from
+dumps.wikimedia.org: `AA/wiki_00` and so on, one JSON object with the same fields per line. The
+dump's XML itself is not read. Texts: CC BY-SA and GFDL.
 """
 
 from __future__ import annotations
