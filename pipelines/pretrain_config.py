@@ -11,6 +11,7 @@ from beit3.config import ModelConfig
 from beit3.masking import Masking
 from beit3.objectives import ObjectiveWeights
 from pipelines.budget import Assumptions
+from pipelines.loader import STREAMS
 from pipelines.recipe import TrainConfig
 
 HELD_OUT_PAIRS = 64  # in an evaluation batch
@@ -85,6 +86,13 @@ class PretrainConfig:
                     f"{kind[:-1]}_weights: expected numbers above 0, got "
                     f"{' '.join(map(str, weights))}; leave out of {kind} what is not to be drawn"
                 )
+        workers = self.train.workers
+        if workers and STREAMS % workers and workers % STREAMS:
+            raise ValueError(
+                f"train.workers {workers}: the {STREAMS} streams that samples are read in can't be "
+                "shared out equally, and every worker would read all of the data: set a divisor or "
+                f"a multiple of {STREAMS}"
+            )
         if not any(map(self.drawn, OBJECTIVES)):
             raise ValueError(
                 "image_batch, text_batch, pair_batch: all are 0, or the objectives of what is not "

@@ -11,7 +11,6 @@ from torch import nn
 
 from beit3.config import Precision
 from pipelines import tracking
-from pipelines.loader import STREAMS
 
 if TYPE_CHECKING:
     from pipelines.budget import StepMemory
@@ -122,12 +121,6 @@ class TrainConfig:
             raise ValueError(
                 "train.compile: not with train.zero_stage 3, which puts parameters together from "
                 "module to module; set 0 to 2"
-            )
-        if self.workers and STREAMS % self.workers and self.workers % STREAMS:
-            raise ValueError(
-                f"train.workers {self.workers}: the {STREAMS} streams that samples are read in "
-                "can't be shared out equally, and every worker would read all of the data: set a "
-                f"divisor or a multiple of {STREAMS}"
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema: expected a decay from 0 to below 1, got {self.ema}")

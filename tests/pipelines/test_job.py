@@ -16,7 +16,11 @@ import small_corpus
 import yaml
 
 from pipelines import bundles, config, contrast, evaluate, job, pretrain, tokenize_corpus
+from pipelines.contrast import ContrastConfig
+from pipelines.finetune import FinetuneConfig
+from pipelines.recipe import TrainConfig
 from pipelines.storage import Store, StoreError
+from pipelines.train_image_tokenizer import ImageTokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,13 @@ def test_a_folder_is_named_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for store in ("s3://bucket/a", "file:///a", "/a"):
         assert job.located(Options(store)) == Options(store)
     assert job.located("anything else") == "anything else"
+
+
+@pytest.mark.parametrize("kind", [ContrastConfig, FinetuneConfig, ImageTokenizerConfig])
+def test_a_batch_that_workers_cant_share_is_named(kind: Any) -> None:
+    other = {} if kind is FinetuneConfig else {"images": ("cc3m",)}
+    with pytest.raises(ValueError, match="batch_size 32 is not divisible by train.workers 3"):
+        kind(batch_size=32, train=TrainConfig(workers=3), **other)
 
 
 @pytest.mark.slow

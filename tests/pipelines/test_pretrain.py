@@ -670,6 +670,11 @@ def test_datasets_of_another_kind_are_named(
         ({"pair_batch": 0}, "pairs names 5 datasets, but pair_batch is 0"),
         ({"text_batch": 9, "train": TrainConfig(workers=2)}, "text_batch 9 is not divis"),
         (
+            dict.fromkeys(("image_batch", "text_batch", "pair_batch"), 96)
+            | {"train": TrainConfig(workers=3)},
+            r"train.workers 3: the 64 streams .* can't be shared out equally, .*: set a divisor or",
+        ),
+        (
             {"images": (), "texts": (), "pairs": ()}
             | {"image_batch": 0, "text_batch": 0, "pair_batch": 0},
             "nothing to train on",
