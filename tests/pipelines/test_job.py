@@ -83,8 +83,8 @@ def test_a_folder_is_named_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.mark.parametrize("kind", [ContrastConfig, FinetuneConfig, ImageTokenizerConfig])
 def test_a_batch_that_workers_cant_share_is_named(kind: Any) -> None:
-    other = {} if kind is FinetuneConfig else {"images": ("cc3m",)}
-    with pytest.raises(ValueError, match="batch_size 32 is not divisible by train.workers 3"):
+    other: dict[str, Any] = {} if kind is FinetuneConfig else {"images": ("cc3m",)}
+    with pytest.raises(ValueError, match=r"batch_size 32 is not divisible by train.workers 3"):
         kind(batch_size=32, train=TrainConfig(workers=3), **other)
 
 
