@@ -31,9 +31,9 @@ from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import captions_of, check_captions
 from pipelines.recipe import TrainConfig
+from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig, picture_of
 from pipelines.storage import Store, StoreError
-from pipelines.tracking import Logger
 from pipelines.trainer import fit
 
 EVALUATED = 64  # pictures, or texts, encoded at once

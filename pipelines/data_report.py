@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import cluster, console, job, tracking
+from pipelines import cluster, console, job, run_logger, tracking
 from pipelines.data_report_page import Shown, render
 from pipelines.dataset import Commit, Dataset
 from pipelines.parts import each
@@ -374,7 +374,7 @@ def to_mlflow(store: Store, folder: str, stats: dict[str, Any], page: bytes) -> 
     here = Path(tempfile.mkdtemp(prefix="beit3-data-report-"))
     try:
         (here / "report.html").write_bytes(page)
-        with tracking.Logger(handle) as logger:
+        with run_logger.Logger(handle) as logger:
             logger.metrics(0, metrics(stats))
             logger.file(here / "report.html", "data")
             logger.json("data/stats.json", stats)

@@ -23,6 +23,7 @@ from pipelines import (
     lineage,
     models,
     report,
+    run_logger,
     tracking,
     train_image_tokenizer,
     train_text_tokenizer,
@@ -53,7 +54,7 @@ def write(cfg: DemoConfig, store: Store, seconds: dict[str, float]) -> Path:
     content = gather(cfg, store, seconds)
     path = report.write(content, cfg.root / "report.html")
     handle = tracking.start_run(store, "report", {"root": cfg.root}, key="runs/report")
-    with tracking.Logger(handle) as logger:
+    with run_logger.Logger(handle) as logger:
         for score in content.headline.scores:
             name = f"{score.task}/{score.metric}".replace("@", "_at_").replace(" ", "_")
             for column in ("blind", "scratch", "pretrained"):

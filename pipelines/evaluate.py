@@ -32,7 +32,7 @@ import torch
 from beit3 import tasks
 from beit3.config import Precision
 from beit3.tasks import Example, Sample, Task
-from pipelines import bill, bundles, cluster, console, job, tracking
+from pipelines import bill, bundles, cluster, console, job, run_logger, tracking
 from pipelines.config import flatten, to_dict
 from pipelines.dataset import Commit
 from pipelines.finetuned import Finetuned, load, read_notes, row_sample
@@ -365,7 +365,7 @@ def _track(
     hours: Mapping[str, float],
 ) -> str:
     handle = tracking.start_run(store, f"evaluate/{config.output}", flatten(config))
-    with tempfile.TemporaryDirectory() as folder, tracking.Logger(handle) as logger:
+    with tempfile.TemporaryDirectory() as folder, run_logger.Logger(handle) as logger:
         logger.metrics(0, {**result["metrics"], "failed": result["failed"]})
         logger.json("scores.json", result)
         if submission is not None:

@@ -32,10 +32,10 @@ from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import labels, read_examples
 from pipelines.recipe import TrainConfig
+from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.samples import Sample as Drawn
 from pipelines.storage import Store, StoreError
-from pipelines.tracking import Logger
 from pipelines.trainer import fit
 
 RANDOM = "random"

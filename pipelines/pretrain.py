@@ -46,8 +46,8 @@ from pipelines.dataset import Dataset
 from pipelines.lineage import fingerprint
 from pipelines.masked_batches import MaskedBatches, held_out_batches
 from pipelines.pretrain_config import OBJECTIVES, PRESETS, PretrainConfig
+from pipelines.run_logger import Logger
 from pipelines.storage import Store
-from pipelines.tracking import Logger
 from pipelines.trainer import fit
 from pipelines.words_in_step import WordsInStep
 from pipelines.zero_shot import picture_recall

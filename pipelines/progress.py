@@ -17,7 +17,7 @@ import torch
 
 from beit3.device import DTYPES
 from beit3.flops import matmul_peak
-from pipelines import console, tracking
+from pipelines import console, run_logger
 from pipelines.recipe import Run
 from pipelines.stops import BEGUN
 from pipelines.storage import Store
@@ -30,7 +30,7 @@ class Clock:
         self,
         run: Run,
         store: Store,
-        logger: tracking.Logger,
+        logger: run_logger.Logger,
         start: int,
         said: list[str],
         device: torch.device,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import nn
 
 from beit3.config import Precision
-from pipelines import tracking
+from pipelines import run_logger, tracking
 
 if TYPE_CHECKING:
     from pipelines.budget import StepMemory
@@ -191,7 +191,7 @@ class Recipe(Protocol):
         """Blocks of the backbone, for layer-wise decay."""
         ...
 
-    def evaluate(self, module: nn.Module, step: int, logger: tracking.Logger) -> dict[str, float]:
+    def evaluate(self, module: nn.Module, step: int, logger: run_logger.Logger) -> dict[str, float]:
         """Scores on held-out data; may log pictures. Called on rank 0."""
         ...
 

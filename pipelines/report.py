@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines import tracking
+from pipelines import run_logger, tracking
 from pipelines.dataset import Dataset
 from pipelines.report_content import (
     Curve,
@@ -128,7 +128,7 @@ def gather_curves(
 # -- MLflow ---------------------------------------------------------------------------------------
 
 
-def to_mlflow(report: Report, logger: tracking.Logger, *, folder: str = "report") -> None:
+def to_mlflow(report: Report, logger: run_logger.Logger, *, folder: str = "report") -> None:
     """Log the page and its pictures as artifacts, in the background as the logger does."""
     here = Path(tempfile.mkdtemp(prefix="beit3-report-"))
     # The logger reads the file later, so the copy is deleted with the logger.

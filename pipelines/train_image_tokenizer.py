@@ -29,9 +29,9 @@ from pipelines import bundles, cluster, config, console, job, models, pictures
 from pipelines.dataset import Dataset
 from pipelines.lineage import fingerprint
 from pipelines.recipe import TrainConfig
+from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.storage import Store, StoreError
-from pipelines.tracking import Logger
 from pipelines.trainer import fit
 
 PIXELS = "pixels"

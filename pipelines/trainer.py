@@ -22,6 +22,7 @@ from pipelines import (
     cluster,
     console,
     progress,
+    run_logger,
     stops,
     tracking,
     training_worker,
@@ -76,8 +77,8 @@ def fit(
             import ray.tune
 
             ray.tune.report({**found["metrics"], "step": found["steps"]})
-        if track and store.exists(f"{run_folder}/{tracking.UNDELIVERED}"):
-            tracking.settle(store, run_folder)
+        if track and store.exists(f"{run_folder}/{run_logger.UNDELIVERED}"):
+            run_logger.settle(store, run_folder)
         return found
     store.check_writable()
     _claim(store, run_folder, fingerprint, parameters)
@@ -106,7 +107,7 @@ def fit(
                 tracking.finish_run(handle, kind)
         raise
     if handle is not None:
-        tracking.settle(store, run_folder)
+        run_logger.settle(store, run_folder)
     result = bundles.info(store, output)
     shown = ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items())
     console.say(f"{output}: trained ({config.steps:,} steps){'; ' if shown else ''}{shown}")

@@ -27,8 +27,8 @@ from pipelines import (
     cluster,
     placement,
     progress,
+    run_logger,
     stops,
-    tracking,
     zero,
 )
 from pipelines import engine as engines
@@ -76,7 +76,7 @@ def _train(run: Run) -> None:
     metrics: dict[str, float] = {}
     ended: Ended | None = None
     handle = run.tracking if rank == 0 else None
-    with tracking.Logger(handle, store, run.name, said.append) as logger:
+    with run_logger.Logger(handle, store, run.name, said.append) as logger:
         try:
             with _worker(run, store, engine, logger, said, start, rank, world, device) as worker:
                 if due:
@@ -117,7 +117,7 @@ class Worker:
     device: torch.device
     guard: Guard
     writer: checkpoints.Writer
-    logger: tracking.Logger
+    logger: run_logger.Logger
     clock: Clock | None
     """Rank 0's."""
 
@@ -239,7 +239,7 @@ def _worker(
     run: Run,
     store: Store,
     engine: Any,
-    logger: tracking.Logger,
+    logger: run_logger.Logger,
     said: list[str],
     start: int,
     rank: int,

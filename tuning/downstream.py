@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import bundles, config, evaluate, finetune, prepare_task, tracking
+from pipelines import bundles, config, evaluate, finetune, prepare_task, run_logger, tracking
 from pipelines.baselines import TEST_SPLITS
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
@@ -238,7 +238,7 @@ def tracked(store: Store, key: str, cfg: Any) -> Iterator[tracking.RunHandle]:
 
 def log_spread(handle: tracking.RunHandle, values: Mapping[str, Sequence[float]]) -> None:
     """Log means and standard deviations by name; the step is the number of values."""
-    with tracking.Logger(handle) as logger:
+    with run_logger.Logger(handle) as logger:
         for name, found in values.items():
             logger.metrics(len(found), {name: statistics.fmean(found)})
             deviation = spread(found)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines import cluster, config, console, finetune, job, models, tracking
+from pipelines import cluster, config, console, finetune, job, models, run_logger, tracking
 from pipelines.finetune import FinetuneConfig
 from pipelines.lineage import fingerprint
 from pipelines.storage import Store, StoreError
@@ -146,7 +146,7 @@ def run(cfg: SweepConfig) -> dict[str, Any]:
     result["model"] = outcome.export(store, result)
     page = sweep_page.render(result, spaces.read(spaces.load(cfg.finetune.task)[0]))
     store.write(f"sweeps/{cfg.name}.html", page.encode())
-    with tempfile.TemporaryDirectory() as local, tracking.Logger(handle) as logger:
+    with tempfile.TemporaryDirectory() as local, run_logger.Logger(handle) as logger:
         score = result["best"]["score"]
         logger.metrics(0, {f"best/{result['metric']}": score, "busy": result["busy"]})
         logger.json("trials.json", result["trials"])

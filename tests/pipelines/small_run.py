@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from pipelines import cluster, stops
 from pipelines.recipe import TrainConfig
+from pipelines.run_logger import Logger
 from pipelines.storage import Store
-from pipelines.tracking import Logger
 from pipelines.trainer import fit
 
 

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from pipelines import bundles, checkpoints, stops, training_worker, zero
 from pipelines import engine as engines
 from pipelines.recipe import Run
+from pipelines.run_logger import Logger
 from pipelines.storage import Store, StoreError
-from pipelines.tracking import Logger
 from pipelines.trainer import fit
 
 

@@ -24,8 +24,8 @@ from pipelines import loader, loader_workers, models, pretrain, train_text_token
 from pipelines.loader_workers import LoaderWorkers, check_room, prefetch
 from pipelines.pretrain import PretrainRecipe
 from pipelines.recipe import TrainConfig
+from pipelines.run_logger import Logger
 from pipelines.storage import Store
-from pipelines.tracking import Logger
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no actor can import a test

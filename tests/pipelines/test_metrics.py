@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import small_corpus
 
-from pipelines import contrast, tracking
+from pipelines import contrast, run_logger, tracking
 from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
 from pipelines.storage import Store, StoreError
 
@@ -67,7 +67,7 @@ def test_the_machines_use_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     store = Store(tmp_path)
     handle = tracking.start_run(store, "run", {})
     found: dict[str, float] = {}
-    with tracking.Logger(handle) as logger:
+    with run_logger.Logger(handle) as logger:
         for step in range(1, 600):
             logger.machine(step)
             found = tracking.client(handle.uri).get_run(handle.run_id).data.metrics
@@ -80,7 +80,7 @@ def test_the_machines_use_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_dead_tracker_does_not_stop_the_looking(tmp_path: Path) -> None:
     dead = tracking.RunHandle("http://127.0.0.1:9", "0" * 32, "0")
-    logger = tracking.Logger(dead)
+    logger = run_logger.Logger(dead)
     begun = time.monotonic()
     for step in range(100):
         logger.machine(step)

@@ -17,7 +17,7 @@ import small_corpus
 import torch
 from PIL import Image
 
-from pipelines import baselines, pictures, report, report_charts, tracking
+from pipelines import baselines, pictures, report, report_charts, run_logger, tracking
 from pipelines import report_content as content
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.lineage import fingerprint
@@ -321,7 +321,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def test_curves_are_gathered_from_mlflow(store: Store) -> None:
     handle = tracking.start_run(store, "training", {})
-    with tracking.Logger(handle) as logger:
+    with run_logger.Logger(handle) as logger:
         for step in (3, 1, 2):
             logger.metrics(step, {"train/loss": 4.0 - step})
         for step in (1, 2, 3):
@@ -334,7 +334,7 @@ def test_curves_are_gathered_from_mlflow(store: Store) -> None:
 
 def test_page_and_pictures_go_to_mlflow(store: Store, tmp_path: Path) -> None:
     handle = tracking.start_run(store, "report", {})
-    with tracking.Logger(handle) as logger:
+    with run_logger.Logger(handle) as logger:
         report.to_mlflow(everything(HOSTILE), logger)
     tracker = tracking.client(handle.uri)
 

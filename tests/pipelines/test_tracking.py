@@ -20,9 +20,10 @@ from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, TEMPORARILY_UNAVAIL
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipelines import recipe, tracking, trainer
+from pipelines import recipe, run_logger, tracking, trainer
+from pipelines.run_logger import Logger
 from pipelines.storage import Store, StoreError
-from pipelines.tracking import Logger, RunHandle, finish_run, start_run
+from pipelines.tracking import RunHandle, finish_run, start_run
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +348,7 @@ def test_artifacts_that_nobody_takes_hold_up_no_metrics(
 ) -> None:
     """They are left out after some tries, which is said once and counted."""
     handle, said = start_run(store, "refused", {}), []
-    monkeypatch.setattr(tracking, "ARTIFACT_TRIES", 2)
+    monkeypatch.setattr(run_logger, "ARTIFACT_TRIES", 2)
     with Logger(handle, say=said.append) as logger:
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "log_artifact", away)
@@ -360,7 +361,7 @@ def test_artifacts_that_nobody_takes_hold_up_no_metrics(
         logger.json("3.json", 3)
     (line,) = said
     assert line.startswith("tracking: 0.json can't be stored in ") and "nobody answers" in line
-    assert run_of(handle).data.tags[tracking.DROPPED] == "3"
+    assert run_of(handle).data.tags[run_logger.DROPPED] == "3"
     names = {file.path for file in tracking.client(handle.uri).list_artifacts(handle.run_id)}
     assert names == {"parameters.json", "3.json"}
 
@@ -374,7 +375,7 @@ def test_artifacts_wait_for_a_server_that_is_away(
         asked.set()
         away()
 
-    monkeypatch.setattr(tracking, "ARTIFACT_TRIES", 1)
+    monkeypatch.setattr(run_logger, "ARTIFACT_TRIES", 1)
     with Logger(handle) as logger:
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "log_artifact", away)

@@ -40,8 +40,8 @@ from pipelines import (
 from pipelines.loader_workers import check_room
 from pipelines.progress import progress
 from pipelines.recipe import Run, TrainConfig
+from pipelines.run_logger import Logger
 from pipelines.storage import Store, StoreError
-from pipelines.tracking import Logger
 from pipelines.trainer import fit
 
 OBJECTIVES = ("image", "text", "pair_image", "pair_text")

@@ -33,8 +33,8 @@ from two_workers import on_two_workers, run
 
 from beit3.objectives import MaskedBatch, MaskedDataModelling
 from pipelines import budget, bundles, checkpoints, engine
+from pipelines.run_logger import Logger
 from pipelines.storage import Store
-from pipelines.tracking import Logger
 
 
 class Masked(Recipe):
