@@ -243,7 +243,8 @@ def _code_patches(store: Store) -> dict[int, list[Any]]:
 def pretraining(cfg: DemoConfig, store: Store) -> page.TrainingSection:
     """Curves of each objective, and masked pictures with predicted words."""
     info = bundles.info(store, "models/pretrained")
-    handle = tracking.RunHandle(**store.read_json("runs/pretrained/mlflow.json"))
+    handle = tracking.handle_of(store, "runs/pretrained")
+    assert handle is not None
 
     def curves(kind: str, names: dict[str, str]) -> list[page.Curve]:
         keys = {f"train/{kind}/{name}": label for name, label in names.items()}

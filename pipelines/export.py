@@ -146,10 +146,9 @@ def _measured(store: Store, run_folder: str, step: int) -> dict[str, Any]:
     `metrics` is None if the tracker doesn't answer or has no scores.
     """
     unknown = {"metrics": None}
-    note = f"{run_folder}/mlflow.json"
-    if not store.exists(note):
+    run = tracking.handle_of(store, run_folder)
+    if run is None:
         return unknown
-    run = tracking.RunHandle(**store.read_json(note))
     file = Path(run.uri.removeprefix("sqlite:///"))
     if run.uri.startswith("sqlite:") and not file.exists():  # MLflow would create it
         return unknown

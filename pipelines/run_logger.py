@@ -45,7 +45,8 @@ def settle(store: Store, key: str) -> None:
     """
     left = f"{key}/{UNDELIVERED}"
     try:
-        handle = RunHandle(**store.read_json(f"{key}/mlflow.json"))
+        handle = tracking.handle_of(store, key)
+        assert handle is not None
         tracking.finish_run(handle)
         if store.exists(left):
             Logger(handle, store, key).close()

@@ -77,6 +77,12 @@ def client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
+def handle_of(store: Store, key: str) -> RunHandle | None:
+    """The MLflow run that a job of this `key`, e.g. `runs/base`, opened last; None if none did."""
+    note = f"{key}/mlflow.json"
+    return RunHandle(**store.read_json(note)) if store.exists(note) else None
+
+
 def start_run(
     store: Store,
     name: str,
@@ -95,13 +101,10 @@ def start_run(
         StoreError: the tracking server can't be reached, or artifacts can't be stored.
     """
     uri = tracking_uri(store)
-    note = f"{key}/mlflow.json" if key else None
     try:
         tracker = client(uri)
-        run = None
-        if note and store.exists(note):
-            handle = RunHandle(**store.read_json(note))
-            run = _found(tracker, handle.run_id) if handle.uri == uri else None
+        before = handle_of(store, key) if key else None
+        run = _found(tracker, before.run_id) if before and before.uri == uri else None
         if run is not None:
             _store_parameters(tracker, run, parameters)
             tracker.set_terminated(run.info.run_id, status="RUNNING")
@@ -112,8 +115,8 @@ def start_run(
     except Exception as error:
         raise StoreError(f"tracking {uri}: {error}. {_advice(error)}") from error
     handle = RunHandle(uri, run.info.run_id, run.info.experiment_id)
-    if note:
-        store.write_json(note, asdict(handle))
+    if key:
+        store.write_json(f"{key}/mlflow.json", asdict(handle))
     return handle
 
 

@@ -90,10 +90,9 @@ def _say_again(store: Store, trial: FinetuneConfig, heard: int, metric: str) -> 
 
 def scores(store: Store, name: str, metric: str) -> list[tuple[int, float]]:
     """A trial's evaluations by step, from MLflow; none if it never began."""
-    note = f"runs/{name}/mlflow.json"
-    if not store.exists(note):
+    handle = tracking.handle_of(store, f"runs/{name}")
+    if handle is None:
         return []
-    handle = RunHandle(**store.read_json(note))
     curves = report.gather_curves(handle, handle.run_id, [f"eval/{metric}"])
     return [(int(step), score) for curve in curves for step, score in curve.points]
 
@@ -135,9 +134,9 @@ def close(store: Store, sweep: str, failed: set[str]) -> None:
         failed: Names of the trials that failed.
     """
     for name in (f"{sweep}/{mark}" for mark in store.list(f"runs/{sweep}")):
-        note = f"runs/{name}/mlflow.json"
-        if store.exists(note):
-            handle = RunHandle(**store.read_json(note))
-            if tracking.client(handle.uri).get_run(handle.run_id).info.status == "RUNNING":
-                left = "FINISHED" if bundles.exists(store, f"models/{name}") else "KILLED"
-                tracking.finish_run(handle, "FAILED" if name in failed else left)
+        handle = tracking.handle_of(store, f"runs/{name}")
+        if handle is None:
+            continue
+        if tracking.client(handle.uri).get_run(handle.run_id).info.status == "RUNNING":
+            left = "FINISHED" if bundles.exists(store, f"models/{name}") else "KILLED"
+            tracking.finish_run(handle, "FAILED" if name in failed else left)
