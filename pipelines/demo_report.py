@@ -29,7 +29,7 @@ from pipelines import (
     train_text_tokenizer,
 )
 from pipelines import report_content as page
-from pipelines.baselines import TEST_SPLITS, blind
+from pipelines.baselines import blind
 from pipelines.demo import DemoConfig
 from pipelines.masked_batches import held_out_batches
 from pipelines.pictures import to_image
@@ -167,7 +167,7 @@ def predictions(store: Store, name: str) -> list[tuple[Example, Any]]:
 
 def task_rows(store: Store, task: str) -> dict[str, dict[str, Any]]:
     """Rows of a task's test split, by id."""
-    split = TEST_SPLITS[task]
+    split = tasks.load(task).about.test_split
     return {r["id"]: r for r in store.dataset(f"tasks/{task}/{split}").read_table().to_pylist()}
 
 

@@ -8,6 +8,7 @@ import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from beit3 import tasks
 from beit3.config import PRESETS as MODELS
 from beit3.config import ModelConfig
 from beit3.vqkd import PRESETS as TOKENIZERS
@@ -23,7 +24,6 @@ from pipelines import (
     train_image_tokenizer,
     train_text_tokenizer,
 )
-from pipelines.baselines import TEST_SPLITS
 from pipelines.sample_world import World, WorldSize, generate, load
 from pipelines.samples import ViewConfig
 from pipelines.side_by_side import side_by_side, steps_of
@@ -235,7 +235,7 @@ def evaluation(cfg: DemoConfig, task: str, start: str) -> evaluate.EvaluateConfi
     return evaluate.EvaluateConfig(
         store=cfg.store_uri,
         model=f"models/{task}-{start}",
-        data=f"tasks/{task}/{TEST_SPLITS[task]}",
+        data=f"tasks/{task}/{tasks.load(task).about.test_split}",
         name=f"{task}-{start}",
         batch_size=64,
         in_process=True,

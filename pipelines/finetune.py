@@ -49,7 +49,7 @@ class FinetuneConfig:
     store: str = "store"
     """Where models and data live: a folder or an s3:// URI."""
     task: str = "vqa"
-    """A module of beit3/tasks: captioning, imagenet, nlvr2, retrieval, vqa."""
+    """A module of beit3/tasks, such as vqa."""
     data: str = ""
     """The task's data are tasks/<data>/<split>; by default the task's name."""
     train_split: str = "train"
@@ -98,28 +98,20 @@ class FinetuneConfig:
         return f"tasks/{self.data or self.task}/{split}"
 
 
-# Switched off: useless within a few hundred steps.
-_TINY_OPTIONS: dict[str, dict[str, float]] = {
-    "captioning": {"drop_worst": 0.0},
-    "imagenet": {"rand_augment": 0.0, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0},
-    "nlvr2": {"head_init": 1.0},
-}
-
-
 def preset(size: str, task: str) -> FinetuneConfig:
     """The configuration of a model size (`tiny`, `base`, `large`) for a task.
 
     Raises:
         ValueError: there is no such task or size.
     """
-    recipes = tasks.load(task).recipes()
+    kind = tasks.load(task)
     if size == "tiny":
         # For a CPU, in seconds. No mirroring: captions and questions mention left and right.
         return FinetuneConfig(
             task=task,
             batch_size=64,
             view=ViewConfig(scale=(0.7, 1.0), flip=0.0),
-            options=_TINY_OPTIONS.get(task, {}),
+            options=dict(kind.about.small_options),
             eval_records=64,
             eval_batch_size=64,
             train=TrainConfig(
@@ -135,6 +127,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
                 checkpoint_every=0,
             ),
         )
+    recipes = kind.recipes()
     if size not in recipes:
         raise ValueError(f"size: {size!r} is none of tiny, {', '.join(recipes)}")
     recipe = recipes[size]
@@ -257,9 +250,8 @@ class FinetuneRecipe:
         shown = [
             {"id": e.id, "text": e.text, "target": e.target, "prediction": p}
             for e, p in list(zip(examples, predictions, strict=True))[:20]
-            if not isinstance(p, dict)  # vectors mean nothing to a reader
         ]
-        if shown:
+        if not task.about.similarity:  # vectors mean nothing to a reader
             logger.json(f"predictions/step-{step:06d}.json", shown)
         return scores
 

@@ -105,7 +105,8 @@ def predict(
 def evaluation_image(task: Task, data: bytes, size: int) -> np.ndarray:
     """Decode bytes to the picture that a task is evaluated on: uint8 `[3, size, size]`."""
     picture = decode(data)
-    return apply_view(picture, centre_view(*picture.size) if task.centre_crop else WHOLE, size)
+    view = centre_view(*picture.size) if task.about.centre_crop else WHOLE
+    return apply_view(picture, view, size)
 
 
 def row_sample(task: Task, row: dict[str, Any], size: int) -> Sample:

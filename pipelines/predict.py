@@ -1,10 +1,10 @@
 """Tries a finetuned model on one image or a folder of images.
 
-    python pipelines/predict.py --model models/vqa --path photo.jpg --question "what is this?"
+    python pipelines/predict.py --model models/vqa --path photo.jpg --text "what is this?"
     python pipelines/predict.py --model models/captioning --path photos/
-    python pipelines/predict.py --model models/retrieval --path photos/ --query "two red circles"
+    python pipelines/predict.py --model models/retrieval --path photos/ --text "two red circles"
     python pipelines/predict.py --model models/imagenet --path photo.jpg
-    python pipelines/predict.py --model models/nlvr2 --path a.jpg --right b.jpg --statement "..."
+    python pipelines/predict.py --model models/nlvr2 --path a.jpg --right b.jpg --text "..."
 
 Depending on what the model was finetuned for, it answers a question, writes a caption, ranks the
 images by a text, names an image's likeliest classes, or says whether a statement is true of two
@@ -20,11 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import UnidentifiedImageError
 
 from beit3.tasks import Example, Sample
-from beit3.tasks.retrieval import unpack
 from pipelines import job
 from pipelines.finetuned import Finetuned, evaluation_image, load
 from pipelines.storage import Store
@@ -42,15 +40,10 @@ class PredictConfig:
     """Bundle of a finetuned model."""
     store: str = "store"
     """Where models live: a folder or an s3:// URI."""
-    question: str = ""
-    """For a model that answers questions."""
-    query: str = ""
-    """For a retrieval model: the text that the images are ranked by."""
-    statement: str = ""
-    """For a model that judges statements about two images: `path` is the left one, `right` the
-    other."""
+    text: str = ""
+    """The question to answer, the text to rank the images by, or the statement to judge."""
     right: str = ""
-    """The right image of a statement."""
+    """For a model that reads two images, such as NLVR2's: the right one; `path` is the left one."""
     top: int = 5
     """How many to show of the ranked images, or of an image's (at most 5) likeliest classes."""
     class_names: str = ""
@@ -90,8 +83,9 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
     """
     files = [(file,) for file in _files(Path(config.path))]
     model = load(Store(config.store), config.model, config.options, config.device)
+    about = model.task.about
     text = _text(model, config)
-    if model.task_name == "nlvr2":
+    if about.images == 2:
         files = [_pair(config)]
     names = _class_names(config, model.task.labels)
     results: list[dict[str, Any]] = []
@@ -102,21 +96,14 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
             result["prediction"] = result["prediction"][: config.top]
             if names:
                 result["names"] = [names.get(label, label) for label in result["prediction"]]
-    return _rank(results, config.top) if model.task_name == "retrieval" else results
+    return _rank(results, config.top) if about.similarity else results
 
 
 def _text(model: Finetuned, config: PredictConfig) -> str | None:
-    needs = {
-        "vqa": ("question", config.question),
-        "retrieval": ("query", config.query),
-        "nlvr2": ("statement", config.statement),
-    }
-    if model.task_name not in needs:
-        return None
-    name, given = needs[model.task_name]
-    if not given:
-        raise ValueError(f"{name}: {config.model} is a model for {model.task_name}: give a {name}")
-    return given
+    asks = model.task.about.asks
+    if asks and not config.text:
+        raise ValueError(f"text: {config.model} is a model for {model.task_name}: give a {asks}")
+    return config.text if asks else None
 
 
 def _class_names(config: PredictConfig, labels: Sequence[str]) -> dict[str, str]:
@@ -183,14 +170,14 @@ def _predict(
         good.append(result)
     if samples:
         for result, prediction in zip(good, model.predict(samples), strict=True):
-            result.update(_shown(prediction))
+            result.update(_shown(model, prediction))
     return results
 
 
-def _shown(prediction: Any) -> dict[str, Any]:
-    if isinstance(prediction, dict):  # retrieval's two vectors
-        similarity = float(np.dot(unpack(prediction["image"]), unpack(prediction["text"])))
-        return {"similarity": round(similarity, 4)}
+def _shown(model: Finetuned, prediction: Any) -> dict[str, Any]:
+    similarity = model.task.about.similarity
+    if similarity:
+        return {"similarity": round(similarity(prediction), 4)}
     return {"prediction": prediction}
 
 

@@ -20,11 +20,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
@@ -61,7 +61,7 @@ class PrepareConfig:
     """Prepare a task's data."""
 
     task: str = "vqa"
-    """A module of beit3/tasks: captioning, imagenet, nlvr2, retrieval, vqa."""
+    """A module of beit3/tasks, such as vqa."""
     annotations: str = "annotations"
     """Folder of the task's published files (for captioning and retrieval also one dataset_*.json):
     path or URI."""
@@ -72,8 +72,9 @@ class PrepareConfig:
     name: str = ""
     """The datasets become tasks/<name>/<split>; by default the task's name."""
     splits: tuple[str, ...] = ("train", "val")
-    dataset: Literal["", "coco", "flickr30k"] = ""
-    """Captioning and retrieval: which of Karpathy's files to read; empty: the only one there is."""
+    dataset: str = ""
+    """Captioning and retrieval: which of Karpathy's files to read, coco or flickr30k; empty: the
+    only one there is."""
     limit: int | None = None
     """Take only this many records of each split, the first ones."""
     min_answer_count: int = 9
@@ -86,14 +87,15 @@ class PrepareConfig:
     """Work in the job's own process instead of on Ray: for small data."""
 
     def __post_init__(self) -> None:
-        tasks.load(self.task)
         if not self.splits:
             raise ValueError("splits: name at least one")
         for field in ("min_answer_count", "short_side", "part_records"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: must be at least 1, not {getattr(self, field)}")
-        if self.dataset and self.task not in ("captioning", "retrieval"):
-            raise ValueError(f"dataset: {self.task} has only one; of Karpathy's there are two")
+        there = tasks.load(self.task).about.collections
+        if self.dataset and self.dataset not in there:
+            known = f"expected one of {', '.join(there)}" if there else f"{self.task} has only one"
+            raise ValueError(f"dataset: {known}, not {self.dataset!r}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: must be at least 1, not {self.limit}")
         if not re.fullmatch(r"[\w.-]*", self.name):
@@ -104,20 +106,13 @@ class PrepareConfig:
 
     def source(self, root: Path) -> Path:
         """The path that the task reads within the folder of annotations."""
-        return root / f"dataset_{self.dataset}.json" if self.dataset else root
+        return root / tasks.load(self.task).about.collections.get(self.dataset, "")
 
 
-_two, _three = ("train", "val"), ("train", "val", "test")
 PRESETS: dict[str, PrepareConfig] = {
-    "vqa": PrepareConfig(task="vqa", splits=_two),
-    "captioning": PrepareConfig(task="captioning", splits=_three),
-    "retrieval": PrepareConfig(task="retrieval", splits=_three),
-    "flickr30k": PrepareConfig(
-        task="retrieval", dataset="flickr30k", name="flickr30k", splits=_three
-    ),
-    "nlvr2": PrepareConfig(task="nlvr2", splits=_three),
-    "imagenet": PrepareConfig(task="imagenet", splits=_two),
+    name: PrepareConfig(task=name, splits=tasks.load(name).about.splits) for name in tasks.names()
 }
+PRESETS["flickr30k"] = replace(PRESETS["retrieval"], dataset="flickr30k", name="flickr30k")
 
 
 def run(config: PrepareConfig) -> dict[str, Commit]:
@@ -140,7 +135,7 @@ def read_examples(row: dict[str, Any]) -> tuple[Example, ...]:
 
 
 def captions_of(row: dict[str, Any]) -> list[str]:
-    """The captions of a row's picture, in `images/*` or in a split of captioning or retrieval."""
+    """The captions of a row's picture, in `images/*` or in a split of a task about captions."""
     if "captions" in row:
         return row["captions"] or []
     said = ([e.text] if e.text is not None else e.target for e in read_examples(row))
@@ -155,10 +150,11 @@ def check_captions(dataset: Dataset, field: str) -> Commit:
     """
     commit = dataset.commit()
     task = commit.lineage["config"].get("task")
-    if dataset.name.startswith("tasks/") and task not in ("captioning", "retrieval"):
+    if dataset.name.startswith("tasks/") and not tasks.load(task).about.captions:
+        having = " or ".join(name for name in tasks.names() if tasks.load(name).about.captions)
         raise StoreError(
-            f"{field}: {dataset.uri} holds no captions, but what {task} asks: name a captioning or "
-            "retrieval split"
+            f"{field}: {dataset.uri} holds no captions, but what {task} asks: name a split of "
+            f"{having}"
         )
     return commit
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from beit3 import tasks
 from beit3.config import PRESETS as MODELS
 from beit3.device import to_device
 from beit3.masking import Masking
@@ -40,7 +41,6 @@ from pipelines.side_by_side import side_by_side, steps_of
 from pipelines.storage import Store
 from tuning.ablations import ABLATIONS, DEFAULT, PAPER_TASKS, VARIANTS, check_default, variant
 from tuning.downstream import (
-    MEASURES,
     TasksConfig,
     check_names,
     finetuning,
@@ -188,15 +188,13 @@ def run(cfg: AblateConfig) -> dict[str, Any]:
             for (seed, name), row in zip(runs, results, strict=True):
                 for task, metrics in row.items():
                     scores[name][task].append(metrics)
-                said = (
-                    f"{MEASURES[task].title} {MEASURES[task].of(m):.1f}" for task, m in row.items()
-                )
+                said = (f"{_title(task)} {_score(task, m):.1f}" for task, m in row.items())
                 console.say(f"seed {seed}, {name}: {', '.join(said)}")
                 publish(store, place, handle, outcome, tables(scores, cfg.tasks.names))
         log_spread(
             handle,
             {
-                f"{name}/{task}": [MEASURES[task].of(metrics) for metrics in of_task]
+                f"{name}/{task}": [_score(task, metrics) for metrics in of_task]
                 for name, by_task in scores.items()
                 for task, of_task in by_task.items()
             },
@@ -261,22 +259,30 @@ def _trainings(cfg: AblateConfig, run: tuple[int, str]) -> dict[str, int]:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def tables(scores: Mapping[str, Any], tasks: Sequence[str]) -> str:
+def _title(task: str) -> str:
+    return tasks.load(task).about.title
+
+
+def _score(task: str, metrics: Mapping[str, float]) -> float:
+    return tasks.load(task).about.score_of(metrics)
+
+
+def tables(scores: Mapping[str, Any], names: Sequence[str]) -> str:
     """The paper's tables with this run's numbers, mean ± standard deviation over the seeds, and how
     the differences compare with the paper's."""
     values = {
-        name: {task: [MEASURES[task].of(m) for m in found[task]] for task in tasks}
+        name: {task: [_score(task, m) for m in found[task]] for task in names}
         for name, found in scores.items()
     }
-    papers = [task for task in PAPER_TASKS if task in tasks]
-    head = ["", *(MEASURES[t].title for t in tasks), *(f"paper: {_short(t)}" for t in papers)]
+    papers = [task for task in PAPER_TASKS if task in names]
+    head = ["", *map(_title, names), *(f"paper: {PAPER_TASKS[task]}" for task in papers)]
     parts = []
     for ablation in ABLATIONS:
         rows = [
             [
                 row.label,
-                *(shown(values.get(row.variant, {}).get(task, [])) for task in tasks),
-                *(f"{row.paper[PAPER_TASKS.index(task)]:.1f}" for task in papers),
+                *(shown(values.get(row.variant, {}).get(task, [])) for task in names),
+                *(f"{row.published(task):.1f}" for task in papers),
             ]
             for row in ablation.rows
         ]
@@ -286,31 +292,31 @@ def tables(scores: Mapping[str, Any], tasks: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
-def _agreement(values: Mapping[str, Mapping[str, list[float]]], tasks: Sequence[str]) -> str:
+def _agreement(values: Mapping[str, Mapping[str, list[float]]], papers: Sequence[str]) -> str:
     """Each row's distance from the default, here and in the paper."""
     default = values.get(DEFAULT, {})
     here = {
         (name, task): [a - b for a, b in zip(default.get(task, []), found[task], strict=False)]
         for name, found in values.items()
-        for task in tasks
+        for task in papers
         if name != DEFAULT
     }
-    limits = {task: limit([found[task] for found in values.values()]) for task in tasks}
-    head = ["default minus", *(f"{_short(t)}: {w}" for t in tasks for w in ("here", "paper", ""))]
+    limits = {task: limit([found[task] for found in values.values()]) for task in papers}
+    columns = (f"{PAPER_TASKS[t]}: {w}" for t in papers for w in ("here", "paper", ""))
+    head = ["default minus", *columns]
     rows = []
     for ablation in ABLATIONS:
         for row in ablation.rows:
             if row.variant in values and row.variant != DEFAULT:
                 line = [f"{ablation.title.lower()}: {row.label}"]
-                for task in tasks:
-                    place = PAPER_TASKS.index(task)
-                    paper = ablation.rows[-1].paper[place] - row.paper[place]
+                for task in papers:
+                    paper = ablation.rows[-1].published(task) - row.published(task)
                     found = here[row.variant, task]
                     said = verdict(found, paper, limits[task])
                     line += [shown(found), f"{paper:.1f}", said]
                 rows.append(line)
     bounds = ", ".join(
-        f"{_short(task)} {bound:.1f}" for task, bound in limits.items() if bound is not None
+        f"{PAPER_TASKS[task]} {bound:.1f}" for task, bound in limits.items() if bound is not None
     )
     return (
         "**Differences** of runs with the same seed. One agrees with the paper if it has the "
@@ -339,10 +345,6 @@ def verdict(here: Sequence[float], paper: float, limit: float | None) -> str:
     if limit is None or len(here) < 2 or abs(statistics.fmean(here)) <= limit:
         return "open"
     return "agrees" if statistics.fmean(here) * paper > 0 else "contradicts"
-
-
-def _short(task: str) -> str:
-    return {"vqa": "VQA", "nlvr2": "NLVR2", "retrieval": "F30K"}[task]
 
 
 # -- what it would take ---------------------------------------------------------------------------

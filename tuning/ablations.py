@@ -29,7 +29,8 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "mono-image": {"objectives": {"pair_image": 0.0}},
     "multi-image": {"objectives": {"image": 0.0}},
 }
-PAPER_TASKS = ("vqa", "nlvr2", "retrieval")
+PAPER_TASKS = {"vqa": "VQA", "nlvr2": "NLVR2", "retrieval": "F30K"}
+"""The tasks of the paper's ablations, as its tables call them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Row:
     label: str
     variant: str
     paper: tuple[float, float, float]
+
+    def published(self, task: str) -> float:
+        return self.paper[list(PAPER_TASKS).index(task)]
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from beit3 import tasks
 from pipelines import config, console, finetune, job
-from pipelines.baselines import TEST_SPLITS, blind
+from pipelines.baselines import blind
 from pipelines.finetune import FinetuneConfig
 from pipelines.prepare_task import labels
 from pipelines.sample_world.ceiling import ceiling
 from pipelines.side_by_side import side_by_side, steps_of
 from pipelines.storage import Store
 from tuning.downstream import (
-    MEASURES,
     TasksConfig,
     check_names,
     finetuning,
@@ -126,13 +126,13 @@ def run(cfg: CompareConfig) -> dict[str, Any]:
         with side_by_side(work, trainings, cpus=cfg.tasks.cpus, store=store) as results:
             for (seed, task, start), metrics in zip(runs, results, strict=True):
                 found[task][start].append(metrics)
-                measure = MEASURES[task]
-                console.say(f"seed {seed}, {start}: {measure.title} {measure.of(metrics):.1f}")
+                about = tasks.load(task).about
+                console.say(f"seed {seed}, {start}: {about.title} {about.score_of(metrics):.1f}")
                 publish(store, place, handle, outcome, table(found))
         log_spread(
             handle,
             {
-                f"{task}/{start}": [MEASURES[task].of(metrics) for metrics in scores[start]]
+                f"{task}/{start}": list(map(tasks.load(task).about.score_of, scores[start]))
                 for task, scores in found.items()
                 for start in STARTS
             },
@@ -163,14 +163,14 @@ def _ceilings(store: Store, place: str) -> dict[str, Any]:
     """Ceilings that an earlier run worked out: retrieval's takes minutes."""
     if not store.exists(f"{place}.json"):
         return {}
-    tasks = store.read_json(f"{place}.json")["tasks"]
-    return {task: found["ceiling"] for task, found in tasks.items()}
+    known = store.read_json(f"{place}.json")["tasks"]
+    return {task: found["ceiling"] for task, found in known.items()}
 
 
 def _ceiling(
     store: Store, task: str, data: str, seed: int, known: dict[str, Any] | None
 ) -> dict[str, Any]:
-    dataset = store.dataset(f"tasks/{data}/{TEST_SPLITS[task]}")
+    dataset = store.dataset(f"tasks/{data}/{tasks.load(task).about.test_split}")
     commit = dataset.commit().identity
     if known and known["data"] == commit:
         return known
@@ -189,16 +189,16 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def _line(task: str, scores: Mapping[str, Any]) -> Sequence[str]:
-    measure = MEASURES[task]
-    low = measure.of(scores["blind"])
-    top = measure.of(scores["ceiling"]["metrics"]) if scores["ceiling"] else None
-    scratch, pretrained = ([measure.of(m) for m in scores[start]] for start in STARTS)
+    about = tasks.load(task).about
+    low = about.score_of(scores["blind"])
+    top = about.score_of(scores["ceiling"]["metrics"]) if scores["ceiling"] else None
+    scratch, pretrained = ([about.score_of(m) for m in scores[start]] for start in STARTS)
     better = sum(a < b for a, b in zip(scratch, pretrained, strict=False))
     learnt = "–"
     if top is not None and pretrained:
         learnt = f"{100 * (statistics.fmean(pretrained) - low) / (top - low):.0f} %"
     return (
-        measure.title,
+        about.title,
         f"{low:.1f}",
         shown(scratch),
         shown(pretrained),

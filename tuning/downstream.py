@@ -10,33 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from beit3 import tasks
 from pipelines import bundles, config, evaluate, finetune, prepare_task, run_logger, tracking
-from pipelines.baselines import TEST_SPLITS
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
 from pipelines.sample_world import World, WorldSize, generate, load
 from pipelines.storage import Store, StoreError
 
-
-@dataclass(frozen=True)
-class Measure:
-    """The metric of a task that tables show, in hundredths as in papers."""
-
-    title: str
-    keys: tuple[str, ...]
-
-    def of(self, metrics: Mapping[str, float]) -> float:
-        return 100 * statistics.fmean(metrics[key] for key in self.keys)
-
-
-MEASURES = {
-    "vqa": Measure("VQA accuracy", ("accuracy",)),
-    "nlvr2": Measure("NLVR2 accuracy", ("accuracy",)),
-    # The mean of both directions, as in the paper.
-    "retrieval": Measure("retrieval R@1", ("text_recall_1", "image_recall_1")),
-    "captioning": Measure("CIDEr", ("cider",)),
-    "imagenet": Measure("ImageNet top-1", ("top_1",)),
-}
 # The sample world has too little of these for scores to tell much; more is drawn beside it.
 _MORE = {"nlvr2": 8000, "imagenet1k": 1750, "synsets": 35}
 _FOLDERS = {"nlvr2": "nlvr2", "imagenet": "imagenet1k"}
@@ -65,11 +45,11 @@ class TasksConfig:
     """Torch threads of a run on CPU; 0: all of the machine's, one run after another."""
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.names) - set(MEASURES))
+        unknown = sorted(set(self.names) - set(tasks.names()))
         if unknown or not self.names:
             raise ValueError(
                 f"tasks.names: {', '.join(unknown) or 'none'}; expected some of "
-                f"{', '.join(MEASURES)}"
+                f"{', '.join(tasks.names())}"
             )
         for name in ("data", "steps", "learning_rates"):
             self.check_one_for_each(f"tasks.{name}", getattr(self, name))
@@ -131,7 +111,7 @@ def evaluation(cfg: TasksConfig, store: str, task: str, name: str) -> EvaluateCo
         base,
         store=store,
         model=f"models/{name}",
-        data=f"tasks/{cfg.dataset(task)}/{TEST_SPLITS[task]}",
+        data=f"tasks/{cfg.dataset(task)}/{tasks.load(task).about.test_split}",
         name=name,
         track=False,  # the scores go to the parent run
     )

@@ -23,11 +23,10 @@ def gather(cfg: SweepConfig, store: Store, folder: str) -> dict[str, Any]:
     Raises:
         RuntimeError: no trial was trained to its end.
     """
-    space, metric = spaces.load(cfg.finetune.task)
     seen = watch.ended(store, folder)
     failed = {trials.run_name(cfg.name, one["values"]) for one in seen["trials"] if one["error"]}
     trials.close(store, cfg.name, failed)
-    rows = [_row(cfg, store, one, metric) for one in seen["trials"]]
+    rows = [_row(cfg, store, one) for one in seen["trials"]]
     # A trial that was stopped early has no model, whatever it scored so far.
     rows.sort(key=_place)
     if not rows or rows[0]["status"] != FINISHED or rows[0]["score"] is None:
@@ -42,10 +41,10 @@ def gather(cfg: SweepConfig, store: Store, folder: str) -> dict[str, Any]:
         "task": cfg.finetune.task,
         "search": cfg.search,
         "scheduler": cfg.scheduler,
-        "metric": metric,
+        "metric": cfg.metric,
         "best": rows[0],
         "trials": rows,
-        "importance": importance.importance(space, scored, seed=cfg.seed),
+        "importance": importance.importance(spaces.load(cfg.finetune.task), scored, seed=cfg.seed),
         "workers": seen["workers"],
         "seconds": seen["seconds"],
         "busy": watch.busy_share(seen["seconds"]),
@@ -58,7 +57,7 @@ def _place(row: dict[str, Any]) -> tuple[bool, bool, float, str]:
     return row["status"] != FINISHED, score is None, -(score or 0.0), among_equals
 
 
-def _row(cfg: SweepConfig, store: Store, seen: dict[str, Any], metric: str) -> dict[str, Any]:
+def _row(cfg: SweepConfig, store: Store, seen: dict[str, Any]) -> dict[str, Any]:
     name = trials.run_name(cfg.name, seen["values"])
     steps = int(seen["result"].get("step", 0))
     ended = FINISHED if steps == cfg.finetune.train.steps else STOPPED
@@ -66,12 +65,12 @@ def _row(cfg: SweepConfig, store: Store, seen: dict[str, Any], metric: str) -> d
     return {
         "name": name,
         "parameters": trials.values(seen["values"]),
-        "score": seen["result"].get(metric),
+        "score": seen["result"].get(cfg.metric),
         "steps": steps,
         "status": FAILED if seen["error"] else ended,
         "error": seen["error"],
         "runs": runs,
-        "curve": trials.learning_curve(store, runs, metric),
+        "curve": trials.learning_curve(store, runs, cfg.metric),
     }
 
 

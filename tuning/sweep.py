@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from beit3 import tasks
 from pipelines import cluster, config, console, finetune, job, models, run_logger, tracking
 from pipelines.finetune import FinetuneConfig
 from pipelines.lineage import fingerprint
@@ -91,6 +92,11 @@ class SweepConfig:
         if self.scheduler == "pbt" and self.samples < 2:
             raise ValueError("samples: population based training needs at least 2")
 
+    @property
+    def metric(self) -> str:
+        """What trials are compared by: the higher the better."""
+        return tasks.load(self.finetune.task).about.selected_by
+
 
 def _preset(size: str, **train: Any) -> SweepConfig:
     base = finetune.preset(size, "vqa")
@@ -144,7 +150,7 @@ def run(cfg: SweepConfig) -> dict[str, Any]:
     result = {"fingerprint": mark, **outcome.gather(cfg, store, folder)}
     result["mlflow_run"] = handle.run_id
     result["model"] = outcome.export(store, result)
-    page = sweep_page.render(result, spaces.read(spaces.load(cfg.finetune.task)[0]))
+    page = sweep_page.render(result, spaces.read(spaces.load(cfg.finetune.task)))
     store.write(f"sweeps/{cfg.name}.html", page.encode())
     with tempfile.TemporaryDirectory() as local, run_logger.Logger(handle) as logger:
         score = result["best"]["score"]
@@ -166,9 +172,9 @@ def _fingerprint(cfg: SweepConfig) -> str:
         del plain[name]
     plain["finetune"] = models.decisive(cfg.finetune)
     plain["evaluate_every"] = cfg.finetune.train.evaluate_every
-    space, metric = spaces.load(cfg.finetune.task)
+    space = spaces.load(cfg.finetune.task)
     fields = {name: dataclasses.asdict(field) for name, field in spaces.read(space).items()}
-    return fingerprint("sweep", [plain, fields, metric])
+    return fingerprint("sweep", [plain, fields, cfg.metric])
 
 
 def _tune(
@@ -177,10 +183,10 @@ def _tune(
     """Run the trials, or those that an earlier start has left."""
     from ray import tune
 
-    space, metric = spaces.load(cfg.finetune.task)
+    space = spaces.load(cfg.finetune.task)
     trainable = tune.with_resources(
         functools.partial(
-            trials.train, sweep=cfg.name, common=common(cfg), metric=metric, parent=parent
+            trials.train, sweep=cfg.name, common=common(cfg), metric=cfg.metric, parent=parent
         ),
         {"CPU": cfg.cpus_per_trial},
     )
@@ -204,7 +210,7 @@ def _tune(
             tune_config=tune.TuneConfig(
                 num_samples=cfg.samples,
                 scheduler=_scheduler(cfg, store, workers),
-                search_alg=_search(cfg, metric),
+                search_alg=_search(cfg),
                 # Optuna should learn from a trial before it proposes the next.
                 max_concurrent_trials=workers if cfg.search == "optuna" else None,
                 # A process that has imported everything takes the next trial. One that waits for
@@ -222,7 +228,7 @@ def _tune(
                         cfg.name,
                         workers=workers,
                         total=cfg.samples,
-                        metric=metric,
+                        metric=cfg.metric,
                     )
                 ],
             ),
@@ -230,25 +236,24 @@ def _tune(
     tuner.fit()
 
 
-def _search(cfg: SweepConfig, metric: str) -> Any:
+def _search(cfg: SweepConfig) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
     if cfg.search == "optuna":
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        return OptunaSearch(metric=metric, mode="max", seed=cfg.seed)
+        return OptunaSearch(metric=cfg.metric, mode="max", seed=cfg.seed)
     return schedulers.Drawn(random_state=cfg.seed)
 
 
 def _scheduler(cfg: SweepConfig, store: Store, workers: int) -> Any:
-    space, metric = spaces.load(cfg.finetune.task)
     steps, every = cfg.finetune.train.steps, cfg.finetune.train.evaluate_every
     if cfg.scheduler == "asha":
         return schedulers.Halving(
-            functools.partial(_known, store=store, sweep=cfg.name, metric=metric),
+            functools.partial(_known, store=store, sweep=cfg.name, metric=cfg.metric),
             workers=workers,
-            metric=metric,
+            metric=cfg.metric,
             max_t=steps,
             grace_period=min(cfg.grace_evaluations * every, steps),
             reduction_factor=cfg.reduction,
@@ -257,8 +262,8 @@ def _scheduler(cfg: SweepConfig, store: Store, workers: int) -> Any:
         return schedulers.Population(
             workers=workers,
             sweep=cfg.name,
-            space=space,
-            metric=metric,
+            space=spaces.load(cfg.finetune.task),
+            metric=cfg.metric,
             every=cfg.exploit_evaluations * every,
             steps=steps,
             share=cfg.exploit_share,

@@ -9,13 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from beit3 import tasks
 from pipelines.report_html import Html, el, facts, join, note, number, page, table
 from tuning import importance, watch
 from tuning.spaces import Choice, Range
 from tuning.sweep_charts import Line, curves, parallel, short, styles
 
-NOT_SHARES = {"cider"}
-"""Metrics that are not shares of one."""
 _SEARCHES = {"random": "random search", "optuna": "Optuna (TPE)"}
 _SCHEDULERS = {"asha": "ASHA", "pbt": "population based training", "none": "all to the end"}
 
@@ -29,7 +28,7 @@ def render(outcome: Mapping[str, Any], fields: Mapping[str, Range | Choice]) -> 
     """
     metric, rows = outcome["metric"], outcome["trials"]
     best = next(row for row in rows if row["name"] == outcome["best"]["name"])
-    percent = metric not in NOT_SHARES
+    percent = tasks.load(outcome["task"]).about.selected_share
     lines = [
         Line(
             row["name"], row["parameters"], row["score"], row["curve"], row["name"] == best["name"]

@@ -1,8 +1,8 @@
 """Downstream tasks, one file each: `beit3/tasks/<name>.py` defines a class `Task`.
 
 A task knows its published files, its batches, its head and loss, how to predict, its metric, and
-its published recipe. Adding one means adding one file; `load(name)` finds it. Files whose names
-start with an underscore are shared helpers.
+its published recipe; `about` is what the jobs must know of it. Adding one means adding one file;
+`load(name)` finds it. Files whose names start with an underscore are shared helpers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
@@ -86,11 +87,48 @@ class Recipe:
     flip: float = 0.5
 
 
+@dataclass(frozen=True)
+class About:
+    """What preparing, finetuning, evaluating, predicting and tuning know of a task."""
+
+    splits: tuple[str, ...]
+    """The published splits that are prepared by default; the first is trained on."""
+    test_split: str
+    """The split that results are told on: it has answers. Where two qualify, not the one that a
+    search would select by."""
+    title: str
+    """What tables call the score."""
+    score: tuple[str, ...]
+    """The metrics whose mean is the score."""
+    selected_by: str
+    """The metric that searches maximise."""
+    selected_share: bool = True
+    """That metric is a share of one, and so can be shown in per cent."""
+    small_options: Mapping[str, float] = field(default_factory=dict)
+    """Options for a few hundred steps, in which some of the published ones do only harm."""
+    collections: Mapping[str, str] = field(default_factory=dict)
+    """Where the splits of several collections are published: the file of each, within the folder
+    of annotations. Empty: there is one collection, and `Task.read` takes the folder."""
+    images: int = 1
+    """Images of a record: 1 or 2."""
+    centre_crop: bool = False
+    """Evaluate on a picture's central square; else on the whole, squeezed to a square."""
+    asks: str = ""
+    """The text that a prediction needs beside the images, in a word; empty: none."""
+    captions: bool = False
+    """The texts of the examples are captions of their images."""
+    similarity: Callable[[Any], float] | None = None
+    """For a task that ranks images by a text: how near they are, from a prediction."""
+
+    def score_of(self, metrics: Mapping[str, float]) -> float:
+        """The score in hundredths, as papers print it."""
+        return 100 * statistics.fmean(metrics[name] for name in self.score)
+
+
 class Task(Protocol):
     """A downstream task. Its dataclass fields other than `labels` are its options, all numbers."""
 
-    centre_crop: ClassVar[bool]
-    """Evaluate on a picture's central square; else on the whole, squeezed to a square."""
+    about: ClassVar[About]
 
     labels: tuple[str, ...]
     """The classes of the head; empty for tasks without."""
@@ -150,6 +188,14 @@ class Task(Protocol):
 
         Args:
             thorough: Add metrics that take too long for every evaluation in training.
+        """
+        ...
+
+    def blind(self, known: Iterable[Example], examples: Sequence[Example]) -> dict[str, float]:
+        """The metrics of guesses made without looking at the images: the baseline.
+
+        Args:
+            known: Examples of the training split, read when iterated over.
         """
         ...
 

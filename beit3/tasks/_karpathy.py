@@ -15,7 +15,7 @@ from typing import Any
 
 from beit3.tasks import Problem
 
-DATASETS = ("coco", "flickr30k")
+DATASETS = {"coco": "dataset_coco.json", "flickr30k": "dataset_flickr30k.json"}
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 _SPLITS = {name for names in SPLITS.values() for name in names}
 

@@ -8,7 +8,7 @@ table 14.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from beit3.config import ModelConfig
 from beit3.generate import generate
 from beit3.model import BEiT3
 from beit3.objectives import normalise
-from beit3.tasks import Example, Problem, Recipe, Record, Sample, _karpathy
+from beit3.tasks import About, Example, Problem, Recipe, Record, Sample, _karpathy
 from beit3.tasks._batches import owners, pack_texts, stack_images
 from beit3.tasks._caption_metrics import caption_scores
 from beit3.text import TextTokenizer
@@ -103,7 +103,17 @@ def smoothed_loss(logits: Tensor, words: Tensor, smoothing: float) -> Tensor:
 class Task:
     """COCO captioning. Predictions: the caption's text."""
 
-    centre_crop: ClassVar[bool] = False
+    about: ClassVar[About] = About(
+        splits=("train", "val", "test"),
+        test_split="test",
+        title="CIDEr",
+        score=("cider",),
+        selected_by="cider",
+        selected_share=False,
+        small_options={"drop_worst": 0.0},
+        collections=_karpathy.DATASETS,
+        captions=True,
+    )
     labels: tuple[str, ...] = ()
     max_text_length: int = 32
     """Maximum tokens of a caption, `<s>` and `</s>` included, also in generation."""
@@ -238,6 +248,12 @@ class Task:
         ]
         references = [references for _, references in pairs]
         return caption_scores([p for p, _ in pairs], references, thorough=thorough)
+
+    def blind(self, known: Iterable[Example], examples: Sequence[Example]) -> dict[str, float]:
+        """For each image a caption of the training split, drawn at random."""
+        texts = [example.text or "" for example in known]
+        rng = np.random.default_rng(0)
+        return self.score([texts[int(rng.integers(len(texts)))] for _ in examples], examples)
 
     def submission(
         self, predictions: Sequence[str | None], examples: Sequence[Example]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from beit3.config import ModelConfig
 from beit3.model import BEiT3
 from beit3.objectives import normalise
-from beit3.tasks import Example, Problem, Recipe, Record, Sample
+from beit3.tasks import About, Example, Problem, Recipe, Record, Sample
 from beit3.tasks._batches import owners, pack_texts
+from beit3.tasks._guesses import by_first_words
 from beit3.tasks._heads import HEAD_INIT, start_small
 from beit3.text import TextTokenizer
 
@@ -94,7 +95,16 @@ class Model(nn.Module):
 class Task:
     """NLVR2. Predictions and targets: whether the sentence is true."""
 
-    centre_crop: ClassVar[bool] = False
+    about: ClassVar[About] = About(
+        splits=("train", "val", "test"),
+        test_split="test",
+        title="NLVR2 accuracy",
+        score=("accuracy",),
+        selected_by="accuracy",
+        small_options={"head_init": 1.0},
+        images=2,
+        asks="statement",
+    )
     labels: tuple[str, ...] = ()
     max_text_length: int = 64
     """Tokens of a sentence, `<s>` and `</s>` included."""
@@ -210,6 +220,10 @@ class Task:
             "accuracy": sum(right) / len(right),
             "consistency": sum(consistent) / len(consistent),
         }
+
+    def blind(self, known: Iterable[Example], examples: Sequence[Example]) -> dict[str, float]:
+        """The commoner answer of the training sentences that begin alike."""
+        return self.score(by_first_words(known, examples), examples)
 
     def submission(self, predictions: Sequence[bool | None], examples: Sequence[Example]) -> str:
         """Input of `nlvr2/eval/metrics.py`: a line `identifier,True` for each example. It wants one

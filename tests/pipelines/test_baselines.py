@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from beit3 import tasks
 from beit3.tasks import Example
 from beit3.transforms import centre_view
 from pipelines import baselines, prepare_task
-from pipelines.baselines import TEST_SPLITS, blind
+from pipelines.baselines import blind
 from pipelines.sample_world import Scene, World, WorldSize, generate, picture
 from pipelines.sample_world.ceiling import ceiling, likelihoods
 from pipelines.sample_world.language import caption, caption_body
@@ -38,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def store(world: World, tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store(tmp_path_factory.mktemp("store"))
-    for task in TEST_SPLITS:
+    for task in tasks.names():
         annotations = world.annotations(FOLDERS.get(task, "imagenet1k"))
         images = annotations if task == "imagenet" else None
         images = images or world.images("nlvr2" if task == "nlvr2" else "coco")
@@ -52,7 +53,8 @@ def store(world: World, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def rows(store: Store, task: str) -> list[dict[str, Any]]:
-    return store.dataset(f"tasks/{task}/{TEST_SPLITS[task]}").read_table().to_pylist()
+    split = tasks.load(task).about.test_split
+    return store.dataset(f"tasks/{task}/{split}").read_table().to_pylist()
 
 
 def highest(store: Store, task: str) -> dict[str, float]:
@@ -228,7 +230,7 @@ def test_words_alone_are_answered_as_they_mostly_were(monkeypatch: pytest.Monkey
         assert blind(Store("unused"), "nlvr2")["accuracy"] == 1, text
 
 
-@pytest.mark.parametrize("task", TEST_SPLITS)
+@pytest.mark.parametrize("task", tasks.names())
 def test_ceilings_are_above_chance(task: str, store: Store) -> None:
     low, top = blind(store, task), highest(store, task)
     for key in low.keys() & top.keys():

@@ -376,11 +376,11 @@ def test_a_dual_encoder_retrieves_without_finetuning(store: Store, tmp_path: Pat
 @pytest.mark.parametrize(
     ("task", "options"),
     [
-        ("vqa", ["--question", "Is there a circle?"]),
+        ("vqa", ["--text", "Is there a circle?"]),
         ("captioning", []),
-        ("retrieval", ["--query", "a red circle", "--top", "2"]),
+        ("retrieval", ["--text", "a red circle", "--top", "2"]),
         ("imagenet", []),
-        ("nlvr2", ["--statement", "There is a circle."]),
+        ("nlvr2", ["--text", "There is a circle."]),
     ],
 )
 def test_every_model_can_be_tried_and_answers_in_lines_or_json(

@@ -304,7 +304,7 @@ def test_predict(
         shutil.copy(file, folder)
     (folder / "broken.jpg").write_bytes(b"no picture")
     base = predict.PredictConfig(store=store.uri, path=str(folder))
-    question = replace(base, model="models/vqa", question="Is there a red circle?")
+    question = replace(base, model="models/vqa", text="Is there a red circle?")
     answers = predict.run(question)
     assert [("error" in a) for a in answers] == [False, False, False, True]
     assert all(a["prediction"] in prepare_task.labels(store, "vqa") for a in answers[:3])
@@ -312,7 +312,7 @@ def test_predict(
     assert one == answers[:1]
     captions = predict.run(replace(base, model="models/captioning"))
     assert all(isinstance(c["prediction"], str) for c in captions if "error" not in c)
-    ranked = predict.run(replace(base, model="models/retrieval", query="a red circle", top=2))
+    ranked = predict.run(replace(base, model="models/retrieval", text="a red circle", top=2))
     similar = [r["similarity"] for r in ranked if "error" not in r]
     assert len(similar) == 2 and similar == sorted(similar, reverse=True)
     assert len(list(predict.lines(ranked))) == 3

@@ -152,14 +152,14 @@ def test_training_augments_and_evaluation_sees_the_middle(store: Store) -> None:
 def test_predict(store: Store, world: World, tmp_path: Path) -> None:
     left, right = sorted((images_of(world, "nlvr2") / "dev").iterdir())[:2]
     base = PredictConfig(store=store.uri, model="models/nlvr2", path=str(left))
-    both = replace(base, right=str(right), statement="Both images contain a circle.")
+    both = replace(base, right=str(right), text="Both images contain a circle.")
     (answer,) = predict.run(both)
     assert answer == {"image": str(left), "right": str(right), "prediction": answer["prediction"]}
     assert isinstance(answer["prediction"], bool)
     with pytest.raises(ValueError, match="right: models/nlvr2 reads two images"):
         predict.run(replace(both, right=""))
     with pytest.raises(ValueError, match="give a statement"):
-        predict.run(replace(both, statement=""))
+        predict.run(replace(both, text=""))
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (lost,) = predict.run(replace(both, right=str(tmp_path / "broken.png")))
     assert lost["error"] == "not an image"

@@ -17,7 +17,9 @@ import small_corpus
 import torch
 from PIL import Image
 
-from pipelines import baselines, pictures, report, report_charts, run_logger, tracking
+from beit3 import tasks
+from beit3.tasks import Example
+from pipelines import pictures, report, report_charts, run_logger, tracking
 from pipelines import report_content as content
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.lineage import fingerprint
@@ -355,7 +357,8 @@ def test_page_and_pictures_go_to_mlflow(store: Store, tmp_path: Path) -> None:
 
 def test_chance_is_what_guessing_scores() -> None:
     """Four pictures with three texts each: worked out by hand."""
-    found = baselines.retrieval_chance([str(i // 3) for i in range(12)])
+    texts = [Example(str(i), None, str(i // 3)) for i in range(12)]
+    found = tasks.create("retrieval").blind((), texts)
     assert found["text_recall_1"] == pytest.approx(3 / 12)
     missed = (9 * 8 * 7 * 6 * 5) / (12 * 11 * 10 * 9 * 8)
     assert found["text_recall_5"] == pytest.approx(1 - missed)

@@ -182,7 +182,7 @@ def test_no_more_run_at_once_than_there_are_workers() -> None:
 
 @pytest.mark.parametrize("task", ["captioning", "imagenet", "nlvr2", "retrieval", "vqa"])
 def test_values_stay_within_the_space(task: str) -> None:
-    space, _ = spaces.load(task)
+    space = spaces.load(task)
     fields, rng = spaces.read(space), np.random.default_rng(0)
     chosen = {name: domain.sample(random_state=rng) for name, domain in space.items()}
     seen: dict[str, set[Any]] = {name: set() for name in space}
@@ -287,7 +287,7 @@ def test_a_space_needs_a_continuous_range(monkeypatch: pytest.MonkeyPatch) -> No
 def test_optuna_takes_the_spaces(task: str) -> None:
     from ray.tune.search.optuna import OptunaSearch
 
-    space, _ = spaces.load(task)
+    space = spaces.load(task)
     found = OptunaSearch.convert_search_space(space)
     for name, kind in spaces.read(space).items():
         if isinstance(kind, spaces.Range):

@@ -1,7 +1,8 @@
-"""Search spaces, one readable file per task: field of FinetuneConfig -> values to try.
+"""Search spaces: field of FinetuneConfig -> values to try.
 
-A field has a range (`tune.loguniform(3e-4, 6e-3)`, `tune.uniform`, `tune.randint`) or a list in
-order (`tune.choice([0.7, 0.85, 1.0])`): population based training moves along both.
+A task's own is `tuning/spaces/<task>.py`; tasks without one share `_default.py`. A field has a
+range (`tune.loguniform(3e-4, 6e-3)`, `tune.uniform`, `tune.randint`) or a list in order
+(`tune.choice([0.7, 0.85, 1.0])`): population based training moves along both.
 """
 
 from __future__ import annotations
@@ -32,27 +33,26 @@ class Choice:
     values: tuple[Any, ...]
 
 
-def load(task: str) -> tuple[dict[str, Any], str]:
-    """A task's search space and the metric to maximise.
+def load(task: str) -> dict[str, Any]:
+    """A task's search space.
 
     Raises:
-        ValueError: there is no space for that task, or it can't be searched.
+        ValueError: it can't be searched.
     """
-    known = sorted(m.name for m in pkgutil.iter_modules(__path__))
-    if task not in known:
-        raise ValueError(f"task: no search space for {task!r}; there are {', '.join(known)}")
-    module = importlib.import_module(f"{__name__}.{task}")
+    own = {module.name for module in pkgutil.iter_modules(__path__)}
+    name = task if task in own else "_default"
+    space = importlib.import_module(f"{__name__}.{name}").SPACE
     try:
-        fields = read(module.SPACE)
+        fields = read(space)
     except ValueError as error:
-        raise ValueError(f"tuning/spaces/{task}.py: {error}") from error
+        raise ValueError(f"tuning/spaces/{name}.py: {error}") from error
     if not any(isinstance(field, Range) and not field.whole for field in fields.values()):
         # A trial's folder follows from its values.
         raise ValueError(
-            f"tuning/spaces/{task}.py: give a field a continuous range, or two trials could be the "
+            f"tuning/spaces/{name}.py: give a field a continuous range, or two trials could be the "
             "same"
         )
-    return module.SPACE, module.METRIC
+    return space
 
 
 def read(space: Mapping[str, Any]) -> dict[str, Range | Choice]:

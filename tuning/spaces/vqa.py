@@ -2,7 +2,6 @@
 
 from ray import tune
 
-METRIC = "accuracy"
 SPACE = {
     "train.learning_rate": tune.loguniform(3e-4, 6e-3),
     "train.layer_decay": tune.choice([0.7, 0.85, 1.0]),
