@@ -48,8 +48,20 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class StepPlaces:
+    """The masked places in all batches that a worker reads in one optimizer step.
+
+    kinds: the objectives that have any.
+    mean: float `[4]`, their number in a batch on average, in the order of the batch's objectives.
+    """
+
+    kinds: tuple[str, ...]
+    mean: Tensor
+
+
+@dataclass(frozen=True)
 class MaskedBatch:
-    """One step's images, texts and pairs, already corrupted. `collate` makes one.
+    """Images, texts and pairs, already corrupted. `collate` makes one.
 
     images: uint8 `[images, 3, height, width]`, pictures of pairs last.
     hidden_patches: bool `[images, patches]`.
@@ -62,6 +74,7 @@ class MaskedBatch:
     lengths: tokens of each text.
     pairs: how many of the pictures and texts are pairs.
     ids, sources: names of each sample and of its dataset, for inspection.
+    step: if an optimizer step reads several batches, what all of them hide; see `of_one_step`.
     """
 
     images: Tensor
@@ -75,6 +88,7 @@ class MaskedBatch:
     pairs: int
     ids: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    step: StepPlaces | None = None
 
     def original_text(self) -> Tensor:
         """`text` with the masked tokens put back, `[tokens]`."""
@@ -301,7 +315,8 @@ class MaskedDataModelling(nn.Module):
         accuracy. An objective of weight 0 is measured if the batch has it, but not trained.
 
         In training with several workers, metrics are means over all workers' masked places, and the
-        loss is the workers' mean of `loss`: every worker must call this."""
+        loss is the workers' mean of `loss`: every worker must call this. If a step reads several
+        batches (`of_one_step`), the mean of their results is that of the step."""
         results: dict[str, Tensor] = {}
         hidden = self._hidden(batch)
         predictions = self._predictions(hidden, batch)
@@ -322,9 +337,16 @@ class MaskedDataModelling(nn.Module):
             parts[name] = part
             results[f"loss/{name}"] = part if getattr(self.weights, name) else part.detach()
         shares: dict[str, Any] = dict.fromkeys(parts, 1.0)
-        if self.training and dist.is_initialized() and dist.get_world_size() > 1:
+        if self.training and (batch.step or _workers() > 1):
             places = {name: len(batch.masked[name].places) for name in parts}
-            results, shares = over_workers(results, places, loss.device)
+            means, shares = over_step(results, places, batch.step, loss.device)
+            kinds = batch.step.kinds if batch.step else tuple(parts)
+            results = {f"loss/{kind}": means[f"loss/{kind}"] for kind in kinds}
+            results |= {
+                f"accuracy/{kind}": means[f"accuracy/{kind}"]
+                for kind in kinds
+                if not (self.pixels and kind in IMAGE_OBJECTIVES)
+            }
         for name, part in parts.items():
             weight = getattr(self.weights, name)
             if weight:
@@ -343,10 +365,31 @@ class MaskedDataModelling(nn.Module):
         return centred / (true.var(-1, keepdim=True) + PIXEL_EPS).sqrt()
 
 
-def over_workers(
-    means: dict[str, Tensor], places: dict[str, int], device: torch.device
+def of_one_step(batches: Sequence[MaskedBatch]) -> list[MaskedBatch]:
+    """A worker's batches of one optimizer step, so that each masked place counts alike in it.
+
+    Batches hide different numbers of places: in the mean of their means, a place of a batch with
+    few would count for more, and a step would depend on the number of batches it is split into.
+    """
+    if len(batches) == 1:
+        return list(batches)
+    counts = {
+        kind: sum(len(one.masked[kind].places) for one in batches if kind in one.masked)
+        for kind in (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES)
+    }
+    kinds = tuple(kind for kind, count in counts.items() if count)
+    step = StepPlaces(kinds, torch.tensor([float(n) for n in counts.values()]) / len(batches))
+    return [replace(batch, step=step) for batch in batches]
+
+
+def over_step(
+    means: dict[str, Tensor],
+    places: dict[str, int],
+    step: StepPlaces | None,
+    device: torch.device,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Means over the masked places of all workers, which must all call this.
+    """Means over the masked places of all workers, which must all call this, and of a step's
+    batches.
 
     Workers have equally many samples but different numbers of masked places, so the mean of their
     means would depend on the number of workers.
@@ -354,10 +397,13 @@ def over_workers(
     Args:
         means: `loss/*` and `accuracy/*` over a worker's own places.
         places: Number of the worker's own places, by objective.
+        step: What all of the worker's batches of a step hide, if there are several.
 
     Returns:
-        The same means over all places; and, by objective, the factor of the worker's own loss: its
-        number of places divided by the mean number over all workers.
+        `loss/*` and `accuracy/*` over all workers' places; in a step of several batches, such that
+        their mean over the batches is that over the step's places. And, by objective, the factor
+        of the worker's own loss: its number of places divided by the mean number over all workers
+        and the step's batches.
     """
     kinds = (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES)
     none = torch.zeros((), device=device)
@@ -366,14 +412,22 @@ def over_workers(
         torch.stack([means.get(f"{of}/{kind}", none).detach() for kind in kinds]) * counts
         for of in ("loss", "accuracy")
     ]
-    told = torch.stack([counts, *sums])
-    dist.all_reduce(told)
-    total = told[0].clamp(min=1)
-    losses, accuracies = (told[1:] / total).unbind()
-    found = {f"loss/{kind}": value for kind, value in zip(kinds, losses, strict=True)}
-    found |= {f"accuracy/{kind}": value for kind, value in zip(kinds, accuracies, strict=True)}
-    shares = counts * dist.get_world_size() / total
-    return {name: found[name] for name in means}, dict(zip(kinds, shares, strict=True))
+    told = torch.stack([counts if step is None else step.mean, *sums])
+    if _workers() > 1:
+        dist.all_reduce(told)
+    total = told[0].masked_fill(told[0] == 0, 1.0)
+    values = (told[1:] / total).unbind()
+    found = {
+        f"{of}/{kind}": value
+        for of, row in zip(("loss", "accuracy"), values, strict=True)
+        for kind, value in zip(kinds, row, strict=True)
+    }
+    shares = counts * _workers() / total
+    return found, dict(zip(kinds, shares, strict=True))
+
+
+def _workers() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def patches(images: Tensor, size: int) -> Tensor:

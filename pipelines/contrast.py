@@ -30,7 +30,7 @@ from pipelines import cluster, config, job, models, train_text_tokenizer
 from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import captions_of, check_captions
-from pipelines.recipe import TrainConfig
+from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig, picture_of
 from pipelines.storage import Store, StoreError
@@ -124,7 +124,7 @@ class _Module(nn.Module):
 
 
 @dataclass(frozen=True)
-class ContrastRecipe:
+class ContrastRecipe(Recipe):
     cfg: ContrastConfig
     model: ModelConfig
     tokenizer: TextTokenizer

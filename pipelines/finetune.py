@@ -31,7 +31,7 @@ from pipelines.finetuned import TASK_FILE, predict, row_sample
 from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
 from pipelines.prepare_task import labels, read_examples
-from pipelines.recipe import TrainConfig
+from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.samples import Sample as Drawn
@@ -171,7 +171,7 @@ PRESETS: dict[str, FinetuneConfig] = {
 
 
 @dataclass(frozen=True)
-class FinetuneRecipe:
+class FinetuneRecipe(Recipe):
     """A finetuning run, as the training loop needs it."""
 
     cfg: FinetuneConfig
@@ -195,9 +195,6 @@ class FinetuneRecipe:
 
     def samples_per_batch(self) -> int:
         return self.cfg.batch_size
-
-    def flops(self, batch: Any) -> float:
-        return 0.0
 
     def batches(self, rank: int, world: int) -> Callable[[int], Any]:
         cfg, task = self.cfg, self.task

@@ -40,8 +40,9 @@ def prefetch(
     steps: range,
     workers: int,
     device: torch.device | str = "cpu",
+    ahead: int = 1,
 ) -> Prefetcher[Any]:
-    """A worker's batches for `steps`, in order and made ahead.
+    """A worker's batches for `steps`, in order; `ahead` and one more are made ahead.
 
     They are made by `workers` processes, or, for 0, by a thread of this process; the batches are
     bit-identical either way. They are in CPU memory, page-locked if their `device` is a GPU.
@@ -54,7 +55,7 @@ def prefetch(
     def batch(step: int) -> Any:
         return pinned(make(step), place) if place.type == "cuda" else make(step)
 
-    return Prefetcher(batch, steps, close=makers and makers.close)
+    return Prefetcher(batch, steps, ahead + 1, close=makers and makers.close)
 
 
 def check_room(config: TrainConfig) -> None:

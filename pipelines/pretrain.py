@@ -26,7 +26,12 @@ from beit3 import weights
 from beit3.device import to_device
 from beit3.flops import StepShape, masked_step
 from beit3.memory import hollow
-from beit3.objectives import MaskedBatch, MaskedDataModelling, ObjectiveWeights
+from beit3.objectives import (
+    MaskedBatch,
+    MaskedDataModelling,
+    ObjectiveWeights,
+    of_one_step,
+)
 from beit3.text import TextTokenizer
 from beit3.vqkd import VQKDConfig
 from pipelines import (
@@ -46,6 +51,7 @@ from pipelines.dataset import Dataset
 from pipelines.lineage import fingerprint
 from pipelines.masked_batches import MaskedBatches, held_out_batches
 from pipelines.pretrain_config import OBJECTIVES, PRESETS, PretrainConfig
+from pipelines.recipe import Recipe
 from pipelines.run_logger import Logger
 from pipelines.storage import Store
 from pipelines.trainer import fit
@@ -56,7 +62,7 @@ SHOWN = 10  # pictures on a sheet
 
 
 @dataclass(frozen=True)
-class PretrainRecipe:
+class PretrainRecipe(Recipe):
     cfg: PretrainConfig
     tokenizer: TextTokenizer
     words_in_step: token_checks.Words | None = None
@@ -82,6 +88,9 @@ class PretrainRecipe:
 
     def batches(self, rank: int, world: int) -> Callable[[int], MaskedBatch]:
         return MaskedBatches(self.cfg, self.tokenizer, rank, world)
+
+    def of_one_step(self, batches: Sequence[MaskedBatch]) -> Sequence[MaskedBatch]:
+        return of_one_step(batches)
 
     def evaluate(self, module: nn.Module, step: int, logger: Logger) -> dict[str, float]:
         """Masked accuracies and zero-shot retrieval on held-out pairs; and a picture of masked

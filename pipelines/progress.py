@@ -47,10 +47,10 @@ class Clock:
         if said:
             self.show(start)
 
-    def passes(self, batch: Any, waited: float) -> None:
-        """Note that a batch has come, after `waited` seconds of waiting for it."""
+    def took(self, batches: Sequence[Any], waited: float) -> None:
+        """Note that a step's batches have come, after `waited` seconds of waiting for them."""
         self.waited += waited
-        self.flops += self.run.recipe.flops(batch)
+        self.flops += sum(map(self.run.recipe.flops, batches))
 
     def log(self, step: int, values: dict[str, float], engine: Any, gradient_norm: Any) -> None:
         """Log a step's values, and how the time since the last logged step was spent."""

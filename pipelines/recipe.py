@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -166,7 +166,7 @@ class TrainConfig:
 
 
 class Recipe(Protocol):
-    """Defines what a run trains. Must be picklable: it is sent to the workers."""
+    """Defines what a run trains; to be subclassed. Must be picklable: it is sent to the workers."""
 
     def build(self) -> nn.Module:
         """The module; its forward takes a batch and returns a dict with `loss` and other scalars.
@@ -185,7 +185,12 @@ class Recipe(Protocol):
 
     def flops(self, batch: Any) -> float:
         """FLOPs that a worker's batch needs, forward and backward; 0 if they are not counted."""
-        ...
+        return 0.0
+
+    def of_one_step(self, batches: Sequence[Any]) -> Sequence[Any]:
+        """A worker's batches of one optimizer step, on CPU, told what they must know of each other
+        so that the mean of their losses is the step's."""
+        return batches
 
     def layers(self) -> int:
         """Blocks of the backbone, for layer-wise decay."""

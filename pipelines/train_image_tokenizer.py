@@ -28,7 +28,7 @@ from beit3.vqkd import SHAPE_FILE, VQKD, VQKDConfig, codebook_health, usage_heal
 from pipelines import bundles, cluster, config, console, job, models, pictures
 from pipelines.dataset import Dataset
 from pipelines.lineage import fingerprint
-from pipelines.recipe import TrainConfig
+from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.storage import Store, StoreError
@@ -141,7 +141,7 @@ class Distillation(nn.Module):
 
 
 @dataclass(frozen=True)
-class ImageTokenizerRecipe:
+class ImageTokenizerRecipe(Recipe):
     cfg: ImageTokenizerConfig
     shape: VQKDConfig
 
@@ -154,9 +154,6 @@ class ImageTokenizerRecipe:
 
     def samples_per_batch(self) -> int:
         return self.cfg.batch_size
-
-    def flops(self, batch: Any) -> float:
-        return 0.0
 
     def batches(self, rank: int, world: int) -> Callable[[int], PictureBatch]:
         store = Store(self.cfg.store)

@@ -130,8 +130,9 @@ class Worker:
         config = self.run.config
         numbers = range(self.start * config.accumulate, config.steps * config.accumulate)
         batches = prefetch(
-            self.run.recipe, self.rank, self.world, numbers, config.loader_workers, self.device
-        )
+            self.run.recipe, self.rank, self.world, numbers, config.loader_workers, self.device,
+            ahead=config.accumulate,
+        )  # fmt: skip
         metrics: dict[str, float] = {}
         try:
             for step in range(self.start, config.steps):
@@ -175,11 +176,12 @@ class Worker:
         engines.set_learning_rate(self.engine, config, step)
         self.engine.module.train()
         self.guard.begin()
-        for number in range(1, config.accumulate + 1):
-            before = time.monotonic()
-            batch = to_device(next(batches), self.device)
-            if self.clock:
-                self.clock.passes(batch, time.monotonic() - before)
+        before = time.monotonic()
+        own = self.run.recipe.of_one_step([next(batches) for _ in range(config.accumulate)])
+        if self.clock:
+            self.clock.took(own, time.monotonic() - before)
+        for number, on_cpu in enumerate(own, 1):
+            batch = to_device(on_cpu, self.device)
             results = self.engine(batch)
             self.engine.backward(results["loss"])
             self.guard.add(batch, results["loss"])

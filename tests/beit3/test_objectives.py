@@ -20,6 +20,7 @@ from beit3.objectives import (
     ObjectiveWeights,
     gather,
     normalise,
+    of_one_step,
     patches,
 )
 
@@ -160,6 +161,26 @@ def test_losses_and_gradients_equal_the_naive_reference(config: ModelConfig) -> 
     for name, gradient in ours.items():
         other = theirs.get(name, torch.zeros_like(gradient))
         torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_step_does_not_depend_on_how_many_batches_it_is_cut_into(cut: int) -> None:
+    """Not even if one of them has nothing to predict of a kind, or hides more than the others."""
+    model = build(PAPER, ObjectiveWeights(image=0.5, text=1.5, pair_image=2.0, pair_text=0.25))
+    pieces = draw(images=6, texts=6, pairs=6)
+    for piece in pieces[::3]:
+        if piece.masked is not None and piece.image is None:
+            assert piece.words is not None
+            piece.masked[:], piece.text = False, piece.words
+    whole = model(pack(pieces))
+    wanted = gradients(model, whole["loss"])
+    parts = [model(batch) for batch in of_one_step([pack(pieces[i::cut]) for i in range(cut)])]
+    found = gradients(model, torch.stack([part["loss"] for part in parts]).mean())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+    for name, value in whole.items():
+        mean = torch.stack([part[name].detach() for part in parts]).mean()
+        torch.testing.assert_close(mean, value.detach(), atol=1e-6, rtol=1e-5)
 
 
 def test_accuracies_count_the_masked_positions_only() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipelines import bundles, checkpoints
+from pipelines import recipe as recipes
 from pipelines.recipe import TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.storage import Store
@@ -47,7 +48,7 @@ class Net(nn.Module):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(recipes.Recipe):
     stop_at: int | None = None
     """The number of the batch at which the run is interrupted."""
     dropout: float = 0.3
@@ -57,9 +58,6 @@ class Recipe:
 
     def layers(self) -> int:
         return 1
-
-    def flops(self, batch: Any) -> float:
-        return 0.0
 
     def samples_per_batch(self) -> int:
         return 8

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipelines import cluster, stops
+from pipelines import recipe as recipes
 from pipelines.recipe import TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.storage import Store
@@ -59,7 +60,7 @@ class Net(nn.Module):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(recipes.Recipe):
     harm: tuple[tuple[int, str], ...] = ()
     """Numbers of batches, and what is wrong with them, for the last worker."""
     held: int = -1
@@ -76,9 +77,6 @@ class Recipe:
 
     def layers(self) -> int:
         return 1
-
-    def flops(self, batch: Any) -> float:
-        return 0.0
 
     def samples_per_batch(self) -> int:
         return 8

@@ -23,7 +23,7 @@ from beit3 import weights
 from pipelines import loader, loader_workers, models, pretrain, train_text_tokenizer
 from pipelines.loader_workers import LoaderWorkers, check_room, prefetch
 from pipelines.pretrain import PretrainRecipe
-from pipelines.recipe import TrainConfig
+from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.storage import Store
 
@@ -32,7 +32,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no actor can impo
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Numbers(Recipe):
     """Batches that say who made them; `harm` comes at batch `at`."""
 
     harm: str = ""
@@ -58,9 +58,6 @@ class Numbers:
 
     def layers(self) -> int:
         raise NotImplementedError
-
-    def flops(self, batch: Any) -> float:
-        return 0.0
 
     def samples_per_batch(self) -> int:
         raise NotImplementedError

@@ -738,6 +738,31 @@ def test_pretraining_lowers_the_loss(corpus: Store) -> None:
         assert np.mean(values[-10:]) < 0.9 * np.mean(values[:5]), name
 
 
+def test_a_step_in_batches_is_the_same_step(corpus: Store) -> None:
+    """The same samples and masks, and each masked place counts alike: curves agree to rounding."""
+    halves = {"image_batch": 2, "text_batch": 2, "pair_batch": 4}
+    runs = [
+        small_corpus.pretraining(corpus, name="in-one", held_out="", train={"steps": 4}),
+        small_corpus.pretraining(
+            corpus, name="in-two", held_out="", train={"steps": 4, "accumulate": 2}, **halves
+        ),
+    ]
+    tracker = tracking.client(tracking.tracking_uri(corpus))
+
+    def curves(run_id: str) -> list[float]:
+        return [
+            m.value
+            for kind in ("image", "text", "pair_image", "pair_text")
+            for of in ("loss", "accuracy")
+            for m in sorted(
+                tracker.get_metric_history(run_id, f"train/{of}/{kind}"), key=lambda m: m.step
+            )
+        ]
+
+    one, two = (curves(run(config)["mlflow_run"]) for config in runs)
+    assert len(one) == 4 * 8 and two == pytest.approx(one, rel=1e-4)
+
+
 # -- what comes after ------------------------------------------------------------------------------
 
 

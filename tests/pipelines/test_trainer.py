@@ -37,6 +37,7 @@ from pipelines import (
     trainer,
     training_worker,
 )
+from pipelines import recipe as recipes
 from pipelines.loader_workers import check_room
 from pipelines.progress import progress
 from pipelines.recipe import Run, TrainConfig
@@ -82,7 +83,7 @@ class Line(nn.Module):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(recipes.Recipe):
     folder: str
     harm: str = ""
     at: tuple[int, ...] = ()
@@ -97,9 +98,6 @@ class Recipe:
 
     def layers(self) -> int:
         return 1
-
-    def flops(self, batch: Any) -> float:
-        return 0.0
 
     def samples_per_batch(self) -> int:
         return 8

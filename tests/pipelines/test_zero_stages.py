@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from small_net import (
 from torch import Tensor, nn
 from two_workers import on_two_workers, run
 
-from beit3.objectives import MaskedBatch, MaskedDataModelling
+from beit3.objectives import MaskedBatch, MaskedDataModelling, of_one_step
 from pipelines import budget, bundles, checkpoints, engine
 from pipelines.run_logger import Logger
 from pipelines.storage import Store
@@ -65,18 +65,28 @@ class Masked(Recipe):
         return {"loss": float(module(self.batches(0, 1)(1_000))["loss"])}
 
 
+@dataclass(frozen=True)
 class Uneven(Masked):
-    """The same samples on one worker or two, of which each hides another number of places."""
+    """The same samples on one worker or two, or in two batches, of which each hides another number
+    of places."""
+
+    parts: int = 1
+    """Batches of a step."""
+
+    def of_one_step(self, batches: Sequence[MaskedBatch]) -> Sequence[MaskedBatch]:
+        return of_one_step(batches)
 
     def batches(self, rank: int, world: int) -> Callable[[int], MaskedBatch]:
-        def batch(step: int) -> MaskedBatch:
+        def batch(number: int) -> MaskedBatch:
+            step, part = divmod(number, self.parts)
             rng = np.random.default_rng(step)
             images = rng.integers(0, 256, (4, 3, SIZE, SIZE), dtype=np.uint8)
             hidden = rng.random((4, SHAPE.patches)) < np.array([[0.2], [0.7], [0.4], [0.6]])
             words = rng.integers(0, SHAPE.codebook_size, (4, SHAPE.patches))
             texts = [rng.integers(4, SHAPE.vocab_size, length) for length in (5, 14, 6, 17)]
             masked = [rng.random(len(text)) < 0.4 for text in texts]
-            own = range(rank, 4, world)  # two images alone, two pairs; two pairs, two texts alone
+            # Two images alone, two pairs; two pairs, two texts alone.
+            own = range(rank + part, 4, world * self.parts)
             return MaskedBatch.collate(
                 torch.from_numpy(images[own]),
                 torch.from_numpy(hidden[own]),
@@ -84,7 +94,7 @@ class Uneven(Masked):
                 [texts[i].tolist() for i in own],
                 [masked[i] for i in own],
                 mask_id=3,
-                pairs=2 // world,
+                pairs=2 // (world * self.parts),
             )
 
         return batch
@@ -171,10 +181,12 @@ def _all(root: Path, jobs: list[Job], rank: int) -> None:
 def pairs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Store]:
-    """Stores of runs of two workers, by name; `alone`, without dropout, and `uneven` are of one."""
+    """Stores of runs of two workers, by name; `alone`, without dropout, `uneven` and `in-parts` are
+    of one."""
     root = tmp_path_factory.mktemp("pairs")
     train(Store(root / "alone"), keep_checkpoints=STEPS, dropout=0.0)
     train(Store(root / "uneven"), recipe=Uneven(), keep_checkpoints=STEPS)
+    train(Store(root / "in-parts"), recipe=Uneven(parts=2), keep_checkpoints=STEPS, accumulate=2)
     averaged = {"ema": DECAY}
     overlapping = {"gpus_per_worker": 1.0, "accumulate": 2}
     jobs = [
@@ -210,7 +222,7 @@ def pairs(
     if not any(item.get_closest_marker("slow") for item in asked):
         jobs = [job for job in jobs if job.name not in SLOW]
     on_two_workers(partial(_all, root, jobs), root)
-    names = ("alone", "uneven", *(job.name for job in jobs))
+    names = ("alone", "uneven", "in-parts", *(job.name for job in jobs))
     return {name: Store(root / name) for name in names}
 
 
@@ -289,17 +301,17 @@ def test_parameters_that_are_in_pieces_are_not_compiled() -> None:
         train_config(zero_stage=3, compile=True)
 
 
-@pytest.mark.parametrize("stage", cases("uneven-{}", 1, 3))
-def test_masked_places_count_alike_whichever_worker_has_them(
-    stage: int, pairs: dict[str, Store]
+@pytest.mark.parametrize("name", cases("{}", "uneven-1", "uneven-3", "in-parts"))
+def test_masked_places_count_alike_in_whichever_batch_they_are(
+    name: str, pairs: dict[str, Store]
 ) -> None:
-    """The loss is the mean over all of them, not of the workers' means."""
+    """The loss is the mean over all of them, not of the means of workers or batches."""
+    names = ("uneven", name)
     for step in (1, 2):  # of each step's gradient the first moment holds a tenth
         where = checkpoints.folder("runs/run", step)
-        one, two = (state(pairs[name], where) for name in ("uneven", f"uneven-{stage}"))
-        for name, moment in one["optimizer"].items():
-            torch.testing.assert_close(two["optimizer"][name], moment, rtol=1e-3, atol=1e-7)
-    names = ("uneven", f"uneven-{stage}")
+        one, two = (state(pairs[name], where) for name in names)
+        for key, moment in one["optimizer"].items():
+            torch.testing.assert_close(two["optimizer"][key], moment, rtol=1e-3, atol=1e-7)
     one, two = (but_keys_bias(state(pairs[name], "models/run")["model"]) for name in names)
     close(two, one)
 
