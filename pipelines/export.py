@@ -30,6 +30,7 @@ from pipelines import (
     model_card,
     pretrain,
     report,
+    stops,
     tracking,
 )
 from pipelines.pretrain_config import PretrainConfig
@@ -97,8 +98,8 @@ def _checkpoint(store: Store, model: str, step: int, to: Path) -> dict[str, Any]
     if not bundles.exists(store, name):
         kept = ", ".join(store.list(f"{run_folder}/checkpoints")) or "none"
         raise StoreError(f"{store.uri}/{name}: missing. There are: {kept}")
-    note = f"{run_folder}/run.json"
-    # run.json fills in what older checkpoints don't note about their run.
+    note = f"{run_folder}/{stops.NOTE}"
+    # This note fills in what older checkpoints don't note about their run.
     made = (store.read_json(note) if store.exists(note) else {}) | bundles.info(store, name)
     if "fingerprint" not in made:
         raise StoreError(f"{store.uri}/{note}: missing, and without it {name} is of no known run")

@@ -2,7 +2,7 @@
 
 A step is bad if its loss (the mean over its batches and the workers) is NaN, infinite or a spike,
 or if its gradient is not finite. This is known before the optimizer steps, at the cost of one
-all-reduce of three numbers, and every worker decides the same. A skipped step changes no parameter,
+all-reduce of four numbers, and every worker decides the same. A skipped step changes no parameter,
 moment or buffer; its batches and its place in the learning rate schedule are used up.
 """
 
@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipelines import zero
 from pipelines.recipe import Run
-from pipelines.stops import Ended, Watch
+from pipelines.stops import Ended, TakenOver, Watch
 from pipelines.storage import Store
 
 WINDOW = 64  # good steps whose median loss a spike is measured against
@@ -100,9 +100,15 @@ class Guard:
             step: Number of steps done, including this one.
 
         Raises:
-            Ended: the step is bad and must not be skipped.
+            Ended: the step is bad and must not be skipped, or the run was taken over.
         """
-        loss, stop, save = self._agree()
+        loss, stop, save, lost = self._agree()
+        if lost:
+            raise Ended(
+                f"{self.run.name} was started again elsewhere, and goes on there; this job ends "
+                f"at step {step - 1:,}",
+                error=TakenOver,
+            )
         bad, norm = self._fault(loss), None
         if bad:
             norm = gradient_norm(self.engine)
@@ -146,15 +152,17 @@ class Guard:
             self._kept = {k: self._kept[k] for k in newest}
             self.store.write_json(f"{self.run.name}/recent-losses.json", self._kept)
 
-    def _agree(self) -> tuple[float, bool, bool]:
-        """The mean loss, and whether any worker wants to stop or save."""
+    def _agree(self) -> tuple[float, bool, bool, bool]:
+        """The mean loss; whether any worker wants to stop or save; whether the run was lost."""
         own = torch.stack(self._losses).double().mean()
-        stop, save = self.watch.stop.is_set(), self.stepped and self.watch.take_save()
-        told = torch.stack([own, own.new_tensor(float(stop)), own.new_tensor(float(save))])
+        watch = self.watch
+        flags = (watch.stop.is_set(), self.stepped and watch.take_save(), watch.lost.is_set())
+        told = torch.stack([own, *(own.new_tensor(float(flag)) for flag in flags)])
         if self.world > 1:
             dist.all_reduce(told)
-        loss, stops, saves = told.tolist()
-        return loss / self.world, stops > 0, saves > 0
+        loss, *flags = told.tolist()
+        stop, save, lost = (flag > 0 for flag in flags)
+        return loss / self.world, stop, save, lost
 
     def _fault(self, loss: float) -> str:
         """The fault in the loss, in words; empty if there is none."""

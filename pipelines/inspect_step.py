@@ -23,7 +23,7 @@ from torch import Tensor
 
 from beit3.objectives import TEXT_OBJECTIVES, MaskedBatch
 from beit3.text import UNK, TextTokenizer
-from pipelines import console
+from pipelines import console, stops
 from pipelines.pictures import to_image
 from pipelines.report_html import Html, el, figure, join, page, table
 from pipelines.storage import Store
@@ -61,7 +61,7 @@ class Inspected:
 
 def check(store: Store, run: str, fingerprint: str) -> None:
     """Warn if the run in the store was begun with other options, and so read other batches."""
-    found = f"{run}/run.json"
+    found = f"{run}/{stops.NOTE}"
     if store.exists(found) and store.read_json(found)["fingerprint"] != fingerprint:
         console.say(
             f"{store.uri}/{run} was begun with other inputs or options: what is shown is what a "

@@ -222,5 +222,7 @@ class Run:
     """The flattened configuration, as noted in checkpoints."""
     step_memory: StepMemory | None = None
     """Memory that a step takes on a GPU on top of the state, if it was estimated."""
+    start: str = ""
+    """Names this start of the job: if a later one is noted in the store, this one gives way."""
     tuned: bool = False
     """Part of a Ray Tune trial: evaluations are reported to it, and it may stop the run."""

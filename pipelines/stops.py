@@ -4,6 +4,9 @@ The job's process learns of a signal or a limit, the workers may be on other mac
 `runs/<name>/stop.json`, which rank 0 looks for once a second. All workers agree on it at their next
 step, write a checkpoint and leave `ended.json`, which says how the run ended. They return as if all
 were well: an error would have Ray start them again.
+
+Each start of a job notes its name in `run.json`. Workers of an earlier start that find another's
+there end without a checkpoint: the later start goes on from the newest one.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from pipelines import budget, console
 from pipelines.recipe import Run, TrainConfig
 from pipelines.storage import Store, StoreError
 
+NOTE = "run.json"  # a run's provenance, and the name of its latest start
 BEGUN = "progress.json"  # of a run, from when its workers are there
 POLL_SECONDS = 1.0
+START_POLL_SECONDS = 10.0
 SPOT_POLL_SECONDS = 5.0  # as AWS advises
 METADATA = "169.254.169.254"  # EC2's and Google's; a name could take long not to be found
 SIGTERM_CODE = 143
@@ -48,8 +53,14 @@ class Ended(Exception):
         self.code, self.error = code, error
 
 
+class TakenOver(StoreError):
+    """The same training was started again, and goes on there."""
+
+
 # Of the job's process, where the workers have failed in a way that they would again.
-ERRORS = {error.__name__: error for error in (FloatingPointError, StoreError, ValueError)}
+ERRORS = {
+    error.__name__: error for error in (FloatingPointError, StoreError, TakenOver, ValueError)
+}
 
 
 # -- the job's process -----------------------------------------------------------------------------
@@ -69,6 +80,7 @@ def stoppable(store: Store, run: Run, begun: float) -> Iterator[None]:
         Stopped: the workers have stopped.
         FloatingPointError: they gave up at a bad step.
         StoreError, ValueError: they can't begin, and couldn't if they were started again.
+        TakenOver: they gave way to a later start.
     """
     for name in ("stop.json", "ended.json"):  # of an earlier start
         store.delete(f"{run.name}/{name}")
@@ -76,7 +88,8 @@ def stoppable(store: Store, run: Run, begun: float) -> Iterator[None]:
     abandoned: list[int] = []  # with this exit code
 
     def ask(reason: str, hint: str, code: int) -> None:
-        store.write_json(f"{run.name}/stop.json", {"reason": reason, "hint": hint, "code": code})
+        asked = {"reason": reason, "hint": hint, "code": code, "start": run.start}
+        store.write_json(f"{run.name}/stop.json", asked)
         console.say(f"{run.name}: {reason}; the workers write a checkpoint and stop")
 
     def end(reason: str, hint: str, code: int) -> None:
@@ -115,6 +128,8 @@ def stoppable(store: Store, run: Run, begun: float) -> Iterator[None]:
             thread.join()
     with contextlib.suppress(FileNotFoundError):
         ended = store.read_json(f"{run.name}/ended.json")
+        if ended["start"] != run.start:  # of one that gives way to this
+            return
         if ended["code"] is None:
             raise ERRORS[ended["error"]](ended["message"])
         console.say(f"{run.name}: {ended['message']}")
@@ -170,6 +185,8 @@ class Watch:
         self.run, self.store, self.say = run, store, say
         self.stop = threading.Event()
         """The job's process asks to stop; rank 0 alone sees it."""
+        self.lost = threading.Event()
+        """A later start has taken the run over; rank 0 alone sees it."""
         self.save = threading.Event()
         """This worker's machine is about to go."""
         self.asked: dict[str, Any] = {}
@@ -179,6 +196,8 @@ class Watch:
         self._threads: list[threading.Thread] = []
         if rank == 0 and not self._stop_asked():
             self._watch(self._stop_asked, POLL_SECONDS)
+        if rank == 0 and not self._taken_over():
+            self._watch(self._taken_over, START_POLL_SECONDS)
         if run.config.spot_notice:
             self._watch(self._spot_notice, SPOT_POLL_SECONDS)
 
@@ -215,9 +234,18 @@ class Watch:
 
     def _stop_asked(self) -> bool:
         with contextlib.suppress(OSError, ValueError):
-            self.asked = self.store.read_json(f"{self.run.name}/stop.json")
-            self.stop.set()
+            asked = self.store.read_json(f"{self.run.name}/stop.json")
+            if asked["start"] == self.run.start:
+                self.asked = asked
+                self.stop.set()
         return self.stop.is_set()
+
+    def _taken_over(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            noted = self.store.read_json(f"{self.run.name}/{NOTE}")
+            if noted.get("start", self.run.start) != self.run.start:
+                self.lost.set()
+        return self.lost.is_set()
 
     def _spot_notice(self) -> bool:
         if drained():
@@ -241,10 +269,10 @@ class Watch:
         return False
 
 
-def tell(store: Store, run: str, ended: Ended) -> None:
+def tell(store: Store, run: Run, ended: Ended) -> None:
     """Say to the job's process how the run ended; rank 0 does."""
     said = {"message": str(ended), "code": ended.code, "error": ended.error.__name__}
-    store.write_json(f"{run}/ended.json", said)
+    store.write_json(f"{run.name}/ended.json", {**said, "start": run.start})
 
 
 def drained() -> bool:

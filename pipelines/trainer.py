@@ -60,6 +60,7 @@ def fit(
 
     Raises:
         StoreError: the store or the tracker can't be used, or the output's name is taken.
+        TakenOver: the same training was started again meanwhile, and goes on there.
         ValueError: the options don't fit each other or the machines.
         FloatingPointError: a loss or a gradient went wrong; see `pipelines/guards.py`.
         Stopped: the run was stopped and left a checkpoint; see `pipelines/stops.py`.
@@ -81,7 +82,7 @@ def fit(
             run_logger.settle(store, run_folder)
         return found
     store.check_writable()
-    _claim(store, run_folder, fingerprint, parameters)
+    start = _claim(store, run_folder, fingerprint, parameters)
     handle = None
     if track:
         handle = tracking.start_run(store, name, parameters, key=run_folder, parent=parent)
@@ -89,6 +90,7 @@ def fit(
         *(store.uri, run_folder, output, fingerprint, recipe, config, handle),
         parameters=dict(parameters),
         step_memory=step_memory,
+        start=start,
         tuned=tuned,
     )
     store.delete(f"{run_folder}/{stops.BEGUN}")  # an interrupted run's last report
@@ -101,7 +103,7 @@ def fit(
             _launch(run, store)
     except BaseException as error:
         stopped = tuned and isinstance(error, SystemExit)  # by Tune: the sweep records how it ended
-        if handle is not None and not stopped:
+        if handle is not None and not stopped and not isinstance(error, stops.TakenOver):
             with contextlib.suppress(Exception):
                 kind = "KILLED" if isinstance(error, stops.Stopped) else "FAILED"
                 tracking.finish_run(handle, kind)
@@ -114,15 +116,18 @@ def fit(
     return result
 
 
-def _claim(store: Store, folder: str, fingerprint: str, parameters: Mapping[str, Any]) -> None:
-    """Record the run's provenance; an interrupted run with other options is an error."""
-    note = f"{folder}/run.json"
+def _claim(store: Store, folder: str, fingerprint: str, parameters: Mapping[str, Any]) -> str:
+    """Record the run's provenance, and this start of it, whose name is returned; an interrupted run
+    with other options is an error."""
+    note, start = f"{folder}/{stops.NOTE}", uuid.uuid4().hex[:12]
     if store.exists(note) and store.read_json(note)["fingerprint"] != fingerprint:
         raise StoreError(
             f"{store.uri}/{folder} was begun with other inputs or options, or by a version that "
             "drew other samples: choose another name, or delete that folder first"
         )
-    store.write_json(note, {"fingerprint": fingerprint, "parameters": dict(parameters)})
+    noted = {"fingerprint": fingerprint, "parameters": dict(parameters), "start": start}
+    store.write_json(note, noted)
+    return start
 
 
 def _launch(run: Run, store: Store) -> None:

@@ -71,7 +71,7 @@ def _train(run: Run) -> None:
     except Ended as end:
         if rank == 0:
             progress.begin(store, run.name, said)
-            stops.tell(store, run.name, end)
+            stops.tell(store, run, end)
         return
     metrics: dict[str, float] = {}
     ended: Ended | None = None
@@ -90,7 +90,7 @@ def _train(run: Run) -> None:
             error.add_note(f"A step takes more than this GPU has. Try {', or '.join(ways)}.")
             raise
         if rank == 0 and ended:
-            stops.tell(store, run.name, ended)
+            stops.tell(store, run, ended)
         elif not ended:
             with zero.whole(engine) as module:
                 if rank == 0:

@@ -3,12 +3,14 @@
     python small_run.py FOLDER WORKERS HELD NAME...
 
 trains the named runs in the store `FOLDER/store`, one after the other. At the batch number HELD
-(-1: none) the network touches `FOLDER/held` and waits until its worker was asked to stop.
+(-1: none) the network touches `FOLDER/held` and waits until its worker was asked to stop, or the
+run was taken over.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,7 +75,11 @@ class Recipe(recipes.Recipe):
     def before(self, number: int) -> None:
         if number == self.held and dist.get_rank() == 0:
             (Path(self.folder) / "held").touch()
-            assert watch().stop.wait(120)
+            for _ in range(2400):
+                if watch().stop.is_set() or watch().lost.is_set():
+                    return
+                time.sleep(0.05)
+            raise AssertionError("nothing came")
 
     def layers(self) -> int:
         return 1

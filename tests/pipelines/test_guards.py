@@ -288,19 +288,39 @@ def test_all_workers_leave_out_what_one_finds_bad(stage: int, left_out: Store) -
 # -- stops -----------------------------------------------------------------------------------------
 
 
+def start(folder: Path, workers: int, held: int, *names: str) -> subprocess.Popen[str]:
+    """`small_run.py`; if it is to be held somewhere, it is now."""
+    arguments = [small_run.__file__, str(folder), str(workers), str(held), *names]
+    started = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while held >= 0 and not (folder / "held").exists():
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    return started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_started_twice_goes_on_in_the_later_job(workers: int, tmp_path: Path) -> None:
+    earlier = start(tmp_path, workers, 4, "run")
+    later = start(tmp_path, workers, -1, "run", "unbroken")
+    said, _ = later.communicate(timeout=240)
+    assert later.returncode == 0, said
+    given_way, _ = earlier.communicate(timeout=120)
+    assert earlier.returncode == 1
+    wanted = "runs/run was started again elsewhere, and goes on there; this job ends at step 4"
+    assert wanted in given_way
+    store = Store(tmp_path / "store")
+    assert same(trained(store, "run"), trained(store, "unbroken"))
+    assert bundles.info(store, "models/run")["steps"] == 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_keeps_the_work(workers: int, tmp_path: Path) -> None:
-    def start(held: int, *names: str) -> subprocess.Popen[str]:
-        arguments = [small_run.__file__, str(tmp_path), str(workers), str(held), *names]
-        return subprocess.Popen(
-            [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, text=True
-        )
-
-    stopped = start(4, "stopped")
-    while not (tmp_path / "held").exists():
-        assert stopped.poll() is None, stopped.communicate()
-        time.sleep(0.05)
+    stopped = start(tmp_path, workers, 4, "stopped")
     stopped.send_signal(signal.SIGTERM)
     said, _ = stopped.communicate(timeout=120)
     assert stopped.returncode == 143
@@ -312,7 +332,7 @@ def test_sigterm_keeps_the_work(workers: int, tmp_path: Path) -> None:
     assert store.list("runs/stopped/checkpoints") == ["step-00000005"]
     assert not bundles.exists(store, "models/stopped")
 
-    finished = start(-1, "stopped", "unbroken")
+    finished = start(tmp_path, workers, -1, "stopped", "unbroken")
     said, _ = finished.communicate(timeout=240)
     assert finished.returncode == 0 and "runs/stopped: resumed from step 5" in said
     assert same(trained(store, "stopped"), trained(store, "unbroken"))
@@ -345,6 +365,52 @@ def test_a_stopped_run_is_killed_to_the_tracker_and_goes_on_there(store: Store) 
     steps = [m.step for m in tracker.get_metric_history(handle.run_id, "train/loss")]
     assert sorted(steps) == list(range(1, 9))
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@dataclass(frozen=True)
+class StartedAgain(Recipe):
+    """The same training is started elsewhere as this one takes the step `held`."""
+
+    def before(self, number: int) -> None:
+        if number == self.held:
+            store = Store(self.folder)
+            noted = store.read_json("runs/run/run.json")
+            store.write_json("runs/run/run.json", {**noted, "start": "later"})
+            assert small_run.watch().lost.wait(120)
+
+
+def test_an_earlier_start_gives_way_to_a_later_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes no checkpoint, nor says how the run ended: that is the later one's."""
+    monkeypatch.setattr(stops, "START_POLL_SECONDS", 0.05)
+    recipe = StartedAgain(held=5, folder=store.uri)
+    with pytest.raises(stops.TakenOver, match=r"was started again elsewhere, .* ends at step 5"):
+        train(store, "run", recipe, track=True, checkpoint_every=2)
+    assert store.list("runs/run/checkpoints") == ["step-00000002", "step-00000004"]
+    handle = tracking.RunHandle(**store.read_json("runs/run/mlflow.json"))
+    tracker = tracking.client(handle.uri)
+    assert tracker.get_run(handle.run_id).info.status == "RUNNING"
+    assert not bundles.exists(store, "models/run")
+    train(store, "run", Recipe(), track=True, checkpoint_every=2)
+    train(store, "unbroken", Recipe())
+    assert same(trained(store, "run"), trained(store, "unbroken"))
+    assert tracker.get_run(handle.run_id).info.status == "FINISHED"
+
+
+def test_what_an_earlier_start_leaves_does_not_end_a_later_one(store: Store) -> None:
+    earlier, later = (
+        Run(store.uri, "runs/run", "models/run", "same", Recipe(), small_run.config(), start=name)
+        for name in ("earlier", "later")
+    )
+    with stops.stoppable(store, later, time.monotonic()):
+        asked = {"reason": "SIGTERM received", "hint": "", "code": 143, "start": "earlier"}
+        store.write_json("runs/run/stop.json", asked)
+        with stops.Watch(later, store, 0) as watch:
+            assert not watch.stop.is_set() and not watch.lost.is_set()
+        stops.tell(store, earlier, stops.Ended("gave way", error=stops.TakenOver))
+    with pytest.raises(stops.TakenOver), stops.stoppable(store, earlier, time.monotonic()):
+        stops.tell(store, earlier, stops.Ended("gave way", error=stops.TakenOver))
 
 
 def test_a_second_sigterm_ends_it_at_once(store: Store) -> None:
