@@ -100,7 +100,7 @@ def main() -> None:
     def judged(chosen: CheckConfig) -> None:
         sys.exit(1 if run(chosen).verdict == "unusable" else 0)
 
-    job.main(PRESETS, __doc__, judged, billed=lambda chosen: False)
+    job.main(PRESETS, __doc__, judged, billed=False)
 
 
 if __name__ == "__main__":

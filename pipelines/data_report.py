@@ -403,7 +403,7 @@ def _metric(name: str) -> str:
 
 
 def main() -> None:
-    job.main(PRESETS, __doc__, run, billed=lambda chosen: False)
+    job.main(PRESETS, __doc__, run, billed=False)
 
 
 if __name__ == "__main__":

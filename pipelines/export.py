@@ -175,7 +175,7 @@ def main() -> None:
         folder = run(chosen)
         console.say(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
 
-    job.main(PRESETS, __doc__, shown, billed=lambda chosen: False)
+    job.main(PRESETS, __doc__, shown, billed=False)
 
 
 if __name__ == "__main__":

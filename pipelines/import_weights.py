@@ -253,7 +253,7 @@ def _checksums(path: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    job.main(PRESETS, __doc__, run, billed=lambda chosen: False)
+    job.main(PRESETS, __doc__, run, billed=False)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main(
     description: str | None,
     run: Callable[[T], object],
     *,
-    billed: Callable[[T], bool] = lambda chosen: True,
+    billed: bool = True,
 ) -> None:
     """Read the options, run the job and print the machine time it used.
 
@@ -26,11 +26,11 @@ def main(
 
     Args:
         presets, description: As for `config.cli`.
-        billed: Whether a job with these options uses enough machine time to report.
+        billed: Whether the job uses enough machine time to report; a dry run never does.
     """
     chosen = located(config.cli(presets, description=description or ""))
     try:
-        if billed(chosen):
+        if billed and not getattr(chosen, "dry_run", False):
             with bill.printed():
                 run(chosen)
         else:

@@ -209,7 +209,7 @@ def main() -> None:
         else:
             print("\n".join(lines(results)))
 
-    job.main(PRESETS, __doc__, shown, billed=lambda chosen: False)
+    job.main(PRESETS, __doc__, shown, billed=False)
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def main() -> None:
         if found["problem"]:
             raise ValueError(found["problem"])
 
-    job.main(PRESETS, __doc__, run_or_plan, billed=lambda chosen: not chosen.dry_run)
+    job.main(PRESETS, __doc__, run_or_plan)
 
 
 if __name__ == "__main__":

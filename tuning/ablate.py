@@ -459,7 +459,7 @@ def main() -> None:
         else:
             run(chosen)
 
-    job.main(PRESETS, __doc__, run_or_plan, billed=lambda chosen: not chosen.dry_run)
+    job.main(PRESETS, __doc__, run_or_plan)
 
 
 if __name__ == "__main__":

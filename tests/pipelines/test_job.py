@@ -45,7 +45,7 @@ def test_what_cant_be_used_is_said_in_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["job"])
     with pytest.raises(SystemExit) as ended:
-        job.main({"": Options()}, "A job.", raising(error), billed=lambda _: billed)
+        job.main({"": Options()}, "A job.", raising(error), billed=billed)
     assert ended.value.code == 2
     said = capsys.readouterr()
     assert said.err == f"error: {error}\n" and ("node-hours" in said.out) == billed
