@@ -19,6 +19,8 @@ import sentencepiece
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 _BOS, _EOS = (np.array([i - 1], np.int32) for i in (BOS, EOS))  # as pieces: one less
 
+TOKENIZER_FILE = "tokenizer.spm"  # in a bundle
+
 
 class TextTokenizer:
     """Text to ids and back.

@@ -45,8 +45,8 @@ from pipelines import evaluate, train_text_tokenizer
 from pipelines.evaluate import EvaluateConfig, Predictor
 from pipelines.finetuned import Finetuned
 from pipelines.parts import Resources
-from pipelines.prepare_task import SCHEMA
 from pipelines.storage import Store
+from pipelines.task_data import SCHEMA
 from pipelines.train_text_tokenizer import TextTokenizerConfig
 
 TEXTS = {"retrieval": 5, "vqa": 5, "captioning": 1, "nlvr2": 2, "imagenet": 1}

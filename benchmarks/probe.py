@@ -26,9 +26,10 @@ from beit3.model import BEiT3
 from beit3.objectives import normalise
 from beit3.transforms import WHOLE, apply_view
 from beit3.vqkd import VQKD
-from pipelines import models, train_image_tokenizer
+from pipelines import models
 from pipelines.sample_world import draw, scenes
 from pipelines.storage import Store
+from pipelines.tokenizers import load_image_tokenizer
 
 AT_ONCE = 250
 LOOKS = {"shape": scenes.SHAPES, "colour": tuple(scenes.COLOURS)}
@@ -82,7 +83,7 @@ def frozen(store: Store, options: argparse.Namespace) -> Iterator[tuple[str, int
 
         yield f"models/{name}", config.image_size, summary
     for name in options.tokenizers:
-        tokenizer, _ = train_image_tokenizer.load(store, name)
+        tokenizer, _ = load_image_tokenizer(store, name)
 
         def counts(images: Tensor, of: VQKD = tokenizer) -> Tensor:
             words = F.one_hot(of.encode(images).long(), of.config.codebook_size)

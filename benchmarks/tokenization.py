@@ -48,7 +48,7 @@ from beit3 import vqkd
 from beit3.config import PRESETS as MODELS
 from beit3.device import DTYPES, to_device
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
-from beit3.text import TextTokenizer
+from beit3.text import TOKENIZER_FILE, TextTokenizer
 from beit3.vqkd import PRESETS, VQKD
 from benchmarks import _measure
 from benchmarks._samples import draw
@@ -57,7 +57,8 @@ from pipelines.dataset import ROW_GROUP_ROWS
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.storage import Store
 from pipelines.tokenize_corpus import ImagePart, TextPart, TokenizeConfig
-from pipelines.train_text_tokenizer import TOKENIZER_FILE, TextTokenizerConfig
+from pipelines.tokenizers import load_text_tokenizer
+from pipelines.train_text_tokenizer import TextTokenizerConfig
 from pipelines.words_in_step import WordsInStep
 
 MIB = 1 << 20
@@ -246,7 +247,7 @@ def text_workers(options: argparse.Namespace) -> dict[str, Any]:
 
 def text_plain(options: argparse.Namespace) -> dict[str, Any]:
     """SentencePiece alone, one text after another in one thread."""
-    tokenizer: TextTokenizer = train_text_tokenizer.load(Store(options.store), "sentencepiece")
+    tokenizer: TextTokenizer = load_text_tokenizer(Store(options.store), "sentencepiece")
     texts = _texts(options, 0)
     took = busy = 0.0
     for _ in range(2):  # the first time to warm up, as the workers do

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from beit3 import tasks
 from beit3.tasks import Example
-from pipelines.prepare_task import read_examples
 from pipelines.storage import Store
+from pipelines.task_data import read_examples
 
 
 def blind(store: Store, task: str, data: str = "", split: str = "") -> dict[str, float]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from beit3.tokenizer_health import Judgement, judge, same_in_bf16
-from pipelines import bundles, console, job, pictures, train_image_tokenizer
+from pipelines import bundles, console, job, pictures
 from pipelines.storage import Store
+from pipelines.tokenizers import EVALUATED, health_of, load_image_tokenizer, open_teacher
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ def run(cfg: CheckConfig) -> Judgement:
     """
     store = Store(cfg.store)
     info = bundles.info(store, f"tokenizers/image/{cfg.name}")
-    tokenizer, _ = train_image_tokenizer.load(store, cfg.name)
+    tokenizer, _ = load_image_tokenizer(store, cfg.name)
     device = torch.device("cuda" if cfg.gpu else "cpu")
     name = cfg.teacher or info.get("teacher") or ""
     teacher = None
     if name:
-        teacher = train_image_tokenizer.open_teacher(store, name, tokenizer.config).to(device)
+        teacher = open_teacher(store, name, tokenizer.config).to(device)
         if teacher.dim != tokenizer.config.teacher_dim:
             raise ValueError(
                 f"teacher {name}: its features are {teacher.dim} wide, the tokenizer makes "
@@ -76,7 +77,7 @@ def run(cfg: CheckConfig) -> Judgement:
     size = tokenizer.config.image_size
     images = torch.cat([pictures.some_images(store.dataset(n), cfg.count, size) for n in named])
     own = {f"images/{n}" for n in info.get("images", [])}
-    found = train_image_tokenizer.check(
+    found = health_of(
         tokenizer.to(device),
         teacher,
         images,
@@ -90,7 +91,7 @@ def run(cfg: CheckConfig) -> Judgement:
         trained_on=sum(store.dataset(n).commit().rows for n in own),
     )
     console.say(f"tokenizers/image/{cfg.name}: {judged.text}")
-    parts = (part.to(device) for part in images.split(train_image_tokenizer.EVALUATED))
+    parts = (part.to(device) for part in images.split(EVALUATED))
     same = same_in_bf16(tokenizer.eval(), parts)
     console.say(f"{same:.1%} of the words stay the same in bf16 (tokenize_corpus: precision)")
     return judged

@@ -26,14 +26,15 @@ from beit3.objectives import DualEncoder
 from beit3.tasks.retrieval import recalls
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
-from pipelines import cluster, config, job, models, train_text_tokenizer
+from pipelines import cluster, config, job, models
 from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
-from pipelines.prepare_task import captions_of, check_captions
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig, picture_of
 from pipelines.storage import Store, StoreError
+from pipelines.task_data import captions_of, check_captions
+from pipelines.tokenizers import load_text_tokenizer
 from pipelines.trainer import fit
 
 EVALUATED = 64  # pictures, or texts, encoded at once
@@ -240,7 +241,7 @@ def run(cfg: ContrastConfig) -> dict[str, Any]:
             model, _ = weights.load_config(folder)
             tokenizer = models.tokenizer_of(folder)
     else:
-        tokenizer = train_text_tokenizer.load(store, cfg.text_tokenizer)
+        tokenizer = load_text_tokenizer(store, cfg.text_tokenizer)
         models.check_vocabulary(tokenizer, model)
     inputs = [store.dataset(f"images/{name}").commit().identity for name in cfg.images]
     if cfg.held_out:

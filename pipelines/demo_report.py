@@ -25,8 +25,6 @@ from pipelines import (
     report,
     run_logger,
     tracking,
-    train_image_tokenizer,
-    train_text_tokenizer,
 )
 from pipelines import report_content as page
 from pipelines.baselines import blind
@@ -35,6 +33,7 @@ from pipelines.masked_batches import held_out_batches
 from pipelines.pictures import to_image
 from pipelines.storage import Store
 from pipelines.tokenize_corpus import stored_view
+from pipelines.tokenizers import load_image_tokenizer, load_text_tokenizer
 
 MAIN_METRICS = {
     "vqa": [("accuracy", "VQA accuracy", True)],
@@ -176,7 +175,7 @@ def task_rows(store: Store, task: str) -> dict[str, dict[str, Any]]:
 
 def tokenizers(store: Store) -> page.TokenizerSection:
     """Both vocabularies, with examples of what they do to text and pictures."""
-    text = train_text_tokenizer.load(store, "sentencepiece")
+    text = load_text_tokenizer(store, "sentencepiece")
     info = bundles.info(store, "tokenizers/text/sentencepiece")
     captions = store.dataset("images/cc3m").read_table(["captions"]).slice(0, 4).to_pylist()
     lines = [row["captions"][0] for row in captions]
@@ -204,7 +203,7 @@ def tokenizers(store: Store) -> page.TokenizerSection:
 
 def _views(store: Store, name: str, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Views of the first rows of a tokenized dataset, and their visual words `[grid, grid]`."""
-    tokenizer, _ = train_image_tokenizer.load(store, "vqkd")
+    tokenizer, _ = load_image_tokenizer(store, "vqkd")
     commit = store.dataset(f"tokens/{name}").commit()
     source = store.dataset(commit.lineage["inputs"][0]["dataset"])
     found = []

@@ -39,8 +39,8 @@ from pipelines.finetuned import Finetuned, load, read_notes, row_sample
 from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
 from pipelines.parts import PartOutput, Resources, make_dataset
-from pipelines.prepare_task import lost_examples
 from pipelines.storage import Store
+from pipelines.task_data import lost_examples
 
 AHEAD = 2  # batches whose pictures are decoded while one is predicted
 SCHEMA = pa.schema(

@@ -30,12 +30,12 @@ from pipelines import cluster, config, job, models
 from pipelines.finetuned import TASK_FILE, predict, row_sample
 from pipelines.lineage import fingerprint
 from pipelines.loader import ParquetRows
-from pipelines.prepare_task import labels, read_examples
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.samples import Sample as Drawn
 from pipelines.storage import Store, StoreError
+from pipelines.task_data import labels, read_examples
 from pipelines.trainer import fit
 
 RANDOM = "random"

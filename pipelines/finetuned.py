@@ -17,8 +17,8 @@ from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, centre_view, decode
 from pipelines import bundles, models
-from pipelines.prepare_task import read_examples
 from pipelines.storage import Store, StoreError
+from pipelines.task_data import read_examples
 
 TASK_FILE = "task.json"
 

@@ -24,12 +24,12 @@ from typing import Any, Literal
 
 from beit3 import released, tasks, teachers, vqkd, vqkd_released
 from beit3.tasks.imagenet import WNID
-from beit3.text import TextTokenizer
-from pipelines import bundles, config, console, job, models, train_text_tokenizer
+from beit3.text import TOKENIZER_FILE, TextTokenizer
+from pipelines import bundles, config, console, job, models
 from pipelines.finetuned import TASK_FILE, task_notes
 from pipelines.lineage import fingerprint
 from pipelines.storage import Store
-from pipelines.train_text_tokenizer import TOKENIZER_FILE
+from pipelines.tokenizers import load_text_tokenizer
 
 FOLDERS = {
     "model": "models",
@@ -128,7 +128,7 @@ def _model(cfg: ImportConfig, folder: Path) -> tuple[str, dict[str, Any]]:
     # Their retrieval models are dual encoders like those of the contrastive stage.
     task = "retrieval" if model.kind == "dual_encoder" else model.kind
     labels = read_labels(task, cfg.labels, model.classes)
-    tokenizer = train_text_tokenizer.load(Store(cfg.store), cfg.text_tokenizer)
+    tokenizer = load_text_tokenizer(Store(cfg.store), cfg.text_tokenizer)
     models.check_vocabulary(tokenizer, model.config)
     released.save_folder(folder, model)
     models.add_tokenizer(folder, tokenizer)

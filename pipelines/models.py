@@ -12,12 +12,11 @@ from torch import nn
 
 from beit3 import weights
 from beit3.config import ModelConfig
-from beit3.text import TextTokenizer
+from beit3.text import TOKENIZER_FILE, TextTokenizer
 from pipelines import bundles, config
 from pipelines.lineage import code_version
 from pipelines.samples import SEEDING, without_later
 from pipelines.storage import Store
-from pipelines.train_text_tokenizer import TOKENIZER_FILE
 
 # Options about where and how fast a job runs; they don't change its result, up to rounding.
 INDIFFERENT = {

@@ -29,29 +29,16 @@ from typing import Any
 import pyarrow as pa
 
 from beit3 import tasks
-from beit3.tasks import Example, Problem, Record
+from beit3.tasks import Problem, Record
 from pipelines import cluster, console, job
 from pipelines.config import to_dict
-from pipelines.dataset import Commit, Dataset
+from pipelines.dataset import Commit
 from pipelines.images import ImagePolicy, Rejected, clean_image
 from pipelines.lineage import fingerprint
 from pipelines.parts import PartOutput, make_dataset
-from pipelines.storage import Store, StoreError, local_folder
+from pipelines.storage import Store, local_folder
+from pipelines.task_data import SCHEMA
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-        (
-            "examples",
-            pa.list_(
-                pa.struct(
-                    [("id", pa.string()), ("text", pa.string()), ("target", pa.string())]  # JSON
-                )
-            ),
-        ),
-    ]
-)
 _READS_AT_ONCE = 8
 _LOOKED_FOR = 20  # images, before any is read
 
@@ -127,51 +114,6 @@ def run(config: PrepareConfig) -> dict[str, Commit]:
     store.check_writable()
     with local_folder(config.annotations) as root:
         return {split: _prepare(config, store, root, split) for split in config.splits}
-
-
-def read_examples(row: dict[str, Any]) -> tuple[Example, ...]:
-    """The examples of a dataset's row."""
-    return tuple(Example(e["id"], e["text"], json.loads(e["target"])) for e in row["examples"])
-
-
-def captions_of(row: dict[str, Any]) -> list[str]:
-    """The captions of a row's picture, in `images/*` or in a split of a task about captions."""
-    if "captions" in row:
-        return row["captions"] or []
-    said = ([e.text] if e.text is not None else e.target for e in read_examples(row))
-    return [caption for captions in said for caption in captions]
-
-
-def check_captions(dataset: Dataset, field: str) -> Commit:
-    """The commit of a dataset whose rows `captions_of` can read.
-
-    Raises:
-        StoreError: it is missing, or belongs to another task. The message names `field`.
-    """
-    commit = dataset.commit()
-    task = commit.lineage["config"].get("task")
-    if dataset.name.startswith("tasks/") and not tasks.load(task).about.captions:
-        having = " or ".join(name for name in tasks.names() if tasks.load(name).about.captions)
-        raise StoreError(
-            f"{field}: {dataset.uri} holds no captions, but what {task} asks: name a split of "
-            f"{having}"
-        )
-    return commit
-
-
-def lost_examples(aside: Iterable[dict[str, Any]]) -> list[Example]:
-    """The examples of records that were set aside; malformed records have none."""
-    found = [json.loads(row["examples"]) for row in aside if row.get("examples")]
-    return [Example(**example) for examples in found for example in examples]
-
-
-def labels(store: Store, name: str) -> tuple[str, ...]:
-    """The answer vocabulary of `tasks/<name>/train`; empty where the task has none.
-
-    Raises:
-        StoreError: the training split is not there.
-    """
-    return tuple(store.dataset(f"tasks/{name}/train").commit().stats.get("labels", ()))
 
 
 def _prepare(config: PrepareConfig, store: Store, root: Path, split: str) -> Commit:

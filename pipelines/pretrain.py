@@ -45,7 +45,6 @@ from pipelines import (
     pictures,
     pretrain_plan,
     token_checks,
-    train_image_tokenizer,
 )
 from pipelines.dataset import Dataset
 from pipelines.lineage import fingerprint
@@ -54,6 +53,7 @@ from pipelines.pretrain_config import OBJECTIVES, PRESETS, PretrainConfig
 from pipelines.recipe import Recipe
 from pipelines.run_logger import Logger
 from pipelines.storage import Store
+from pipelines.tokenizers import image_tokenizer_shape, load_image_tokenizer
 from pipelines.trainer import fit
 from pipelines.words_in_step import WordsInStep
 from pipelines.zero_shot import picture_recall
@@ -73,7 +73,7 @@ class PretrainRecipe(Recipe):
         if found is None:
             return MaskedDataModelling(self.cfg.model, self.cfg.objectives)
         with torch.random.fork_rng(devices=[]):  # so the model is initialized as without it
-            images, _ = train_image_tokenizer.load(Store(self.cfg.store), found.tokenizer)
+            images, _ = load_image_tokenizer(Store(self.cfg.store), found.tokenizer)
         return WordsInStep(self.cfg.model, self.cfg.objectives, images, found.precision)
 
     def layers(self) -> int:
@@ -273,7 +273,7 @@ def _step_memory(store: Store, recipe: PretrainRecipe) -> budget.StepMemory:
 def _tokenizer_in_step(store: Store, recipe: PretrainRecipe) -> VQKDConfig | None:
     """The image tokenizer that computes visual words in each step, if there is one."""
     found = recipe.words_in_step
-    return train_image_tokenizer.shape(store, found.tokenizer) if found else None
+    return image_tokenizer_shape(store, found.tokenizer) if found else None
 
 
 def batches_of_step(

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 
 from beit3.config import Precision
 from beit3.text import TextTokenizer
-from pipelines import bundles, models, train_image_tokenizer, train_text_tokenizer
+from pipelines import bundles, models
 from pipelines.dataset import Commit, Dataset
 from pipelines.pretrain_config import OBJECTIVES, PretrainConfig
 from pipelines.storage import Store, StoreError
+from pipelines.tokenizers import image_tokenizer_shape, load_text_tokenizer
 
 
 def tokens(store: Store, cfg: PretrainConfig) -> dict[str, list[Dataset]]:
@@ -135,7 +136,7 @@ def check_tokens(store: Store, cfg: PretrainConfig, datasets: Sequence[Dataset])
             )
     if used["image"]:
         (identity, name) = next(iter(used["image"].items()))
-        shape = train_image_tokenizer.shape(store, name)
+        shape = image_tokenizer_shape(store, name)
         if bundles.identity(store, f"tokenizers/image/{name}") != identity:
             raise StoreError(
                 f"tokenizers/image/{name} is not the one that made these tokens: tokenize again"
@@ -154,7 +155,7 @@ def check_tokens(store: Store, cfg: PretrainConfig, datasets: Sequence[Dataset])
                 f"{shape.codebook_size} (tokenizers/image/{name}): set it to that"
             )
     (identity, name) = next(iter(used["text"].items()))
-    tokenizer = train_text_tokenizer.load(store, name)
+    tokenizer = load_text_tokenizer(store, name)
     if tokenizer.identity != identity:
         raise StoreError(
             f"tokenizers/text/{name} is not the one that made these tokens: tokenize again"

@@ -39,15 +39,14 @@ from pipelines import (
     cluster,
     config,
     job,
-    train_image_tokenizer,
-    train_text_tokenizer,
 )
 from pipelines.dataset import Commit
 from pipelines.lineage import fingerprint
 from pipelines.parts import PartOutput, Resources, make_dataset
-from pipelines.prepare_task import captions_of, check_captions
 from pipelines.samples import ViewConfig, picture_of, without_later
 from pipelines.storage import Store
+from pipelines.task_data import captions_of, check_captions
+from pipelines.tokenizers import image_tokenizer_shape, load_image_tokenizer, load_text_tokenizer
 
 AHEAD = 2  # batches that are decoded while one is encoded
 PICTURES, DOCUMENTS = 32, 256  # rows read at once
@@ -165,9 +164,9 @@ def run(cfg: TokenizeConfig) -> list[Commit]:
         ValueError: the image tokenizer has more codes than uint16 can name.
     """
     store = Store(cfg.store)
-    text_tokenizer = train_text_tokenizer.load(store, cfg.text_tokenizer)
+    text_tokenizer = load_text_tokenizer(store, cfg.text_tokenizer)
     image_tokenizer = bundles.identity(store, f"tokenizers/image/{cfg.image_tokenizer}")
-    patches = train_image_tokenizer.shape(store, cfg.image_tokenizer).patches
+    patches = image_tokenizer_shape(store, cfg.image_tokenizer).patches
     cluster.start()
     tokenizers = {
         "image": {"name": cfg.image_tokenizer, "identity": image_tokenizer},
@@ -230,12 +229,12 @@ def _image_tokenizer(uri: str, name: str, device: str) -> VQKD:
     """An image tokenizer, loaded once per process, which outlives its tasks."""
     if device == "cpu":
         torch.set_num_threads(1)  # there is a task per CPU
-    return train_image_tokenizer.load(Store(uri), name)[0].to(device)
+    return load_image_tokenizer(Store(uri), name)[0].to(device)
 
 
 @functools.cache
 def _text_tokenizer(uri: str, name: str) -> TextTokenizer:
-    return train_text_tokenizer.load(Store(uri), name)
+    return load_text_tokenizer(Store(uri), name)
 
 
 @dataclass
@@ -296,7 +295,7 @@ class ImagePart:
         self.dataset = self.store.dataset(source)
         self.device = cluster.device(cfg.gpus_per_actor)
         self.texts = _text_tokenizer(cfg.store, cfg.text_tokenizer)
-        self.shape = train_image_tokenizer.shape(self.store, cfg.image_tokenizer)
+        self.shape = image_tokenizer_shape(self.store, cfg.image_tokenizer)
         self.batch = cfg.batch_size or PICTURES
         if not cfg.in_step:
             self.images = _image_tokenizer(cfg.store, cfg.image_tokenizer, self.device)

@@ -10,8 +10,7 @@ codebook usage and perplexity, code maps, and the patches nearest to each code.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from beit3 import vqkd
-from beit3.teachers import PixelTeacher, Teacher, load_teacher
-from beit3.tokenizer_health import Baseline, Health, judge, measure
+from beit3.teachers import Teacher
+from beit3.tokenizer_health import judge
 from beit3.vqkd import PRESETS as SHAPES
-from beit3.vqkd import SHAPE_FILE, VQKD, VQKDConfig, codebook_health, usage_health
+from beit3.vqkd import VQKD, VQKDConfig, codebook_health, usage_health
 from pipelines import bundles, cluster, config, console, job, models, pictures
-from pipelines.dataset import Dataset
 from pipelines.lineage import fingerprint
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig
-from pipelines.storage import Store, StoreError
+from pipelines.storage import Store
+from pipelines.tokenizers import EVALUATED, PIXELS, health_of, open_teacher, teacher_bundle
 from pipelines.trainer import fit
 
-PIXELS = "pixels"
-EVALUATED = 64  # images measured at once
 DEAD_BELOW = 0.01
 """Average uses per step below which a code counts as dead in the curves."""
 
@@ -206,7 +203,7 @@ class ImageTokenizerRecipe(Recipe):
         names = [f"images/{name}" for name in cfg.images]
         last = step == cfg.train.steps
         learned = [store.dataset(name) for name in names] if last else []
-        found = check(
+        found = health_of(
             tokenizer,
             module.teacher,
             images,
@@ -231,83 +228,6 @@ class ImageTokenizerRecipe(Recipe):
             "images": list(self.cfg.images),
             "health": module.health,
         }
-
-
-def open_teacher(store: Store, name: str, tokenizer: VQKDConfig) -> Teacher:
-    """The teacher of this name (as in `ImageTokenizerConfig.teacher`) for a tokenizer.
-
-    Raises:
-        StoreError: it is missing, or its patch grid can't be adapted to the tokenizer's.
-    """
-    if name == PIXELS:
-        return PixelTeacher(tokenizer.image_size, tokenizer.patch_size)
-    bundle = teacher_bundle(name)
-    with models.opened(store, bundle) as folder:
-        try:
-            return load_teacher(folder, tokenizer.image_size, tokenizer.patch_size, bundle)
-        except ValueError as error:
-            raise StoreError(str(error)) from error
-
-
-def teacher_bundle(name: str) -> str:
-    return name if "/" in name else f"models/{name}"
-
-
-def check(
-    tokenizer: VQKD,
-    teacher: Teacher | None,
-    images: Tensor,
-    *,
-    learned: Sequence[Dataset],
-    baseline_images: int,
-    held_out: bool,
-) -> Health:
-    """Health of a tokenizer on images, uint8 `[n, 3, size, size]`.
-
-    Args:
-        teacher: If None, the reconstruction is not measured.
-        learned: Datasets from whose images k-means learns; if empty, k-means is left out.
-        held_out: Whether the images were not used to train the tokenizer.
-    """
-    device = tokenizer.codebook.vectors.device
-
-    def targets(some: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for part in some.split(EVALUATED):
-            moved = part.to(device)
-            yield moved, None if teacher is None else teacher(moved)
-
-    baseline = None
-    if teacher is not None and learned:
-        each = -(-baseline_images // len(learned))
-        size = tokenizer.config.image_size
-        features = (
-            target
-            for dataset in learned
-            for _, target in targets(pictures.some_images(dataset, each, size))
-            if target is not None
-        )
-        baseline = Baseline.of(features, tokenizer.config.codebook_size)
-    return measure(tokenizer, targets(images), baseline, held_out=held_out)
-
-
-def load(store: Store, name: str) -> tuple[VQKD, str]:
-    """A trained tokenizer from the store, and its identity (content hash)."""
-    bundle = f"tokenizers/image/{name}"
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        bundles.load(store, bundle, folder)
-        model = vqkd.load(folder)
-    return model, bundles.identity(store, bundle)
-
-
-def shape(store: Store, name: str) -> VQKDConfig:
-    """The configuration of a tokenizer in the store, without its weights.
-
-    Raises:
-        StoreError: there is none.
-    """
-    bundles.info(store, f"tokenizers/image/{name}")
-    return VQKDConfig(**store.read_json(f"tokenizers/image/{name}/{SHAPE_FILE}"))
 
 
 def run(cfg: ImageTokenizerConfig) -> dict[str, Any]:

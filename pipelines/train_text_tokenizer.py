@@ -20,13 +20,12 @@ from typing import Any, Literal, cast
 
 import pyarrow as pa
 
-from beit3.text import TextTokenizer
+from beit3.text import TOKENIZER_FILE, TextTokenizer
 from pipelines import bundles, cluster, config, console, job
 from pipelines.dataset import Dataset
 from pipelines.lineage import fingerprint
 from pipelines.storage import Store
-
-TOKENIZER_FILE = "tokenizer.spm"
+from pipelines.tokenizers import load_text_tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def run(cfg: TextTokenizerConfig) -> TextTokenizer:
     )
     if bundles.finished(store, output, print_of, taken) is not None:
         console.say(f"{output}: already trained, skipped")
-        return load(store, cfg.name)
+        return load_text_tokenizer(store, cfg.name)
     cluster.start()
     sentences = sorted(
         set(_sentences(datasets, cfg.sample)),
@@ -138,13 +137,6 @@ def train(sentences: list[str], cfg: TextTokenizerConfig) -> bytes:
             "add text"
         ) from error
     return model.getvalue()
-
-
-def load(store: Store, name: str) -> TextTokenizer:
-    """Load a trained tokenizer from the store, verified."""
-    with tempfile.TemporaryDirectory() as folder:
-        bundles.load(store, f"tokenizers/text/{name}", Path(folder))
-        return TextTokenizer.from_file(Path(folder) / TOKENIZER_FILE)
 
 
 def _sentences(datasets: Sequence[Dataset], share: float) -> Iterator[str]:

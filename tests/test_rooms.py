@@ -38,3 +38,22 @@ def test_a_room_imports_none_of_those_above_it(room: str) -> None:
         if (found := UNWANTED[room] & set(imported(file)))
     }
     assert wrong == {name: {"tuning"} for name in SHOWS_ALL if name.startswith(room)}
+
+
+def test_what_several_jobs_need_is_in_none_of_them() -> None:
+    """A job is a program; what others want of it has a module of its own."""
+    pipelines = ROOT / "pipelines"
+    jobs = {
+        file.stem for file in pipelines.glob("*.py") if "\ndef main() -> None:" in file.read_text()
+    }
+    assert {"pretrain", "finetune", "ingest", "evaluate", "predict"} < jobs
+    # A checkpoint is exported with its run's recipe; a finished ingestion reports itself.
+    wanted = {("export", "pretrain"), ("ingest", "data_report")}
+    found: set[tuple[str, str]] = set()
+    for file in pipelines.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipelines"):
+                path = (node.module or "").split(".")
+                names = [alias.name for alias in node.names] if path == ["pipelines"] else path[1:2]
+                found |= {(file.stem, name) for name in names if name in jobs - {file.stem}}
+    assert {pair for pair in found if not pair[0].startswith("demo")} == wanted

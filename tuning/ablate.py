@@ -33,12 +33,12 @@ from beit3.masking import Masking
 from beit3.vqkd import PRESETS as TOKENIZERS
 from pipelines import bundles, config, console, finetune, job, pretrain, token_checks
 from pipelines.finetune import FinetuneConfig, FinetuneRecipe
-from pipelines.prepare_task import labels
 from pipelines.pretrain_config import PRESETS as PRETRAINING
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.side_by_side import side_by_side, steps_of
 from pipelines.storage import Store
+from pipelines.task_data import labels
 from tuning.ablations import ABLATIONS, DEFAULT, PAPER_TASKS, VARIANTS, check_default, variant
 from tuning.downstream import (
     TasksConfig,

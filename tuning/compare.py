@@ -24,10 +24,10 @@ from beit3 import tasks
 from pipelines import config, console, finetune, job
 from pipelines.baselines import blind
 from pipelines.finetune import FinetuneConfig
-from pipelines.prepare_task import labels
 from pipelines.sample_world.ceiling import ceiling
 from pipelines.side_by_side import side_by_side, steps_of
 from pipelines.storage import Store
+from pipelines.task_data import labels
 from tuning.downstream import (
     TasksConfig,
     check_names,

@@ -24,7 +24,7 @@ from beit3 import tasks
 from beit3.tasks import Example, Task
 from beit3.tasks.retrieval import recalls
 from beit3.transforms import centre_view
-from pipelines.prepare_task import read_examples
+from pipelines.task_data import read_examples
 
 from .language import caption, caption_around, caption_body, caption_place
 from .likelihood import outcomes

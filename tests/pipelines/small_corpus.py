@@ -19,11 +19,11 @@ from pipelines.contrast import ContrastConfig
 from pipelines.dataset import Commit
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.lineage import fingerprint
-from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.recipe import TrainConfig
 from pipelines.samples import ViewConfig
 from pipelines.storage import Store
+from pipelines.task_data import SCHEMA as TASK_SCHEMA
 from pipelines.tokenize_corpus import TokenizeConfig
 from pipelines.train_image_tokenizer import ImageTokenizerConfig
 from pipelines.train_text_tokenizer import TextTokenizerConfig

@@ -15,7 +15,7 @@ import pytest
 from beit3 import tasks
 from beit3.tasks import Example
 from beit3.transforms import centre_view
-from pipelines import baselines, prepare_task
+from pipelines import baselines, prepare_task, task_data
 from pipelines.baselines import blind
 from pipelines.sample_world import Scene, World, WorldSize, generate, picture
 from pipelines.sample_world.ceiling import ceiling, likelihoods
@@ -58,7 +58,7 @@ def rows(store: Store, task: str) -> list[dict[str, Any]]:
 
 
 def highest(store: Store, task: str) -> dict[str, float]:
-    return ceiling(task, rows(store, task), seed=SEED, labels=prepare_task.labels(store, task))
+    return ceiling(task, rows(store, task), seed=SEED, labels=task_data.labels(store, task))
 
 
 # -- every course of a writer ---------------------------------------------------------------------
@@ -149,14 +149,14 @@ def test_texts_that_fit_several_pictures_lower_the_ceiling(store: Store) -> None
 
 def test_exact_annotations_can_be_met(store: Store) -> None:
     assert highest(store, "nlvr2") == {"accuracy": 1.0, "consistency": 1.0}
-    labels = prepare_task.labels(store, "vqa")
+    labels = task_data.labels(store, "vqa")
     best = highest(store, "vqa")
     poorer = ceiling("vqa", rows(store, "vqa"), seed=SEED, labels=labels[:4])
     assert 0.5 < best["accuracy"] <= 1.0 and poorer["accuracy"] < best["accuracy"]
 
 
 def test_a_thing_outside_the_middle_square_can_only_be_guessed(store: Store) -> None:
-    labels = prepare_task.labels(store, "imagenet")
+    labels = task_data.labels(store, "imagenet")
     row = rows(store, "imagenet")[0]
 
     def outside(number: int) -> bool:

@@ -23,13 +23,14 @@ from beit3 import released, tasks, weights
 from beit3.config import PRESETS as MODELS
 from beit3.objectives import DualEncoder
 from beit3.tasks import Example, _caption_metrics, retrieval
+from beit3.text import TOKENIZER_FILE
 from pipelines import bundles, evaluate, finetuned, import_weights, models, predict, prepare_task
 from pipelines.evaluate import EvaluateConfig
 from pipelines.import_weights import ImportConfig
 from pipelines.prepare_task import PrepareConfig
 from pipelines.sample_world import World, WorldSize, generate
 from pipelines.storage import Store
-from pipelines.train_text_tokenizer import TOKENIZER_FILE
+from pipelines.task_data import read_examples
 
 FIXTURE = Path(__file__).parents[1] / "beit3/fixtures/released_tiny/weights.safetensors"
 SMALL = replace(MODELS["tiny"], layers=2, patch_size=8, hidden=64, mlp=128, vocab_size=256)
@@ -199,7 +200,7 @@ def test_a_record_that_breaks_the_model_is_tried_alone_and_lost_alone(
 
 def test_answers_outside_the_vocabulary_are_counted(store: Store) -> None:
     rows = store.dataset("tasks/vqa/val").read_table().to_pylist()
-    examples = [e for row in rows for e in prepare_task.read_examples(row)]
+    examples = [e for row in rows for e in read_examples(row)]
     known = [bool(set(e.target["answers"]) & set(ANSWERS)) for e in examples]
     scores = evaluate.run(config_of(store, "vqa"))
     assert scores["outside_labels"] == known.count(False) > 0

@@ -17,7 +17,7 @@ from small_models import save_random_model, small_tokenizer
 
 from beit3 import tasks, weights
 from beit3.config import PRESETS as MODELS
-from pipelines import evaluate, finetune, models, predict, prepare_task
+from pipelines import evaluate, finetune, models, predict, prepare_task, task_data
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig, FinetuneRecipe
 from pipelines.finetuned import load
@@ -25,6 +25,7 @@ from pipelines.prepare_task import PrepareConfig
 from pipelines.recipe import TrainConfig
 from pipelines.sample_world import World, WorldSize, generate
 from pipelines.storage import Store, StoreError
+from pipelines.task_data import read_examples
 
 SMALL = replace(MODELS["tiny"], layers=2, patch_size=8, hidden=64, mlp=128, vocab_size=256)
 TASKS = ("vqa", "captioning", "retrieval")
@@ -81,7 +82,7 @@ def finetune_config(store: Store, task: str, **changes: Any) -> FinetuneConfig:
 def recipe_of(store: Store, cfg: FinetuneConfig) -> FinetuneRecipe:
     with models.opened(store, "models/pretrained") as folder:
         tokenizer = models.tokenizer_of(folder)
-    return FinetuneRecipe(cfg, SMALL, tokenizer, prepare_task.labels(store, cfg.task))
+    return FinetuneRecipe(cfg, SMALL, tokenizer, task_data.labels(store, cfg.task))
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +99,10 @@ def test_prepared_rows_keep_published_order(store: Store, world: World) -> None:
     published = list(tasks.load("vqa").read(world.annotations("vqa"), "train"))
     assert table.column("id").to_pylist() == [getattr(record, "id", None) for record in published]
     row = table.to_pylist()[0]
-    assert prepare_task.read_examples(row) == getattr(published[0], "examples", None)
+    assert read_examples(row) == getattr(published[0], "examples", None)
     with Image.open(io.BytesIO(row["images"][0]["bytes"])) as image:
         assert image.format == "JPEG"
-    assert prepare_task.labels(store, "vqa") and not prepare_task.labels(store, "retrieval")
+    assert task_data.labels(store, "vqa") and not task_data.labels(store, "retrieval")
 
 
 def test_missing_and_broken_images_are_set_aside(world: World, tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_predict(
     question = replace(base, model="models/vqa", text="Is there a red circle?")
     answers = predict.run(question)
     assert [("error" in a) for a in answers] == [False, False, False, True]
-    assert all(a["prediction"] in prepare_task.labels(store, "vqa") for a in answers[:3])
+    assert all(a["prediction"] in task_data.labels(store, "vqa") for a in answers[:3])
     one = predict.run(replace(question, path=answers[0]["image"]))
     assert one == answers[:1]
     captions = predict.run(replace(base, model="models/captioning"))

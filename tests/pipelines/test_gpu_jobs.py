@@ -24,7 +24,6 @@ from torch import Tensor
 from pipelines import (
     evaluate,
     finetune,
-    prepare_task,
     pretrain,
     tokenize_corpus,
     tracking,
@@ -33,6 +32,7 @@ from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
 from pipelines.parts import Resources
 from pipelines.storage import Store
+from pipelines.task_data import SCHEMA
 
 pytestmark = pytest.mark.gpu
 
@@ -134,7 +134,7 @@ def test_a_gpu_finetunes_and_predicts_what_a_cpu_does(
     rows = small_corpus.task_rows(9)
     for row in rows:
         row["examples"] = [{"id": row["id"], "text": "a red bar", "target": "null"}]
-    small_corpus.publish(corpus, "tasks/captioning/train", prepare_task.SCHEMA, rows)
+    small_corpus.publish(corpus, "tasks/captioning/train", SCHEMA, rows)
     tiny = finetune.preset("tiny", "captioning").train
     tuning = FinetuneConfig(
         store=corpus.uri, task="captioning", name="tuned-on-gpu", init="models/pretrained",

@@ -18,9 +18,9 @@ from beit3.teachers import ClipConfig, ClipTower
 from beit3.text import UNK
 from beit3.vqkd import VQKD
 from pipelines import bundles, check_tokenizer, tokenize_corpus, train_image_tokenizer
-from pipelines import train_text_tokenizer as text_job
 from pipelines.import_weights import ImportConfig, run
 from pipelines.storage import Store, StoreError
+from pipelines.tokenizers import load_image_tokenizer, load_text_tokenizer
 
 
 def spm(pieces: int, path: Path, **options: Any) -> Path:
@@ -47,7 +47,7 @@ def test_a_sentencepiece_model_keeps_the_released_ids(
     assert "36 pieces, 38 ids, <mask> is 37 (the authors' beit3.spm has 64,000" in (
         capsys.readouterr().out
     )
-    tokenizer = text_job.load(store, "released")
+    tokenizer = load_text_tokenizer(store, "released")
     assert (info["identity"], info["vocab_size"]) == (tokenizer.identity, 38)
     assert tokenizer.mask_id == 37  # 64001 of 64000 pieces
     plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -128,7 +128,7 @@ def test_an_imported_clip_teaches(tmp_path: Path, corpus: Store) -> None:
         corpus, name="of-clip", teacher="teachers/clip", train=small_corpus.train_config(steps=2)
     )
     info = train_image_tokenizer.run(training)
-    model, _ = train_image_tokenizer.load(corpus, "of-clip")
+    model, _ = load_image_tokenizer(corpus, "of-clip")
     assert model.config.teacher_dim == 20 and info["teacher"] == "teachers/clip"
     assert np.isfinite(info["metrics"]["cosine"])
     other = replace(training.tokenizer, image_size=48)

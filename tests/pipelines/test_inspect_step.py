@@ -15,11 +15,12 @@ import torch
 
 from beit3.objectives import MaskedBatch
 from beit3.text import UNK
-from pipelines import inspect_step, models, train_text_tokenizer
+from pipelines import inspect_step, models
 from pipelines.inspect_step import Share, greyed, samples, write
 from pipelines.pretrain import PretrainRecipe, run
 from pipelines.pretrain_config import PretrainConfig
 from pipelines.storage import Store
+from pipelines.tokenizers import load_text_tokenizer
 
 STEP = 3
 
@@ -53,7 +54,7 @@ def tokens_of(corpus: Store, name: str) -> dict[str, dict[str, Any]]:
 def test_it_shows_the_batches_that_are_trained_on(
     corpus: Store, config: PretrainConfig, result: dict[str, Any]
 ) -> None:
-    recipe = PretrainRecipe(config, train_text_tokenizer.load(corpus, "sentencepiece"))
+    recipe = PretrainRecipe(config, load_text_tokenizer(corpus, "sentencepiece"))
     for rank in range(2):
         found = corpus.read_json(f"{folder()}/worker-{rank:04d}.json")
         assert found["step"] == STEP
@@ -77,7 +78,7 @@ def test_it_shows_the_batches_that_are_trained_on(
 def test_texts_are_shown_whole_with_what_is_masked(
     corpus: Store, config: PretrainConfig, result: dict[str, Any]
 ) -> None:
-    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    tokenizer = load_text_tokenizer(corpus, "sentencepiece")
     words, pairs = tokens_of(corpus, "words"), tokens_of(corpus, "pairs")
     seen, masked = 0, 0
     for rank in range(2):
@@ -146,7 +147,7 @@ def test_batches_of_one_kind(kind: str, corpus: Store) -> None:
     }
     recipe = PretrainRecipe(
         small_corpus.pretraining(corpus, held_out="", **none),
-        train_text_tokenizer.load(corpus, "sentencepiece"),
+        load_text_tokenizer(corpus, "sentencepiece"),
     )
     found = list(samples(recipe.batches(0, 1)(0)))
     assert [one.kind for one in found] == [kind[:-1]] * 4
@@ -154,7 +155,7 @@ def test_batches_of_one_kind(kind: str, corpus: Store) -> None:
 
 
 def test_names_and_texts_from_the_data_are_harmless(corpus: Store) -> None:
-    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    tokenizer = load_text_tokenizer(corpus, "sentencepiece")
     batch = MaskedBatch.collate(
         torch.zeros(1, 3, 24, 24, dtype=torch.uint8),
         torch.zeros(1, 9, dtype=torch.bool),

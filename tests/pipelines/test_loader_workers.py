@@ -20,12 +20,13 @@ from ray import cloudpickle
 from torch import Tensor, nn
 
 from beit3 import weights
-from pipelines import loader, loader_workers, models, pretrain, train_text_tokenizer
+from pipelines import loader, loader_workers, models, pretrain
 from pipelines.loader_workers import LoaderWorkers, check_room, prefetch
 from pipelines.pretrain import PretrainRecipe
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.storage import Store
+from pipelines.tokenizers import load_text_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no actor can import a test
@@ -91,7 +92,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_processes_make_the_batches_that_a_thread_makes(corpus: Store) -> None:
-    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    tokenizer = load_text_tokenizer(corpus, "sentencepiece")
     recipe = PretrainRecipe(small_corpus.pretraining(corpus), tokenizer)
     steps = range(3, 10)
     threads, processes = prefetch(recipe, 1, 2, steps, 0), prefetch(recipe, 1, 2, steps, 2)

@@ -11,8 +11,8 @@ import pytest
 import small_corpus
 
 from pipelines import contrast, run_logger, tracking
-from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
 from pipelines.storage import Store, StoreError
+from pipelines.task_data import SCHEMA as TASK_SCHEMA
 
 
 def test_utilisation_waiting_and_retrieval_are_logged(corpus: Store) -> None:

@@ -16,7 +16,7 @@ from small_models import save_random_model, small_tokenizer
 
 from beit3 import tasks, weights
 from beit3.config import PRESETS as MODELS
-from pipelines import evaluate, finetune, finetuned, models, predict, prepare_task
+from pipelines import evaluate, finetune, finetuned, models, predict, prepare_task, task_data
 from pipelines.evaluate import EvaluateConfig
 from pipelines.finetune import FinetuneConfig
 from pipelines.predict import PredictConfig
@@ -93,7 +93,7 @@ def test_prepared_data_are_whole(store: Store, world: World) -> None:
     assert sums == {"nlvr2": world.counts["nlvr2"], "imagenet": world.counts["imagenet1k"]}
     row = store.dataset("tasks/nlvr2/train").read_table().to_pylist()[0]
     assert [len(row["images"]), len(row["examples"])] == [2, 4]
-    assert prepare_task.labels(store, "imagenet") == tuple(f"n{i:08d}" for i in range(1, 5))
+    assert task_data.labels(store, "imagenet") == tuple(f"n{i:08d}" for i in range(1, 5))
 
 
 def test_nlvr2_is_scored_and_leaves_the_official_file(store: Store) -> None:
@@ -134,7 +134,7 @@ def test_an_imagenet_model_keeps_what_reads_text(store: Store) -> None:
 
 
 def test_training_augments_and_evaluation_sees_the_middle(store: Store) -> None:
-    task = tasks.create("imagenet", labels=prepare_task.labels(store, "imagenet"))
+    task = tasks.create("imagenet", labels=task_data.labels(store, "imagenet"))
     picture = Image.new("RGB", (120, 40), (255, 0, 0))
     picture.paste((0, 255, 0), (40, 0, 80, 40))
     out = io.BytesIO()
@@ -164,7 +164,7 @@ def test_predict(store: Store, world: World, tmp_path: Path) -> None:
     (lost,) = predict.run(replace(both, right=str(tmp_path / "broken.png")))
     assert lost["error"] == "not an image"
     (named,) = predict.run(replace(base, model="models/imagenet"))
-    assert sorted(named["prediction"]) == list(prepare_task.labels(store, "imagenet"))
+    assert sorted(named["prediction"]) == list(task_data.labels(store, "imagenet"))
     assert next(predict.lines([named])).endswith("; ".join(named["prediction"]))
     names = tmp_path / "LOC_synset_mapping.txt"
     names.write_text("n00000001 tench, Tinca tinca\nn00000002 goldfish\n")

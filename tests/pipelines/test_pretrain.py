@@ -19,7 +19,7 @@ import torch
 from beit3 import released, vqkd, weights
 from beit3.masking import Masking
 from beit3.objectives import MaskedDataModelling, ObjectiveWeights
-from beit3.text import BOS, EOS, UNK, TextTokenizer
+from beit3.text import BOS, EOS, TOKENIZER_FILE, UNK, TextTokenizer
 from beit3.transforms import View, apply_view, decode
 from pipelines import (
     bundles,
@@ -32,7 +32,6 @@ from pipelines import (
     token_checks,
     tokenize_corpus,
     tracking,
-    train_image_tokenizer,
     train_text_tokenizer,
 )
 from pipelines.dataset import Dataset
@@ -43,12 +42,13 @@ from pipelines.pretrain_config import PRESETS, PretrainConfig
 from pipelines.recipe import TrainConfig
 from pipelines.storage import Store, StoreError
 from pipelines.tokenize_corpus import stored_view
+from pipelines.tokenizers import load_image_tokenizer, load_text_tokenizer
 
 ALONE, PAIRS, TEXTS = 4, 8, 4  # of a batch
 
 
 def _tokenizer(store: Store) -> TextTokenizer:
-    return train_text_tokenizer.load(store, "sentencepiece")
+    return load_text_tokenizer(store, "sentencepiece")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_pictures_have_the_colours_that_were_tokenized(
             assert all((view.jitter is None) == (jitter == 0) for view in tokens[row["id"]])
     cfg = small_corpus.pretraining(store, texts=(), text_batch=0, held_out="")
     batches = replace(recipe, cfg=cfg).batches(0, 1)
-    tokenizer, _ = train_image_tokenizer.load(store, "vqkd")
+    tokenizer, _ = load_image_tokenizer(store, "vqkd")
     for step in range(4):
         batch = batches(step)
         assert torch.equal(tokenizer.encode(batch.images), batch.visual_words)
@@ -517,7 +517,7 @@ def test_a_text_tokenizer_that_was_replaced_is_noticed(copied: Callable[..., Sto
     sentences = [s.upper() for s in small_corpus.CAPTIONS]
     model = train_text_tokenizer.train(sentences, small_corpus.text_tokenizer(store, vocab_size=34))
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / train_text_tokenizer.TOKENIZER_FILE).write_bytes(model)
+        (Path(folder) / TOKENIZER_FILE).write_bytes(model)
         bundles.save(store, "tokenizers/text/sentencepiece", Path(folder), {"fingerprint": ""})
     with pytest.raises(StoreError, match="is not the one that made these tokens: tokenize again"):
         run(small_corpus.pretraining(store))

@@ -22,12 +22,13 @@ import torch
 from beit3.text import BOS, EOS
 from beit3.transforms import View, apply_view, decode
 from beit3.vqkd import SHAPE_FILE, VQKD, VQKDConfig, batch_that_fits
-from pipelines import tokenize_corpus, train_image_tokenizer, train_text_tokenizer
+from pipelines import tokenize_corpus
 from pipelines.dataset import Commit
 from pipelines.ingest import IMAGE_SCHEMA
-from pipelines.prepare_task import SCHEMA as TASK_SCHEMA
 from pipelines.storage import Store, StoreError
+from pipelines.task_data import SCHEMA as TASK_SCHEMA
 from pipelines.tokenize_corpus import ImagePart, TokenizeConfig, image_tokens, run, stored_view
+from pipelines.tokenizers import load_image_tokenizer, load_text_tokenizer
 
 SOURCES = ("images", "text", "tasks", "tokenizers")
 NAMES = ("pairs", "alone", "words", "captioning/val")
@@ -46,7 +47,7 @@ def files(commit: Commit) -> list[Any]:
 
 def replayed(store: Store, name: str) -> list[View]:
     """Stored views, which give the very words that are stored when encoded here."""
-    tokenizer, _ = train_image_tokenizer.load(store, "vqkd")
+    tokenizer, _ = load_image_tokenizer(store, "vqkd")
     kind = "tasks" if "/" in name else "images"
     tokens, source = store.dataset(f"tokens/{name}"), store.dataset(f"{kind}/{name}")
     found = []
@@ -106,7 +107,7 @@ def test_each_picture_has_views_of_its_own(corpus: Store) -> None:
 
 
 def test_captions_become_ids(corpus: Store) -> None:
-    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    tokenizer = load_text_tokenizer(corpus, "sentencepiece")
     tokens = corpus.dataset("tokens/pairs").read_table().to_pylist()
     rows = corpus.dataset("images/pairs").read_table().to_pylist()
     assert [row["id"] for row in tokens] == [row["id"] for row in rows]
@@ -119,7 +120,7 @@ def test_captions_become_ids(corpus: Store) -> None:
 
 
 def test_texts_are_cut_into_pieces_and_nothing_is_lost(corpus: Store) -> None:
-    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    tokenizer = load_text_tokenizer(corpus, "sentencepiece")
     pieces = corpus.dataset("tokens/words").read_table().to_pylist()
     texts = corpus.dataset("text/words").read_table().to_pylist()
     assert len(pieces) > len(texts) == 25
@@ -150,7 +151,7 @@ def test_a_commit_names_its_source_and_tokenizers(corpus: Store) -> None:
         kind = {"words": "text", "captioning/val": "tasks"}.get(name, "images")
         assert lineage["dataset"] == f"{kind}/{name}"
         assert lineage["identity"] == corpus.dataset(f"{kind}/{name}").commit().identity
-        text = train_text_tokenizer.load(corpus, "sentencepiece").identity
+        text = load_text_tokenizer(corpus, "sentencepiece").identity
         assert lineage["tokenizers"]["text"] == {"name": "sentencepiece", "identity": text}
         assert ("image" in lineage["tokenizers"]) == (name != "words")
     words = commits(corpus)["pairs"].stats["words"]
@@ -223,7 +224,7 @@ def test_the_batch_may_be_left_to_the_machine(corpus: Store, copied: Callable[..
         small_corpus.tokens(store, images=("pairs",), texts=(), held_out=(), batch_size=0)
     )
     assert made.fingerprint == commits(corpus)["pairs"].fingerprint
-    tokenizer, _ = train_image_tokenizer.load(corpus, "vqkd")
+    tokenizer, _ = load_image_tokenizer(corpus, "vqkd")
     assert batch_that_fits(tokenizer) == 1024
     with torch.device("meta"):
         base = VQKD(VQKDConfig())

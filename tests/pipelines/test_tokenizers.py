@@ -34,6 +34,7 @@ from pipelines import (
 from pipelines.check_tokenizer import CheckConfig
 from pipelines.contrast import ContrastConfig, ContrastRecipe
 from pipelines.storage import Store, StoreError
+from pipelines.tokenizers import load_image_tokenizer, load_text_tokenizer
 from pipelines.train_image_tokenizer import ImageTokenizerConfig, ImageTokenizerRecipe
 from pipelines.train_text_tokenizer import TextTokenizerConfig, run
 
@@ -42,7 +43,7 @@ SOURCES = ("images", "text")
 
 @pytest.fixture(scope="module")
 def text(corpus: Store) -> TextTokenizer:
-    return train_text_tokenizer.load(corpus, "sentencepiece")
+    return load_text_tokenizer(corpus, "sentencepiece")
 
 
 def history(store: Store, run_id: str, key: str) -> list[float]:
@@ -203,7 +204,7 @@ def test_the_image_tokenizer_leaves_a_bundle_and_its_health(corpus: Store) -> No
     assert 0 < health["used"] <= 1 and 1 <= health["perplexity"] <= CODES
     assert health["dead"] == pytest.approx(CODES * (1 - health["used"]))
     assert -1 <= health["cosine"] <= 1
-    model, identity = train_image_tokenizer.load(corpus, "vqkd")
+    model, identity = load_image_tokenizer(corpus, "vqkd")
     assert identity == bundles.identity(corpus, "tokenizers/image/vqkd")
     assert not model.training and model.config.teacher_dim == small_corpus.SHAPE.hidden
 
@@ -255,7 +256,7 @@ def test_a_tokenizer_is_checked_by_a_command(
 def test_pixels_may_be_the_teacher(corpus: Store, capsys: pytest.CaptureFixture[str]) -> None:
     config = small_corpus.image_tokenizer(corpus, name="of-pixels", teacher="pixels", held_out="")
     info = train_image_tokenizer.run(config)
-    model, _ = train_image_tokenizer.load(corpus, "of-pixels")
+    model, _ = load_image_tokenizer(corpus, "of-pixels")
     assert model.config.teacher_dim == 3 * small_corpus.PATCH**2
     assert info["health"]["text"] in capsys.readouterr().out
     assert not info["health"]["numbers"]["held_out"]

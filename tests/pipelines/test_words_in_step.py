@@ -21,13 +21,12 @@ from pipelines import (
     pretrain_plan,
     token_checks,
     tokenize_corpus,
-    train_image_tokenizer,
-    train_text_tokenizer,
 )
 from pipelines.export import ExportConfig
 from pipelines.pretrain import PretrainRecipe
 from pipelines.storage import Store, StoreError
 from pipelines.tokenize_corpus import TokenizeConfig
+from pipelines.tokenizers import load_image_tokenizer, load_text_tokenizer
 from pipelines.words_in_step import WordsInStep
 
 ROWS = ("id", "image_row", "captions")
@@ -47,7 +46,7 @@ FP32 = token_checks.Words("vqkd", "fp32")
 @pytest.fixture
 def recipe(corpus: Store) -> PretrainRecipe:
     """One that finds the words, though they are stored."""
-    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    tokenizer = load_text_tokenizer(corpus, "sentencepiece")
     return PretrainRecipe(small_corpus.pretraining(corpus), tokenizer, FP32)
 
 
@@ -71,7 +70,7 @@ def test_views_are_stored_as_ever_but_for_their_words(wordless: Store, corpus: S
 
 
 def test_the_step_trains_as_if_words_had_been_stored(wordless: Store, corpus: Store) -> None:
-    tokenizer = train_text_tokenizer.load(corpus, "sentencepiece")
+    tokenizer = load_text_tokenizer(corpus, "sentencepiece")
     stored = PretrainRecipe(small_corpus.pretraining(corpus), tokenizer)
     found = PretrainRecipe(small_corpus.pretraining(wordless), tokenizer, FP32)
     module = found.build()
@@ -172,7 +171,7 @@ def test_a_dry_run_counts_the_tokenizer(
     wordless: Store, corpus: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored, found = (pretrain.plan(small_corpus.pretraining(store)) for store in (corpus, wordless))
-    tokenizer, _ = train_image_tokenizer.load(wordless, "vqkd")
+    tokenizer, _ = load_image_tokenizer(wordless, "vqkd")
     size = 4 * sum(p.numel() for p in tokenizer.parameters())
     assert found["memory"] == stored["memory"] | {
         "image_tokenizer": size,
