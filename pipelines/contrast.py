@@ -9,6 +9,7 @@ Writes the bundle `models/<name>`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,6 @@ from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
 from pipelines import cluster, config, job, models
 from pipelines.lineage import fingerprint
-from pipelines.loader import ParquetRows
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig, picture_of
@@ -194,20 +194,10 @@ class ContrastRecipe(Recipe):
 
     def held_out(self) -> Iterator[list[dict[str, Any]]]:
         """Rows of the held-out set in batches of `EVALUATED`; the last may be smaller."""
-        source = ParquetRows([Store(self.cfg.store).dataset(self.cfg.held_out)])
-        left = self.cfg.held_out_images
-        waiting: list[dict[str, Any]] = []
-        for group in source.groups:
-            rows = source.table(group.dataset, group.path, group.index).slice(0, left).to_pylist()
-            left -= len(rows)
-            waiting += [row for row in rows if any(captions_of(row))]
-            while len(waiting) >= EVALUATED:
-                yield waiting[:EVALUATED]
-                waiting = waiting[EVALUATED:]
-            if not left:
-                break
-        if waiting:
-            yield waiting
+        dataset = Store(self.cfg.store).dataset(self.cfg.held_out)
+        rows = filter(_captioned, dataset.first_rows(self.cfg.held_out_images))
+        while batch := list(itertools.islice(rows, EVALUATED)):
+            yield batch
 
     def _encode_pictures(self, model: DualEncoder, rows: list[dict[str, Any]]) -> np.ndarray:
         size = self.model.image_size
@@ -230,6 +220,10 @@ class ContrastRecipe(Recipe):
             "text_tokenizer": self.tokenizer.identity,
             **models.provenance(Store(self.cfg.store), self.cfg, data),
         }
+
+
+def _captioned(row: dict[str, Any]) -> bool:
+    return any(captions_of(row))
 
 
 def run(cfg: ContrastConfig) -> dict[str, Any]:

@@ -140,6 +140,16 @@ class Dataset:
         ]
         return pa.concat_tables(tables) if tables else pa.table({})
 
+    def first_rows(self, count: int) -> Iterator[dict[str, Any]]:
+        """The first rows, up to `count`, read as they are taken."""
+        for path in self.paths() if count else ():
+            with pq.ParquetFile(path, filesystem=self.store.fs) as file:
+                for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS):
+                    yield from batch.slice(0, count).to_pylist()
+                    count -= min(count, batch.num_rows)
+                    if not count:
+                        return
+
     def read_set_aside(self) -> list[dict[str, Any]]:
         """Rows that were set aside, each with its `reason`."""
         rows: list[dict[str, Any]] = []

@@ -29,7 +29,6 @@ from beit3.text import TextTokenizer
 from pipelines import cluster, config, job, models
 from pipelines.finetuned import TASK_FILE, predict, row_sample
 from pipelines.lineage import fingerprint
-from pipelines.loader import ParquetRows
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
 from pipelines.samples import Pictures, Samples, ViewConfig
@@ -235,7 +234,8 @@ class FinetuneRecipe(Recipe):
         if not self.cfg.eval_split:
             return {}
         task = self.task
-        rows = _first_rows(Store(self.cfg.store), self.cfg)
+        split = Store(self.cfg.store).dataset(self.cfg.dataset(self.cfg.eval_split))
+        rows = list(split.first_rows(self.cfg.eval_records))
         predictions: list[Any] = []
         examples: list[Any] = []
         for start in range(0, len(rows), self.cfg.eval_batch_size):
@@ -292,17 +292,6 @@ def load_start(module: nn.Module, folder: Path, model: ModelConfig) -> None:
     weights.load_into(module, tensors, partial=True)
 
 
-def _first_rows(store: Store, cfg: FinetuneConfig) -> list[dict[str, Any]]:
-    source = ParquetRows([store.dataset(cfg.dataset(cfg.eval_split))])
-    rows: list[dict[str, Any]] = []
-    for group in source.groups:
-        left = cfg.eval_records - len(rows)
-        if left <= 0:
-            break
-        rows += source.table(group.dataset, group.path, group.index).slice(0, left).to_pylist()
-    return rows
-
-
 def run(cfg: FinetuneConfig, *, parent: str | None = None, tuned: bool = False) -> dict[str, Any]:
     """Finetune; a finished model is skipped, an interrupted run resumed.
 
@@ -357,11 +346,16 @@ def _digest(store: Store, name: str) -> str:
 
 
 def _commits(store: Store, cfg: FinetuneConfig) -> Sequence[str]:
+    """The commits that decide the result; raises what would go wrong later, in training."""
     commit = store.dataset(cfg.dataset(cfg.train_split)).commit()
     if not commit.rows:
         raise StoreError(f"{commit.dataset}: has no records to train on")
     if cfg.eval_split:
-        store.dataset(cfg.dataset(cfg.eval_split)).commit()  # missing: said before training
+        measured = store.dataset(cfg.dataset(cfg.eval_split)).commit()
+        if not measured.rows:
+            raise StoreError(
+                f"eval_split: {measured.dataset} has no records: name another, or none"
+            )
     return [commit.identity]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_corpus
 import torch
 from PIL import Image
 from small_models import save_random_model, small_tokenizer
@@ -199,6 +200,17 @@ def test_a_start_that_does_not_fit_is_an_error(store: Store, tmp_path: Path) -> 
     weights.save(tmp_path, torch.nn.Linear(2, 2), SMALL)
     with pytest.raises(ValueError, match="backbone"):
         finetune.load_start(module, tmp_path, SMALL)
+
+
+def test_splits_without_records_are_named_before_training(store: Store) -> None:
+    for split in ("empty", "blank"):
+        small_corpus.publish(store, f"tasks/vqa/{split}", task_data.SCHEMA, task="vqa")
+    for changes, said in (
+        ({"train_split": "empty"}, "tasks/vqa/empty: has no records to train on"),
+        ({"eval_split": "blank"}, "eval_split: tasks/vqa/blank has no records: name another, or"),
+    ):
+        with pytest.raises(StoreError, match=said):
+            finetune.run(finetune_config(store, "vqa", name="of-nothing", **changes))
 
 
 def test_the_same_run_is_skipped_and_another_refused(

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from faulty_proxy import faulty_proxy
 
+from pipelines import dataset as datasets
 from pipelines import s3, storage
 from pipelines.dataset import ROW_GROUP_ROWS, Commit, Dataset
 from pipelines.lineage import code_version, fingerprint
@@ -341,6 +342,20 @@ def test_read_table(store: Store) -> None:
 
 
 _SIZES = (("a", 3), ("b", 0), ("c", 2))
+
+
+@pytest.mark.parametrize(("count", "taken"), [(0, 0), (2, 2), (3, 3), (4, 4), (9, 5)])
+def test_first_rows_are_read_as_they_are_taken(
+    count: int, taken: int, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "ROW_GROUP_ROWS", 2)
+    dataset = store.dataset("d")
+    records = [dataset.write_part(PRINT, n, rows(i * 3, c)) for i, (n, c) in enumerate(_SIZES)]
+    dataset.publish(PRINT, records, job="job", schema=SCHEMA, stats={}, config={})
+    found = dataset.first_rows(count)
+    if count <= 3:
+        store.delete(f"d/{records[2].file.path}")  # not opened
+    assert [row["id"] for row in found] == [0, 1, 2, 6, 7][:taken]
 
 
 def test_read_set_aside(store: Store) -> None:
