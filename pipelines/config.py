@@ -27,6 +27,40 @@ import yaml
 T = TypeVar("T")
 
 
+LEFT_OUT = object()
+
+
+def indifferent(default: T, *, noted: Any = LEFT_OUT) -> T:
+    """A field that doesn't decide the result: where, or how fast, a job runs, or what is named by
+    its content elsewhere in the fingerprint.
+
+    Args:
+        noted: What `decisive` says in its place, for results whose fingerprint has the field.
+    """
+    return typing.cast(T, dataclasses.field(default=default, metadata={"noted": noted}))
+
+
+def later(default: T) -> T:
+    """A field that was added when there were results already: at its default, under which these
+    were made, it is left out of the fingerprint."""
+    return typing.cast(T, dataclasses.field(default=default, metadata={"later": True}))
+
+
+def decisive(config: Any) -> dict[str, Any]:
+    """The options that decide a job's result, as plain values: all fields but those declared
+    `indifferent`, or `later` and at their default."""
+    plain, found = to_dict(config), {}
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if "noted" in one.metadata:
+            if one.metadata["noted"] is not LEFT_OUT:
+                found[one.name] = one.metadata["noted"]
+        elif "later" not in one.metadata or value != one.default:
+            nested = dataclasses.is_dataclass(value)
+            found[one.name] = decisive(value) if nested else plain[one.name]
+    return found
+
+
 def cli(presets: Mapping[str, T], *, description: str, args: Sequence[str] | None = None) -> T:
     """Read a job's configuration from the command line.
 

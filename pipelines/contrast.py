@@ -28,6 +28,7 @@ from beit3.tasks.retrieval import recalls
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
 from pipelines import cluster, config, job, models
+from pipelines.config import indifferent
 from pipelines.lineage import fingerprint
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
@@ -44,7 +45,7 @@ EVALUATED = 64  # pictures, or texts, encoded at once
 class ContrastConfig:
     """Train a dual encoder on image-text pairs."""
 
-    store: str = "store"
+    store: str = indifferent("store", noted="")
     """Where datasets and models live: a folder or an s3:// URI."""
     name: str = "contrast"
     """The model becomes `models/<name>`."""

@@ -33,7 +33,7 @@ from beit3 import tasks
 from beit3.config import Precision
 from beit3.tasks import Example, Sample, Task
 from pipelines import bill, bundles, cluster, console, job, run_logger, tracking
-from pipelines.config import flatten, to_dict
+from pipelines.config import decisive, flatten, indifferent, later, to_dict
 from pipelines.dataset import Commit
 from pipelines.finetuned import Finetuned, load, read_notes, row_sample
 from pipelines.lineage import fingerprint
@@ -57,35 +57,35 @@ SCHEMA = pa.schema(
 class EvaluateConfig:
     """Evaluate a model on a prepared split."""
 
-    store: str = "store"
+    store: str = indifferent("store")
     """Where models and data live: a folder or an s3:// URI."""
-    model: str = "models/vqa"
+    model: str = indifferent("models/vqa")
     """Bundle of a finetuned model."""
-    data: str = "tasks/vqa/val"
+    data: str = indifferent("tasks/vqa/val")
     """A prepared split."""
-    name: str = ""
+    name: str = indifferent("")
     """The scores become scores/<name>.json; by default derived from model and data."""
-    batch_size: int = 32
+    batch_size: int = indifferent(32)
     """Records predicted at once."""
-    limit: int | None = None
-    """Evaluate only this many records, the first ones."""
-    missing: Literal["wrong", "left out"] = "wrong"
-    """How to count records whose images were missing or broken when the split was prepared. With
-    `limit` they are left out."""
     options: dict[str, float] = field(default_factory=dict, hash=False)
     """The task's options to change, e.g. `--options beams 5 length_penalty 0.8`."""
+    limit: int | None = None
+    """Evaluate only this many records, the first ones."""
+    missing: Literal["wrong", "left out"] = indifferent("wrong")  # for predictions
+    """How to count records whose images were missing or broken when the split was prepared. With
+    `limit` they are left out."""
     part_records: int = 256
     """Records per part, at most 256; a part is the most that is redone after a kill."""
-    resources: Resources = field(default_factory=lambda: Resources(actors=1))
+    resources: Resources = indifferent(Resources(actors=1))
     """Actors, and the CPUs and GPUs of each; with one GPU each, the model runs there. An actor
     decodes pictures in one thread per CPU."""
-    precision: Precision = "fp32"
+    precision: Precision = later("fp32")
     """Precision the model computes in. On GPUs, bf16 uses the tensor cores."""
-    threads: int = 0
+    threads: int = indifferent(0)
     """Torch threads of an actor on CPU; 0: as torch chooses. Small models want 1."""
-    in_process: bool = False
+    in_process: bool = indifferent(False)
     """Predict in the job's own process instead of on Ray: for small data."""
-    track: bool = True
+    track: bool = indifferent(True)
     """Log the scores to MLflow."""
 
     def __post_init__(self) -> None:
@@ -123,9 +123,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     data = store.dataset(config.data).commit()
     notes = read_notes(store, config.model)
     files = store.read_json(f"{config.model}/{bundles.MANIFEST}")["files"]
-    decides: list[Any] = [config.options, config.limit, config.part_records]
-    if config.precision != "fp32":  # older evaluations were fp32 and did not record it
-        decides.append(config.precision)
+    decides = list(decisive(config).values())
     mark = fingerprint("evaluate", decides, [json.dumps(files, sort_keys=True), data.identity])
     aside = [] if config.limit else store.dataset(config.data).read_set_aside()
     whole = fingerprint("scores", [mark, config.missing], [json.dumps(row) for row in aside])

@@ -27,6 +27,7 @@ from beit3.model import interpolate_positions
 from beit3.tasks import Sample, Task
 from beit3.text import TextTokenizer
 from pipelines import cluster, config, job, models
+from pipelines.config import indifferent
 from pipelines.finetuned import TASK_FILE, predict, row_sample
 from pipelines.lineage import fingerprint
 from pipelines.recipe import Recipe, TrainConfig
@@ -45,7 +46,7 @@ _POSITIONS = "backbone.vision_embedding.positions"
 class FinetuneConfig:
     """Finetune a model on a task."""
 
-    store: str = "store"
+    store: str = indifferent("store", noted="")
     """Where models and data live: a folder or an s3:// URI."""
     task: str = "vqa"
     """A module of beit3/tasks, such as vqa."""
@@ -76,7 +77,7 @@ class FinetuneConfig:
     eval_records: int = 1000
     """How many of that split's records to use."""
     eval_batch_size: int = 32
-    track: bool = True
+    track: bool = indifferent(True, noted=True)
     """Log to MLflow."""
     train: TrainConfig = field(default_factory=TrainConfig)
 

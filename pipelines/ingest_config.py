@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pipelines import sources
+from pipelines.config import decisive, indifferent
 from pipelines.fetch import FetchPolicy
 from pipelines.images import FILTERS, RESIZE_MODES, REVISION, ImagePolicy
 from pipelines.records import TextPolicy
@@ -43,26 +44,26 @@ class IngestConfig:
     pairs: cc3m, cc12m, sbu, coco, vg, and your own: table, webdataset;
     images: imagenet21k, imagenet1k;
     texts: wikipedia, bookcorpus, openwebtext, cc_news, stories, text_files."""
-    annotations: str = "annotations"
+    annotations: str = indifferent("annotations")
     """Folder of the source's published files: a local path or a URI."""
-    store: str = "store"
+    store: str = indifferent("store")
     """URI or path of the store."""
-    name: str | None = None
+    name: str | None = indifferent(None)
     """The dataset's name, below images/ or text/; by default the source's."""
     limit: int | None = None
     """Take only this many records, the first ones (of each file, for archives and texts)."""
-    images: str = ""
+    images: str = indifferent("")
     """Folder or URI of coco's or vg's published images or zips; without it they are downloaded."""
     sample: float = 1.0
     """Take this random share of the records: always the same ones, and a subset of any larger
     share."""
-    dry_run: bool = False
+    dry_run: bool = indifferent(False)
     """Read the annotations, fetch nothing, and print what a run would take, according to `assume`:
     hours = images / images_per_second / nodes / 3600; for archives and texts
     hours = megabytes / megabytes_per_second / nodes / 3600;
     stored = images * success * kilobytes_stored * (short_side / 288)**2;
     cost = hours * nodes * node_price, and each month stored gigabytes * storage_price."""
-    assume: Assumptions = Assumptions()
+    assume: Assumptions = indifferent(Assumptions())
     """Assumptions of a dry run."""
     splits: tuple[str, ...] = ("train",)
     """Splits of imagenet1k; val is a benchmark."""
@@ -71,19 +72,19 @@ class IngestConfig:
     caption_column: str = ""
     """Column of a table's captions (caption, text, TEXT, ...), or its number."""
 
-    processes: int = 0
+    processes: int = indifferent(0)
     """Shards at once, over the whole cluster; 0: one for each CPU."""
-    threads: int = 64
+    threads: int = indifferent(64)
     """Downloads at once in each process."""
-    timeout: float = 10.0
+    timeout: float = indifferent(10.0)
     """Seconds without data after which a download fails."""
-    max_seconds: float = 60.0
+    max_seconds: float = indifferent(60.0)
     """Seconds after which a download fails even if data still trickles in."""
-    max_megabytes: int = 64
+    max_megabytes: int = indifferent(64)
     """Megabytes (2**20 bytes) above which a download fails."""
-    retries: int = 1
+    retries: int = indifferent(1)
     """Further tries for a URL that failed."""
-    user_agent_token: str = "beit3-ray"
+    user_agent_token: str = indifferent("beit3-ray")
     """Names this crawler in the User-Agent header and in the sites' X-Robots-Tag."""
     respect_robots: bool = True
     """Leave out images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex."""
@@ -111,23 +112,23 @@ class IngestConfig:
     """Images with more pixels, by their header, are never decoded."""
     max_captions: int = 50
     """Maximum captions kept per image, the first ones."""
-    coco_split: Path | None = None
+    coco_split: Path | None = indifferent(None)
     """Karpathy's dataset_coco.json; by default in the annotations' folder or in ../coco."""
-    held_out: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = indifferent(())
     """Datasets of the store, such as tasks/vqa/test, whose pictures must never be kept."""
     document_chars: int = 4_000
     """Plain text files are cut at paragraphs into documents of about this many characters."""
     part_megabytes: int = 256
     """Megabytes (2**20 bytes) after which archives and texts continue in another Parquet file."""
 
-    unique: bool = False
+    unique: bool = indifferent(False)
     """Set aside rows that repeat an earlier row of the dataset: the same bytes, or the same picture
     at another size or quality; for texts, the same text."""
-    against: tuple[str, ...] = ()
+    against: tuple[str, ...] = indifferent(())
     """With unique: datasets of the store, such as images/cc3m, whose rows also count as earlier."""
-    retry_failed: bool = False
+    retry_failed: bool = indifferent(False)
     """Retry the dataset's failed downloads, and commit it again with those that succeed."""
-    report: bool = True
+    report: bool = indifferent(True)
     """Write reports/<dataset>/<commit>/report.html, and log it to MLflow."""
 
     language: str = ""
@@ -246,7 +247,7 @@ class IngestConfig:
 
     def decides_output(self) -> dict[str, object]:
         """The options that decide what the dataset holds; the others may change between runs."""
-        decides = {name: getattr(self, name) for name in _DECIDES_OUTPUT}
+        decides: dict[str, object] = decisive(self)
         source = sources.load(self.source)
         if source.KIND != "text":
             decides["revision"] = REVISION
@@ -256,13 +257,6 @@ class IngestConfig:
             decides["images"] = "files"
         return decides
 
-
-_DECIDES_OUTPUT = ("source", "limit", "respect_robots", "allow_loopback", "shard_size")
-_DECIDES_OUTPUT += tuple(field.name for field in fields(ImagePolicy))
-_DECIDES_OUTPUT += ("max_captions",)
-_DECIDES_OUTPUT += ("document_chars", "sample", "splits", "url_column", "caption_column")
-_DECIDES_OUTPUT += ("part_megabytes", "language", "min_caption_words", "max_caption_words")
-_DECIDES_OUTPUT += ("min_caption_chars", "max_caption_chars", "max_repetition")
 
 PRESETS: dict[str, IngestConfig] = {
     "web": IngestConfig(),

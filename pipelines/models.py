@@ -15,37 +15,8 @@ from beit3.config import ModelConfig
 from beit3.text import TOKENIZER_FILE, TextTokenizer
 from pipelines import bundles, config
 from pipelines.lineage import code_version
-from pipelines.samples import SEEDING, without_later
+from pipelines.samples import SEEDING
 from pipelines.storage import Store
-
-# Options about where and how fast a job runs; they don't change its result, up to rounding.
-INDIFFERENT = {
-    "store": "",
-    "dry_run": False,
-    "assume": None,
-    "workers": 0,
-    "gpus_per_worker": 0,
-    "cpus_per_worker": 0,
-    "threads": 0,
-    "loader_workers": 0,
-    "inspect_step": None,
-    "max_failures": 0,
-    "checkpoint_every": 0,
-    "keep_checkpoints": 0,
-    "keep_every": 0,
-    "log_every": 0,
-    "evaluate_every": 0,
-    "on_bad_step": "",
-    "spike_factor": 0,
-    "max_bad_steps": 0,
-    "spot_notice": False,
-    "max_hours": 0,
-    "max_cost": 0,
-    "price_per_hour": 0,
-    "zero_stage": 0,
-    "offload": False,
-    "compile": False,
-}
 
 
 @contextmanager
@@ -90,12 +61,9 @@ def check_vocabulary(tokenizer: TextTokenizer, model: ModelConfig) -> None:
 
 
 def decisive(cfg: Any) -> dict[str, Any]:
-    """Everything except data that a run's result depends on: the configuration, without options
-    about where and how fast the job runs, and the way random numbers derive from the seed."""
-    plain = without_later(config.to_dict(cfg))
-    for part in (plain, plain.get("train", {})):
-        part.update({k: v for k, v in INDIFFERENT.items() if k in part})
-    return plain | {"seeding": SEEDING}
+    """Everything except data that a training's result depends on: its options, and the way random
+    numbers derive from the seed."""
+    return config.decisive(cfg) | {"seeding": SEEDING}
 
 
 def provenance(store: Store, cfg: Any, datasets: Sequence[str]) -> dict[str, Any]:

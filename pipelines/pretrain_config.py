@@ -11,6 +11,7 @@ from beit3.config import ModelConfig
 from beit3.masking import Masking
 from beit3.objectives import ObjectiveWeights
 from pipelines.budget import Assumptions
+from pipelines.config import indifferent
 from pipelines.loader import STREAMS
 from pipelines.recipe import TrainConfig
 
@@ -23,7 +24,7 @@ OBJECTIVES = {"images": ("image",), "texts": ("text",), "pairs": ("pair_image", 
 class PretrainConfig:
     """Pretrain a BEiT-3."""
 
-    store: str = "store"
+    store: str = indifferent("store", noted="")
     """Where datasets and models live: a folder or an s3:// URI."""
     name: str = "pretrained"
     """The model becomes `models/<name>`, the run `runs/<name>`."""
@@ -54,12 +55,12 @@ class PretrainConfig:
     held_out_ranked: int = 0
     """Held-out pairs, up to 64, for zero-shot retrieval of pictures by caption; 0: no retrieval.
     The model reads the square of this number of pairs (`pipelines/zero_shot.py`)."""
-    inspect_step: int | None = None
+    inspect_step: int | None = indifferent(None, noted=None)
     """Train nothing, but show what this step reads; the first is 1, as in MLflow."""
-    dry_run: bool = False
+    dry_run: bool = indifferent(False, noted=False)
     """Train nothing, but print what the run would take in memory, hours and money, according to
     `assume`, and whether tokens and model fit together."""
-    assume: Assumptions = field(default_factory=Assumptions)
+    assume: Assumptions = indifferent(Assumptions(), noted=None)
     """Assumptions of a dry run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: Masking = field(default_factory=Masking)

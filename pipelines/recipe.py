@@ -11,6 +11,7 @@ from torch import nn
 
 from beit3.config import Precision
 from pipelines import run_logger, tracking
+from pipelines.config import indifferent
 
 if TYPE_CHECKING:
     from pipelines.budget import StepMemory
@@ -37,13 +38,13 @@ class TrainConfig:
     head_scale: float = 1.0
     """Learning-rate multiplier of everything outside the backbone."""
     precision: Precision = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = indifferent(None, noted=0)
     """DeepSpeed ZeRO stage: 1 shards the optimizer's state, 2 also the gradients, 3 also the
     parameters. None: 1, but 0 for a single worker, which has no one to shard with and would copy
     everything for nothing."""
-    offload: bool = False
+    offload: bool = indifferent(False, noted=False)
     """Keep the optimizer's state, and step, in CPU memory; needs ZeRO 1 or above."""
-    compile: bool = False
+    compile: bool = indifferent(False, noted=False)
     """Fuse each step's operators (torch.compile). For GPUs: compiling takes minutes at each start.
     Results, also after a resume, are the same up to rounding."""
     ema: float = 0.0
@@ -52,46 +53,46 @@ class TrainConfig:
     accumulate: int = 1
     """Batches per optimizer step, one after the other."""
     seed: int = 0
-    workers: int = 1
+    workers: int = indifferent(1, noted=0)
     """Ray Train workers; 0 trains in the job's own process, without starting another."""
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float = indifferent(0.0, noted=0)
     """1 for a GPU of its own, 0 for none. Less than 1, for a single worker: its share of a GPU on
     which other trials also train."""
-    cpus_per_worker: float = 1.0
-    threads: int = 0
+    cpus_per_worker: float = indifferent(1.0, noted=0)
+    threads: int = indifferent(0, noted=0)
     """Torch threads of a worker on CPU; 0: the machine's CPUs divided among the workers."""
-    loader_workers: int = 0
+    loader_workers: int = indifferent(0, noted=0)
     """Processes, each on its own CPU, that make a worker's batches: decode pictures, crop and mask.
     On a cluster they are spread over the nodes. 0: a thread of the worker makes them."""
-    max_failures: int = 3
+    max_failures: int = indifferent(3, noted=0)
     """How often Ray restarts the workers before the run fails; if they wrote a new checkpoint
     meanwhile, as often again."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = indifferent(500, noted=0)
     """Steps between checkpoints; 0 writes none."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = indifferent(2, noted=0)
     """How many of the newest checkpoints are kept."""
-    keep_every: int = 0
+    keep_every: int = indifferent(0, noted=0)
     """Checkpoints at multiples of this many steps are kept for ever; 0 for none."""
-    on_bad_step: Literal["stop", "skip"] = "stop"
+    on_bad_step: Literal["stop", "skip"] = indifferent("stop", noted="")
     """Reaction to a step whose loss or gradient is not finite, or whose loss is a spike: stop the
     run, or skip the step. Either way its samples are listed in the run's `bad-steps`."""
-    spike_factor: float = 0.0
+    spike_factor: float = indifferent(0.0, noted=0)
     """A loss above this factor times the median of the last 64 good steps is a spike; 0: none is.
     There are no spikes before the 17th good step."""
-    max_bad_steps: int = 10
+    max_bad_steps: int = indifferent(10, noted=0)
     """With skip: this many bad steps in a row end the run."""
-    spot_notice: bool = False
+    spot_notice: bool = indifferent(False, noted=False)
     """Ask the metadata service of EC2 or Google Compute Engine whether a worker's spot machine is
     about to be taken back; then write a checkpoint at once."""
-    max_hours: float = 0.0
+    max_hours: float = indifferent(0.0, noted=0)
     """Hours after which the run writes a checkpoint and stops, counted from this start of the
     command, including the time to start workers; 0: no limit."""
-    max_cost: float = 0.0
+    max_cost: float = indifferent(0.0, noted=0)
     """Like `max_hours`, but a limit on what all workers cost in that time; 0: no limit."""
-    price_per_hour: float = 0.0
+    price_per_hour: float = indifferent(0.0, noted=0)
     """Price of one worker for one hour, in the currency of `max_cost`."""
-    log_every: int = 10
-    evaluate_every: int = 0
+    log_every: int = indifferent(10, noted=0)
+    evaluate_every: int = indifferent(0, noted=0)
     """Steps between evaluations; 0 evaluates at the end only."""
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from numpy.random.bit_generator import ISeedSequence
 from PIL import Image
 
 from beit3.transforms import View, apply_view, decode, sample_view
+from pipelines.config import later
 from pipelines.dataset import Dataset
 from pipelines.loader import Mix, Order, ParquetRows, RowGroup, rows_at_hand, share
 
@@ -115,10 +116,6 @@ class Pictures:
         return picture
 
 
-_LATER = {"jitter": 0.0}
-"""View options added later, with the values at which earlier runs and tokens are still found."""
-
-
 @dataclass(frozen=True)
 class ViewConfig:
     """How a view (crop, flip and colours) of a picture is drawn."""
@@ -129,7 +126,7 @@ class ViewConfig:
     """Smallest and largest ratio of the crop's width to its height."""
     flip: float = 0.5
     """Probability of mirroring. Use 0 if captions mention left and right."""
-    jitter: float = 0.0
+    jitter: float = later(0.0)
     """How far brightness, contrast and saturation vary: factors from 1 minus this to 1 plus this.
     The paper pretrains with 0.4."""
 
@@ -159,10 +156,3 @@ class ViewConfig:
     def pixels(self, picture: Image.Image, rng: np.random.Generator, size: int) -> np.ndarray:
         """A random view as uint8 `[3, size, size]`."""
         return apply_view(picture, self.draw(picture, rng), size)
-
-
-def without_later(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's options, without view options that were added later and are not used."""
-    view = options.get("view", {}).items()
-    used = {k: v for k, v in view if k not in _LATER or v != _LATER[k]}
-    return {**options, "view": used} if view else dict(options)

@@ -40,10 +40,11 @@ from pipelines import (
     config,
     job,
 )
+from pipelines.config import indifferent, later
 from pipelines.dataset import Commit
 from pipelines.lineage import fingerprint
 from pipelines.parts import PartOutput, Resources, make_dataset
-from pipelines.samples import ViewConfig, picture_of, without_later
+from pipelines.samples import ViewConfig, picture_of
 from pipelines.storage import Store
 from pipelines.task_data import captions_of, check_captions
 from pipelines.tokenizers import image_tokenizer_shape, load_image_tokenizer, load_text_tokenizer
@@ -82,13 +83,13 @@ TEXT_TOKENS = pa.schema([("id", pa.string()), ("ids", pa.list_(pa.int32()))])
 class TokenizeConfig:
     """Turn committed images and texts into tokens."""
 
-    store: str = "store"
+    store: str = indifferent("store")
     """Where datasets and tokenizers live: a folder or an s3:// URI."""
-    images: tuple[str, ...] = ()
+    images: tuple[str, ...] = indifferent(())
     """Image datasets (`images/<name>`), each becoming `tokens/<name>`."""
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...] = indifferent(())
     """Text datasets (`text/<name>`), each becoming `tokens/<name>`."""
-    held_out: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = indifferent(())
     """Prepared splits of captioning or retrieval (`tasks/<name>`, such as captioning/val), each
     becoming `tokens/<name>`: pairs that pretraining is measured on, never trained on."""
     image_tokenizer: str = "vqkd"
@@ -98,11 +99,11 @@ class TokenizeConfig:
     views: int = 4
     """Views per image; epochs cycle through them."""
     view: ViewConfig = field(default_factory=ViewConfig)
-    in_step: bool = False
+    in_step: bool = later(False)
     """Store the views without visual words: each training step computes them, with the same image
     tokenizer. Then no GPU is needed here, and views cost next to nothing, but training pays each
     time it sees one."""
-    precision: Precision = "fp32"
+    precision: Precision = later("fp32")
     """Precision of the image tokenizer, also in a training step. On GPUs, bf16 uses the tensor
     cores; some words then change, to codes that are about as near:
     `pipelines/check_tokenizer.py` says how many."""
@@ -110,13 +111,13 @@ class TokenizeConfig:
     """Maximum tokens per piece of a text, including `<s>` and `</s>`; longer texts become several
     pieces."""
     max_caption_length: int = 64
-    batch_size: int = 64
+    batch_size: int = indifferent(64)
     """Views encoded at once; 0: as many as fit into the device's memory."""
     seed: int = 0
-    actors: int = 0
+    actors: int = indifferent(0)
     """Size of the actor pool that encodes images; 0: plain tasks on CPUs."""
-    gpus_per_actor: float = 0.0
-    cpus_per_actor: float = 1.0
+    gpus_per_actor: float = indifferent(0.0)
+    cpus_per_actor: float = indifferent(1.0)
     """CPUs per actor; it decodes pictures in this many threads while it encodes others."""
 
     def __post_init__(self) -> None:
@@ -138,9 +139,6 @@ class TokenizeConfig:
         if (self.gpus_per_actor or self.cpus_per_actor > 1) and not self.actors:
             raise ValueError("gpus_per_actor and cpus_per_actor need actors of at least 1")
 
-
-_LATER = {"in_step": False, "precision": "fp32"}
-"""Options added later, with the values at which earlier tokens are still found."""
 
 PRESETS = {
     "default": TokenizeConfig(images=("cc3m",)),
@@ -191,11 +189,7 @@ def _tokenize(
     is_text, is_task = source.startswith("text/"), source.startswith("tasks/")
     dataset = store.dataset(source)
     commit = check_captions(dataset, "held_out") if is_task else dataset.commit()
-    options = config.to_dict(cfg)
-    where = {"store", "images", "texts", "held_out", "batch_size"}
-    where |= {"actors", "gpus_per_actor", "cpus_per_actor"}
-    where |= {name for name, before in _LATER.items() if options[name] == before}
-    options = without_later({k: v for k, v in options.items() if k not in where})
+    options = config.decisive(cfg)
     used = {"text": tokenizers["text"]} if is_text else tokenizers
 
     def units() -> list[dict[str, Any]]:

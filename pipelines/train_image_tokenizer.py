@@ -25,6 +25,7 @@ from beit3.tokenizer_health import judge
 from beit3.vqkd import PRESETS as SHAPES
 from beit3.vqkd import VQKD, VQKDConfig, codebook_health, usage_health
 from pipelines import bundles, cluster, config, console, job, models, pictures
+from pipelines.config import indifferent
 from pipelines.lineage import fingerprint
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
@@ -41,7 +42,7 @@ DEAD_BELOW = 0.01
 class ImageTokenizerConfig:
     """Train a VQ-KD image tokenizer."""
 
-    store: str = "store"
+    store: str = indifferent("store", noted="")
     """Where datasets and models live: a folder or an s3:// URI."""
     name: str = "vqkd"
     """The tokenizer becomes `tokenizers/image/<name>`."""

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from beit3.text import TOKENIZER_FILE, TextTokenizer
 from pipelines import bundles, cluster, config, console, job
+from pipelines.config import indifferent
 from pipelines.dataset import Dataset
 from pipelines.lineage import fingerprint
 from pipelines.storage import Store
@@ -32,7 +33,7 @@ from pipelines.tokenizers import load_text_tokenizer
 class TextTokenizerConfig:
     """Train a SentencePiece tokenizer."""
 
-    store: str = "store"
+    store: str = indifferent("store", noted="")
     """Where datasets and tokenizers live: a folder or an s3:// URI."""
     name: str = "sentencepiece"
     """The tokenizer becomes `tokenizers/text/<name>`."""
@@ -49,7 +50,7 @@ class TextTokenizerConfig:
     sample: float = 1.0
     """Share of the texts to learn from, drawn by their hash."""
     max_sentences: int = 10_000_000
-    threads: int = 2
+    threads: int = indifferent(2, noted=0)
 
     def __post_init__(self) -> None:
         if not self.texts and not self.images:
@@ -73,8 +74,7 @@ def run(cfg: TextTokenizerConfig) -> TextTokenizer:
     names = [f"text/{n}" for n in cfg.texts] + [f"images/{n}" for n in cfg.images]
     datasets = [store.dataset(name) for name in names]
     inputs = [dataset.commit().identity for dataset in datasets]
-    options = config.to_dict(cfg) | {"store": "", "threads": 0}
-    print_of = fingerprint("train_text_tokenizer", options, inputs)
+    print_of = fingerprint("train_text_tokenizer", config.decisive(cfg), inputs)
     taken = (
         "was trained from other inputs or options: choose another --name, or delete that folder "
         "first"

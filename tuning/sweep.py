@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from beit3 import tasks
 from pipelines import cluster, config, console, finetune, job, models, run_logger, tracking
+from pipelines.config import indifferent
 from pipelines.finetune import FinetuneConfig
 from pipelines.lineage import fingerprint
 from pipelines.storage import Store, StoreError
@@ -50,11 +51,11 @@ class SweepConfig:
     """Population based training: evaluations between chances to take another trial's weights."""
     exploit_share: float = 0.25
     """Population based training: the share of trials that count as poor, and as good."""
-    concurrent: int = 0
+    concurrent: int = indifferent(0)
     """Trials at once; 0: as many as the cluster has room for now."""
-    cpus_per_trial: float = 1.0
+    cpus_per_trial: float = indifferent(1.0)
     """CPUs of a trial's own process; its Ray Train workers come on top."""
-    autoscaling: bool = False
+    autoscaling: bool = indifferent(False)
     """The cluster adds machines by itself, so trials wait for room that it doesn't have yet. Needs
     `concurrent`."""
     seed: int = 0
@@ -167,9 +168,7 @@ def run(cfg: SweepConfig) -> dict[str, Any]:
 
 def _fingerprint(cfg: SweepConfig) -> str:
     """Fingerprint of what decides the outcome: not where or how fast it runs."""
-    plain = config.to_dict(cfg)
-    for name in ("concurrent", "cpus_per_trial", "autoscaling"):
-        del plain[name]
+    plain = config.decisive(cfg)
     plain["finetune"] = models.decisive(cfg.finetune)
     plain["evaluate_every"] = cfg.finetune.train.evaluate_every
     space = spaces.load(cfg.finetune.task)

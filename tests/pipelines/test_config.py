@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pipelines import config
+from pipelines.lineage import fingerprint
 
 
 @dataclass(frozen=True)
@@ -254,3 +255,59 @@ def test_dotted_names_become_nested_again() -> None:
     nested = {"a": 1, "b": {"c": [2, 3], "d": {"e": "f"}}}
     assert config.unflatten(config.flatten(nested)) == nested
     assert config.unflatten({}) == {}
+
+
+# -- what decides a result -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    flip: float = 0.5
+    jitter: float = config.later(0.0)
+
+
+@dataclass(frozen=True)
+class Training:
+    store: str = config.indifferent("store", noted="")
+    threads: int = config.indifferent(2)
+    steps: int = 10
+    names: tuple[str, ...] = ("a",)
+    precision: str = config.later("fp32")
+    view: View = field(default_factory=View)
+
+
+def test_fields_that_don_t_decide_are_left_out_or_noted_alike() -> None:
+    plain = {"store": "", "steps": 10, "names": ["a"], "view": {"flip": 0.5}}
+    assert config.decisive(Training()) == plain
+    assert config.decisive(Training(store="s3://bucket", threads=9)) == plain
+    assert config.decisive(Training(steps=9)) == {**plain, "steps": 9}
+
+
+def test_fields_that_were_added_later_count_once_they_are_used() -> None:
+    plain = config.decisive(Training())
+    jittered = Training(precision="bf16", view=View(jitter=0.4))
+    assert config.decisive(jittered) == {
+        **plain, "precision": "bf16", "view": {"flip": 0.5, "jitter": 0.4},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("job", "preset", "expected"),
+    [
+        ("pipelines.ingest", "web", "e514d24c53cb17d0"),
+        ("pipelines.train_text_tokenizer", "released", "4111ed17c755d745"),
+        ("pipelines.contrast", "base", "7c97ca142596ae15"),
+        ("pipelines.train_image_tokenizer", "base", "a987d6b8bdbe21db"),
+        ("pipelines.tokenize_corpus", "default", "3552c50d9d7908bd"),
+        ("pipelines.pretrain", "giant", "8bf58e164e512ae5"),
+        ("pipelines.finetune", "base-vqa", "9980b23f7685e73e"),
+        ("pipelines.evaluate", "cpu", "20a9da0817eb82f4"),
+        ("tuning.sweep", "gpu", "55ac72facd5cd291"),
+    ],
+)
+def test_results_that_are_there_are_still_found(job: str, preset: str, expected: str) -> None:
+    """If this fails, a field is gone, or a new one lacks `indifferent` or `later`: what users made
+    would be taken for something else."""
+    chosen = importlib.import_module(job).PRESETS[preset]
+    decides = chosen.decides_output() if job.endswith("ingest") else config.decisive(chosen)
+    assert fingerprint("names", sorted(config.flatten(decides))) == expected

@@ -17,7 +17,6 @@ import pytest
 from small_corpus import picture, publish
 
 from beit3.transforms import sample_view
-from pipelines import config
 from pipelines import samples as sampling
 from pipelines.dataset import ROW_GROUP_ROWS
 from pipelines.loader import (
@@ -35,9 +34,8 @@ from pipelines.loader import (
     rows_at_hand,
     share,
 )
-from pipelines.samples import Pictures, Samples, ViewConfig, without_later
+from pipelines.samples import Pictures, Samples, ViewConfig
 from pipelines.storage import Store, StoreError
-from pipelines.tokenize_corpus import TokenizeConfig
 
 SCHEMA = pa.schema([("id", pa.string()), ("words", pa.list_(pa.int32()))])
 
@@ -493,13 +491,3 @@ def test_jitter_is_drawn_after_the_crop() -> None:
     assert np.abs(np.corrcoef(factors.T) - np.eye(3)).max() < 0.2
     one, other = (v.pixels(image, np.random.default_rng(0), 16) for v in (plain, views))
     assert not np.array_equal(one, other)
-
-
-def test_what_was_made_before_jitter_is_still_found() -> None:
-    plain = config.to_dict(TokenizeConfig(images=("a",)))
-    assert without_later(plain) == {
-        **plain,
-        "view": {"scale": [0.2, 1.0], "aspect": [3 / 4, 4 / 3], "flip": 0.5},
-    }
-    jittered = config.to_dict(TokenizeConfig(images=("a",), view=ViewConfig(jitter=0.4)))
-    assert without_later(jittered) == jittered
