@@ -62,7 +62,7 @@ def rows_of(task: str, count: int) -> Iterator[dict[str, Any]]:
     pictures = [draw(rng) for _ in range(min(count, _DISTINCT))]
     words = [" ".join(text.split()[:10]) for text in sentences(count * TEXTS[task], 1)]
     for number in range(count):
-        shown = range(number, number + (2 if task == "nlvr2" else 1))
+        shown = range(number, number + tasks.load(task).about.images)
         examples = [
             {
                 "id": f"dev-{number}-0-{i}" if task == "nlvr2" else str(number * 10 + i),

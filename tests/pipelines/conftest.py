@@ -13,6 +13,7 @@ import small_corpus
 from pipelines import (
     contrast,
     pretrain,
+    stops,
     tokenize_corpus,
     train_image_tokenizer,
     train_text_tokenizer,
@@ -48,3 +49,15 @@ def copied(corpus: Store, tmp_path: Path) -> Callable[..., Store]:
         return Store(tmp_path / "copied")
 
     return copy
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty one."""
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes `small_run.keep_watches`."""
+    monkeypatch.setattr(stops.Watch, "__enter__", stops.Watch.__enter__)

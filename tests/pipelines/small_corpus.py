@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from beit3.config import PRESETS as MODELS
 from beit3.masking import Masking
 from beit3.vqkd import PRESETS as TOKENIZERS
 from pipelines.contrast import ContrastConfig
-from pipelines.dataset import Commit
+from pipelines.dataset import Commit, Dataset
 from pipelines.ingest import IMAGE_SCHEMA, TEXT_SCHEMA
 from pipelines.lineage import fingerprint
 from pipelines.pretrain_config import PretrainConfig
@@ -116,6 +118,28 @@ def publish_sources(store: Store) -> None:
     publish(store, "images/alone", IMAGE_SCHEMA, image_rows("alone", 0, 15, captions=0))
     publish(store, "text/words", TEXT_SCHEMA, text_rows(25))
     publish(store, "tasks/captioning/val", TASK_SCHEMA, task_rows(9), task="captioning")
+
+
+def republished(
+    store: Store,
+    name: str,
+    change: Callable[[dict[str, Any]], None],
+    *,
+    rows: Callable[[pa.Table], pa.Table] = lambda table: table,
+) -> Dataset:
+    """The first file of `tokens/pairs` as another dataset, whose lineage and rows are changed."""
+    made = store.dataset("tokens/pairs")
+    commit, dataset = made.commit(), store.dataset(f"tokens/{name}")
+    table = rows(pq.read_table(made.paths()[0], filesystem=store.fs))
+    origin = dict(commit.lineage["inputs"][0])
+    origin["tokenizers"] = {kind: dict(v) for kind, v in origin["tokenizers"].items()}
+    change(origin["tokenizers"])
+    mark = fingerprint("republished", name)
+    dataset.publish(
+        mark, [dataset.write_part(mark, "00000", table)], job="by hand", schema=table.schema,
+        stats={}, config=commit.lineage["config"], inputs=[origin],
+    )  # fmt: skip
+    return dataset
 
 
 # -- the jobs --------------------------------------------------------------------------------------

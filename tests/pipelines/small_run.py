@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipelines import cluster, stops
@@ -133,6 +133,10 @@ def train(
         store, name=name, output=f"models/{name}", fingerprint="same", recipe=recipe,
         config=config(**changes), parameters={}, track=track,
     )  # fmt: skip
+
+
+def trained(store: Store, name: str) -> dict[str, Tensor]:
+    return load_file(store.path("models", name, "model.safetensors"))
 
 
 def main(folder: str, workers: int, held: int, names: list[str]) -> None:

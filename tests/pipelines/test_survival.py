@@ -1,8 +1,9 @@
 """Pretraining that is killed, moved, cut off from its tracker or badly stored loses nothing.
 
 What else it survives is tested elsewhere: damaged and unfinished checkpoints in
-`test_checkpoints.py`, ZeRO's stages and other numbers of workers in `test_zero_stages.py`, stops
-and bad steps in `test_guards.py`, loader processes that die in `test_loader_workers.py`.
+`test_checkpoints.py`, ZeRO's stages and other numbers of workers in `test_zero_stages.py`, bad
+steps in `test_guards.py`, stops in `test_stops.py`, loader processes that die in
+`test_loader_workers.py`.
 """
 
 from __future__ import annotations
