@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ class FinetuneConfig:
     eval_records: int = 1000
     """How many of that split's records to use."""
     eval_batch_size: int = 32
-    track: bool = indifferent(True, noted=True)
+    track: bool = True
     """Log to MLflow."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -111,6 +112,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
             task=task,
             batch_size=64,
             view=ViewConfig(scale=(0.7, 1.0), flip=0.0),
+            eval_split=kind.about.validation_split,
             options=dict(kind.about.small_options),
             eval_records=64,
             eval_batch_size=64,
@@ -139,6 +141,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
         checkpoint_activations="blocks" if size == "large" else "none",
         batch_size=recipe.batch_size,
         view=ViewConfig(scale=recipe.scale, flip=recipe.flip),
+        eval_split=kind.about.validation_split,
         train=TrainConfig(
             steps=recipe.steps,
             warmup=recipe.warmup,
@@ -151,7 +154,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
             layer_decay=recipe.layer_decay,
             head_scale=recipe.head_scale,
             precision="bf16",
-            workers=8,
+            workers=math.gcd(8, recipe.batch_size),
             gpus_per_worker=1.0,
             # Decode 1.5 times the pictures that an L40S takes, at 384 pixels and more, or at 224.
             loader_workers=2 if size == "large" or recipe.image_size >= 384 else 6,
@@ -164,8 +167,8 @@ PRESETS: dict[str, FinetuneConfig] = {
     "tiny": preset("tiny", "vqa"),
     **{
         f"{size}-{task}": preset(size, task)
-        for size in ("tiny", "base", "large")
         for task in tasks.names()
+        for size in ("tiny", *tasks.load(task).recipes())
     },
 }
 

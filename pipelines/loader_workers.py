@@ -82,12 +82,12 @@ def check_room(config: TrainConfig) -> None:
             + ("" if there.get("GPU") else ", or train.gpus_per_worker 0 to train on CPUs")
         )
     if training + loading > there.get("CPU", 0):
-        fewer = "fewer of either; no loader workers make batches in the training workers themselves"
-        lacking.append(
-            f"train.loader_workers {config.loader_workers}: they want {loading} CPUs in all, the "
-            f"training workers {training:g}, and there are {there.get('CPU', 0):g}: set "
-            f"{fewer if loading else 'fewer train.workers or train.cpus_per_worker'}"
-        )
+        want = f"train.workers {config.workers}: they want {training:g} CPUs"
+        fewer = "fewer, or a smaller train.cpus_per_worker"
+        if loading:
+            want += f", and train.loader_workers {config.loader_workers} in all {loading} more"
+            fewer = "fewer of either; with no loader workers, the workers make batches themselves"
+        lacking.append(f"{want}; there are {there.get('CPU', 0):g}: set {fewer}")
     if lacking and not os.environ.get("RAY_ADDRESS"):
         raise ValueError("; ".join(lacking))
     for lack in lacking:

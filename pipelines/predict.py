@@ -101,9 +101,10 @@ def run(config: PredictConfig) -> list[dict[str, Any]]:
 
 def _text(model: Finetuned, config: PredictConfig) -> str | None:
     asks = model.task.about.asks
-    if asks and not config.text:
-        raise ValueError(f"text: {config.model} is a model for {model.task_name}: give a {asks}")
-    return config.text if asks else None
+    if bool(config.text) != bool(asks):
+        wanted = f"give a {asks}" if asks else "it reads no text, leave it out"
+        raise ValueError(f"text: {config.model} is a model for {model.task_name}: {wanted}")
+    return config.text or None
 
 
 def _class_names(config: PredictConfig, labels: Sequence[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -58,7 +58,8 @@ class PrepareConfig:
     """URI or path of the store."""
     name: str = ""
     """The datasets become tasks/<name>/<split>; by default the task's name."""
-    splits: tuple[str, ...] = ("train", "val")
+    splits: tuple[str, ...] = ()
+    """Which of the published splits to prepare; empty: all that have answers."""
     dataset: str = ""
     """Captioning and retrieval: which of Karpathy's files to read, coco or flickr30k; empty: the
     only one there is."""
@@ -74,8 +75,6 @@ class PrepareConfig:
     """Work in the job's own process instead of on Ray: for small data."""
 
     def __post_init__(self) -> None:
-        if not self.splits:
-            raise ValueError("splits: name at least one")
         for field in ("min_answer_count", "short_side", "part_records"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: must be at least 1, not {getattr(self, field)}")
@@ -88,6 +87,10 @@ class PrepareConfig:
         if not re.fullmatch(r"[\w.-]*", self.name):
             raise ValueError(f"name: {self.name!r} is not a name of letters, digits, '_', '-', '.'")
 
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        return self.splits or tasks.load(self.task).about.splits
+
     def output(self, split: str) -> str:
         return f"tasks/{self.name or self.task}/{split}"
 
@@ -96,10 +99,12 @@ class PrepareConfig:
         return root / tasks.load(self.task).about.collections.get(self.dataset, "")
 
 
+_DEFAULT = PrepareConfig()
 PRESETS: dict[str, PrepareConfig] = {
-    name: PrepareConfig(task=name, splits=tasks.load(name).about.splits) for name in tasks.names()
+    _DEFAULT.task: _DEFAULT,
+    **{name: PrepareConfig(task=name) for name in tasks.names()},
+    "flickr30k": PrepareConfig(task="retrieval", dataset="flickr30k", name="flickr30k"),
 }
-PRESETS["flickr30k"] = replace(PRESETS["retrieval"], dataset="flickr30k", name="flickr30k")
 
 
 def run(config: PrepareConfig) -> dict[str, Commit]:
@@ -113,7 +118,7 @@ def run(config: PrepareConfig) -> dict[str, Commit]:
     store = Store(config.store)
     store.check_writable()
     with local_folder(config.annotations) as root:
-        return {split: _prepare(config, store, root, split) for split in config.splits}
+        return {split: _prepare(config, store, root, split) for split in config.chosen}
 
 
 def _prepare(config: PrepareConfig, store: Store, root: Path, split: str) -> Commit:

@@ -19,7 +19,7 @@ from beit3.device import DTYPES
 from beit3.flops import matmul_peak
 from pipelines import console, run_logger
 from pipelines.recipe import Run
-from pipelines.stops import BEGUN
+from pipelines.stops import BEGUN, report
 from pipelines.storage import Store
 
 
@@ -83,7 +83,8 @@ class Clock:
         told = self._telling is None or self._telling.done()
         if last or (told and now - self.last_shown > 1.0):
             self.last_shown = now
-            body = json.dumps({"step": step, "note": self.note, "said": self.said})
+            told = {"step": step, "note": self.note, "said": self.said, "start": self.run.start}
+            body = json.dumps(told)
             self._telling = self._thread.submit(self._tell, body.encode())
         if last:
             self._thread.shutdown()
@@ -104,9 +105,9 @@ def _gpu_memory(device: torch.device) -> dict[str, float]:
     return {name: value / (1 << 30) for name, value in found.items()}
 
 
-def begin(store: Store, run: str, said: Sequence[str]) -> None:
+def begin(store: Store, run: Run, said: Sequence[str]) -> None:
     """Tell the job's process that the workers have started, though no step is done."""
-    store.write_json(f"{run}/{BEGUN}", {"said": list(said)})
+    store.write_json(f"{run.name}/{BEGUN}", {"said": list(said), "start": run.start})
 
 
 def progress(store: Store, run: str) -> int:
@@ -128,8 +129,8 @@ def shown(store: Store, run: Run) -> Iterator[None]:
             begun, said = False, []
             while True:
                 ended = stop.wait(1.0)
-                with contextlib.suppress(OSError, ValueError, KeyError):
-                    seen = json.loads(store.read(f"{run.name}/{BEGUN}"))
+                with contextlib.suppress(KeyError):
+                    seen = report(store, run) or {}
                     if seen["said"] != said:  # there are new lines, or the workers have restarted
                         known = len(said) if seen["said"][: len(said)] == said else 0
                         said = seen["said"]

@@ -1,12 +1,13 @@
 """Stops that keep the work: SIGTERM, limits of hours and money, a spot machine's last minutes.
 
 The job's process learns of a signal or a limit, the workers may be on other machines: it leaves
-`runs/<name>/stop.json`, which rank 0 looks for once a second. All workers agree on it at their next
-step, write a checkpoint and leave `ended.json`, which says how the run ended. They return as if all
+a note in the run's folder, which rank 0 looks for once a second. All workers agree on it at their
+next step, write a checkpoint and leave a note that says how the run ended. They return as if all
 were well: an error would have Ray start them again.
 
-Each start of a job notes its name in `run.json`. Workers of an earlier start that find another's
-there end without a checkpoint: the later start goes on from the newest one.
+Each start of a job has a name, which is also in the names of these notes, and in `run.json`.
+Workers of an earlier start that find another's there end without a checkpoint: the later start goes
+on from the newest one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pipelines.recipe import Run, TrainConfig
 from pipelines.storage import Store, StoreError
 
 NOTE = "run.json"  # a run's provenance, and the name of its latest start
-BEGUN = "progress.json"  # of a run, from when its workers are there
+BEGUN = "progress.json"  # a run's, from when its workers are there
 POLL_SECONDS = 1.0
 START_POLL_SECONDS = 10.0
 SPOT_POLL_SECONDS = 5.0  # as AWS advises
@@ -82,18 +83,15 @@ def stoppable(store: Store, run: Run, begun: float) -> Iterator[None]:
         StoreError, ValueError: they can't begin, and couldn't if they were started again.
         TakenOver: they gave way to a later start.
     """
-    for name in ("stop.json", "ended.json"):  # of an earlier start
-        store.delete(f"{run.name}/{name}")
     heard: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a signal may interrupt its own put
     abandoned: list[int] = []  # with this exit code
 
     def ask(reason: str, hint: str, code: int) -> None:
-        asked = {"reason": reason, "hint": hint, "code": code, "start": run.start}
-        store.write_json(f"{run.name}/stop.json", asked)
+        store.write_json(note(run, "stop"), {"reason": reason, "hint": hint, "code": code})
         console.say(f"{run.name}: {reason}; the workers write a checkpoint and stop")
 
     def end(reason: str, hint: str, code: int) -> None:
-        if not interruptible or store.exists(f"{run.name}/{BEGUN}"):
+        if not interruptible or report(store, run):
             ask(reason, hint, code)
             return
         console.say(f"{run.name}: {reason}, and no worker has begun: {hint}")
@@ -126,10 +124,10 @@ def stoppable(store: Store, run: Run, begun: float) -> Iterator[None]:
         heard.put(False)
         if thread.is_alive():
             thread.join()
+    store.delete(note(run, "stop"))
     with contextlib.suppress(FileNotFoundError):
-        ended = store.read_json(f"{run.name}/ended.json")
-        if ended["start"] != run.start:  # of one that gives way to this
-            return
+        ended = store.read_json(note(run, "ended"))
+        store.delete(note(run, "ended"))
         if ended["code"] is None:
             raise ERRORS[ended["error"]](ended["message"])
         console.say(f"{run.name}: {ended['message']}")
@@ -234,10 +232,8 @@ class Watch:
 
     def _stop_asked(self) -> bool:
         with contextlib.suppress(OSError, ValueError):
-            asked = self.store.read_json(f"{self.run.name}/stop.json")
-            if asked["start"] == self.run.start:
-                self.asked = asked
-                self.stop.set()
+            self.asked = self.store.read_json(note(self.run, "stop"))
+            self.stop.set()
         return self.stop.is_set()
 
     def _taken_over(self) -> bool:
@@ -272,7 +268,21 @@ class Watch:
 def tell(store: Store, run: Run, ended: Ended) -> None:
     """Say to the job's process how the run ended; rank 0 does."""
     said = {"message": str(ended), "code": ended.code, "error": ended.error.__name__}
-    store.write_json(f"{run.name}/ended.json", {**said, "start": run.start})
+    store.write_json(note(run, "ended"), said)
+
+
+def note(run: Run, kind: str) -> str:
+    """Where this start of the job keeps a note: `stop` to its workers, `ended` from them."""
+    return f"{run.name}/{kind}-{run.start}.json"
+
+
+def report(store: Store, run: Run) -> dict[str, Any] | None:
+    """What the workers of this start of the job last reported; None before they are there."""
+    with contextlib.suppress(OSError, ValueError):
+        found = store.read_json(f"{run.name}/{BEGUN}")
+        if found.get("start") == run.start:
+            return found
+    return None
 
 
 def drained() -> bool:

@@ -82,7 +82,8 @@ def fit(
             run_logger.settle(store, run_folder)
         return found
     store.check_writable()
-    start = _claim(store, run_folder, fingerprint, parameters)
+    _check_unclaimed(store, run_folder, fingerprint)
+    check_room(config)
     handle = None
     if track:
         handle = tracking.start_run(store, name, parameters, key=run_folder, parent=parent)
@@ -90,9 +91,10 @@ def fit(
         *(store.uri, run_folder, output, fingerprint, recipe, config, handle),
         parameters=dict(parameters),
         step_memory=step_memory,
-        start=start,
+        start=uuid.uuid4().hex[:12],
         tuned=tuned,
     )
+    _claim(store, run)  # only now: from here on an earlier start gives way to this one
     store.delete(f"{run_folder}/{stops.BEGUN}")  # an interrupted run's last report
     try:
         with (
@@ -116,18 +118,21 @@ def fit(
     return result
 
 
-def _claim(store: Store, folder: str, fingerprint: str, parameters: Mapping[str, Any]) -> str:
-    """Record the run's provenance, and this start of it, whose name is returned; an interrupted run
-    with other options is an error."""
-    note, start = f"{folder}/{stops.NOTE}", uuid.uuid4().hex[:12]
+def _check_unclaimed(store: Store, folder: str, fingerprint: str) -> None:
+    """Raises: StoreError: there is an interrupted run with other options."""
+    note = f"{folder}/{stops.NOTE}"
     if store.exists(note) and store.read_json(note)["fingerprint"] != fingerprint:
         raise StoreError(
             f"{store.uri}/{folder} was begun with other inputs or options, or by a version that "
             "drew other samples: choose another name, or delete that folder first"
         )
-    noted = {"fingerprint": fingerprint, "parameters": dict(parameters), "start": start}
-    store.write_json(note, noted)
-    return start
+
+
+def _claim(store: Store, run: Run) -> None:
+    """Record the run's provenance, and that this is its latest start."""
+    parameters = dict(run.parameters)
+    noted = {"fingerprint": run.fingerprint, "parameters": parameters, "start": run.start}
+    store.write_json(f"{run.name}/{stops.NOTE}", noted)
 
 
 def _launch(run: Run, store: Store) -> None:
@@ -137,7 +142,6 @@ def _launch(run: Run, store: Store) -> None:
     """
     from ray.train import TrainingFailedError
 
-    check_room(run.config)
     while True:
         before = checkpoints.newest(store, run.name)
         try:

@@ -63,14 +63,14 @@ def _train(run: Run) -> None:
         return
     said: list[str] = []  # shown by the job's process: a worker's own console is not visible
     if rank == 0:
-        progress.begin(store, run.name, said)
+        progress.begin(store, run, said)
         if run.tuned and run.config.workers:
             placement.note(store, run.name)
     try:
         engine, start, due = _begin(run, store, world, device, said.append)
     except Ended as end:
         if rank == 0:
-            progress.begin(store, run.name, said)
+            progress.begin(store, run, said)
             stops.tell(store, run, end)
         return
     metrics: dict[str, float] = {}

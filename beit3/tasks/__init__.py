@@ -92,7 +92,10 @@ class About:
     """What preparing, finetuning, evaluating, predicting and tuning know of a task."""
 
     splits: tuple[str, ...]
-    """The published splits that are prepared by default; the first is trained on."""
+    """The published splits that have answers. One must be `train`: it is finetuned on, and the
+    classes of the head are its answers."""
+    validation_split: str
+    """The split that finetuning measures itself on, and that searches select by."""
     test_split: str
     """The split that results are told on: it has answers. Where two qualify, not the one that a
     search would select by."""

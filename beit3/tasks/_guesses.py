@@ -19,12 +19,18 @@ def by_first_words(
 
     Args:
         answers_of: The answers in a known example's target.
+
+    Raises:
+        ValueError: no answer is known.
     """
     answers: dict[tuple[str, ...], Counter[Any]] = defaultdict(Counter)
+    answers[()] = Counter()
     for example in known:
         given, words = answers_of(example.target), _words(example)
         for count in range(len(words) + 1):
             answers[words[:count]].update(given)
+    if not answers[()]:
+        raise ValueError("no answers are known to guess from")
     guesses = []
     for example in examples:
         words = _words(example)

@@ -105,6 +105,7 @@ class Task:
 
     about: ClassVar[About] = About(
         splits=("train", "val", "test"),
+        validation_split="val",
         test_split="test",
         title="CIDEr",
         score=("cider",),

@@ -97,6 +97,7 @@ class Task:
 
     about: ClassVar[About] = About(
         splits=("train", "val"),
+        validation_split="val",
         test_split="val",
         title="ImageNet top-1",
         score=("top_1",),

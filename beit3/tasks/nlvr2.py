@@ -97,6 +97,7 @@ class Task:
 
     about: ClassVar[About] = About(
         splits=("train", "val", "test"),
+        validation_split="val",
         test_split="test",
         title="NLVR2 accuracy",
         score=("accuracy",),

@@ -67,6 +67,7 @@ class Task:
 
     about: ClassVar[About] = About(
         splits=("train", "val", "test"),
+        validation_split="val",
         test_split="test",
         title="retrieval R@1",
         score=("text_recall_1", "image_recall_1"),  # both ways, as the paper's ablations

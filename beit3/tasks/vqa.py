@@ -100,6 +100,7 @@ class Task:
 
     about: ClassVar[About] = About(
         splits=("train", "val"),
+        validation_split="val",
         test_split="val",
         title="VQA accuracy",
         score=("accuracy",),

@@ -36,6 +36,10 @@ _UNLIKELY = 1e-12  # for captions that the world writes for none of the gallery'
 _TIE = 1e-9
 
 
+TASKS = ("captioning", "imagenet", "nlvr2", "retrieval", "vqa")
+"""Those that the world has."""
+
+
 def ceiling(
     task: str, rows: Sequence[dict[str, Any]], *, seed: int, labels: Sequence[str] = ()
 ) -> dict[str, float]:

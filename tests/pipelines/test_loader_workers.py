@@ -197,7 +197,9 @@ def test_a_batch_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 def test_more_loader_workers_than_cpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(workers=1, loader_workers=2)
-    with pytest.raises(ValueError, match=r"they want 2 CPUs in all, the training workers 1, and"):
+    with pytest.raises(
+        ValueError, match=r"want 1 CPUs, and train\.loader_workers 2 in all 2 more; there"
+    ):
         check_room(config)
     check_room(TrainConfig(workers=1, loader_workers=1))
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster may grow

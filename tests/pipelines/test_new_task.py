@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -63,6 +64,7 @@ class Model(nn.Module):
 class Task:
     about: ClassVar[About] = About(
         splits=("train", "dev", "exam"),
+        validation_split="dev",
         test_split="exam",
         title="colours right",
         score=("right",),
@@ -112,19 +114,26 @@ class Task:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The task's file beside the others, and its published files."""
-    code, root = tmp_path_factory.mktemp("code"), tmp_path_factory.mktemp("published")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the task's file, beside the others'."""
+    code = tmp_path_factory.mktemp("code")
     (code / "colours.py").write_text(TASK)
+    tasks.__path__.append(str(code))
+    yield code
+    tasks.__path__.remove(str(code))
+    sys.modules.pop("beit3.tasks.colours", None)
+
+
+@pytest.fixture(scope="module")
+def published(code: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The task's published files."""
+    root = tmp_path_factory.mktemp("published")
     for split, names in {"train": "rrrgg" * 4, "dev": "rg", "exam": "ggrg"}.items():
         listed = [f"{name}-{split}-{i}" for i, name in enumerate(names)]
         (root / f"{split}.txt").write_text("\n".join(listed))
         for name in listed:
             Image.new("RGB", (40, 40), COLOURS[name[0]]).save(root / f"{name}.png")
-    tasks.__path__.append(str(code))
-    yield root
-    tasks.__path__.remove(str(code))
-    sys.modules.pop("beit3.tasks.colours", None)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +143,8 @@ def store(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     save_random_model(store, SMALL, small_tokenizer(["red green blue", "a b"] * 30, 30))
     prepare_task.run(
         PrepareConfig(
-            task="colours", splits=tasks.load("colours").about.splits, store=store.uri,
-            annotations=str(published), images=str(published), in_process=True,
+            task="colours", store=store.uri, annotations=str(published), images=str(published),
+            in_process=True,
         )
     )  # fmt: skip
     chosen = finetuning(store)
@@ -150,7 +159,7 @@ def finetuning(store: Store) -> FinetuneConfig:
         threads=1, evaluate_every=10,
     )  # fmt: skip
     start = finetune.preset("tiny", "colours")
-    return replace(start, store=store.uri, batch_size=8, eval_split="dev", track=False, train=train)
+    return replace(start, store=store.uri, batch_size=8, track=False, train=train)
 
 
 def test_it_is_evaluated_beside_guessing(store: Store) -> None:
@@ -169,7 +178,27 @@ def test_it_is_tried_on_a_picture(store: Store, published: Path) -> None:
     assert predict.run(config) == [{"image": str(picture), "prediction": "g"}]
 
 
-def test_it_is_swept_compared_and_ablated(store: Store) -> None:
+def test_every_job_has_presets_for_it(code: Path) -> None:
+    """Made when a job is imported, so in a process that finds the file from the start."""
+    program = f"""
+from beit3 import tasks
+tasks.__path__.append({str(code)!r})
+from pipelines import finetune, prepare_task
+from tuning import ablate, compare, sweep
+print(next(iter(prepare_task.PRESETS)), prepare_task.PRESETS["colours"].chosen)
+for name, preset in finetune.PRESETS.items():
+    if name.endswith("colours"):
+        print(name, preset.batch_size, preset.train.workers, preset.eval_split)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "vqa ('train', 'dev', 'exam')",
+        "tiny-colours 64 0 dev",
+        "base-colours 4 4 dev",
+    ], done.stderr
+
+
+def test_it_is_searched_and_shown_by_its_own_measure(store: Store) -> None:
     base = finetuning(store)
     assert sweep.SweepConfig(finetune=replace(base, track=True)).metric == "right"
     assert spaces.load("colours") == spaces.load("captioning")
@@ -181,6 +210,14 @@ def test_its_texts_are_no_captions(store: Store) -> None:
     dataset = store.dataset("tasks/colours/train")
     with pytest.raises(StoreError, match=r"but what colours asks: name a split of captioning or"):
         tokenize_corpus.check_captions(dataset, "pairs")
+
+
+def test_nothing_is_guessed_from_nothing() -> None:
+    asked = [Example("0", "is it red?", {"answers": ["yes"], "type": "yes/no"})]
+    unanswered = [Example("1", "is it green?", {"answers": [], "type": "yes/no"})]
+    for known in ([], unanswered):
+        with pytest.raises(ValueError, match="no answers are known to guess from"):
+            tasks.create("vqa").blind(known, asked)
 
 
 def test_guesses_read_the_training_split_only_if_they_need_it(store: Store) -> None:

@@ -52,7 +52,7 @@ def store(world: World, tmp_path_factory: pytest.TempPathFactory) -> Store:
             images=str(images_of(world, task)),
             in_process=True,
         )
-        assert config.splits == SPLITS[task]
+        assert config.chosen == SPLITS[task]
         prepare_task.run(config)
     rows = store.dataset("tasks/nlvr2/train").read_table().to_pylist()
     tokenizer = small_tokenizer([e["text"] for row in rows for e in row["examples"]], 100)
@@ -179,12 +179,13 @@ def test_predict(store: Store, world: World, tmp_path: Path) -> None:
     (one,) = predict.run(replace(base, model="models/imagenet", class_names=str(drawn), top=1))
     assert one["names"] == [known[label] for label in named["prediction"][:1]]
     names.write_text("n99999999 unicorn\n")
-    for model in ("models/imagenet", "models/nlvr2"):  # the other has no classes at all
+    asked = {"models/imagenet": base, "models/nlvr2": both}  # the other has no classes at all
+    for model, judged in asked.items():
         with pytest.raises(ValueError, match=r"class_names: .* names none of the \d+ classes of"):
-            predict.run(replace(both, model=model, class_names=str(names)))
+            predict.run(replace(judged, model=model, class_names=str(names)))
     broken_files = {"not JSON": '{"n00000001": "ten', "expected an object": '["tench"]'}
     for reason, content in broken_files.items():
         broken = tmp_path / "classes.json"
         broken.write_text(content)
         with pytest.raises(ValueError, match=f"class_names: .*classes.json: {reason}"):
-            predict.run(replace(both, model="models/imagenet", class_names=str(broken)))
+            predict.run(replace(base, model="models/imagenet", class_names=str(broken)))

@@ -23,9 +23,9 @@ import small_run
 from small_net import same
 from small_run import Recipe, config, train, trained
 
-from pipelines import bundles, stops, tracking
+from pipelines import bundles, progress, stops, tracking
 from pipelines.recipe import Run, TrainConfig
-from pipelines.storage import Store
+from pipelines.storage import Store, StoreError
 
 pytestmark = pytest.mark.usefixtures("unwatched")
 
@@ -149,13 +149,46 @@ def test_what_an_earlier_start_leaves_does_not_end_a_later_one(store: Store) -> 
         for name in ("earlier", "later")
     )
     with stops.stoppable(store, later, time.monotonic()):
-        asked = {"reason": "SIGTERM received", "hint": "", "code": 143, "start": "earlier"}
-        store.write_json("runs/run/stop.json", asked)
+        asked = {"reason": "SIGTERM received", "hint": "", "code": 143}
+        store.write_json(stops.note(earlier, "stop"), asked)
+        progress.begin(store, earlier, [])
+        assert stops.report(store, earlier) and stops.report(store, later) is None
         with stops.Watch(later, store, 0) as watch:
             assert not watch.stop.is_set() and not watch.lost.is_set()
         stops.tell(store, earlier, stops.Ended("gave way", error=stops.TakenOver))
-    with pytest.raises(stops.TakenOver), stops.stoppable(store, earlier, time.monotonic()):
+
+
+def test_how_an_earlier_start_ended_is_its_own(store: Store) -> None:
+    """Whichever of the two jobs ends first."""
+    earlier, later = (
+        Run(store.uri, "runs/run", "models/run", "same", Recipe(), small_run.config(), start=name)
+        for name in ("earlier", "later")
+    )
+    with (
+        pytest.raises(stops.TakenOver),
+        stops.stoppable(store, earlier, time.monotonic()),
+        pytest.raises(stops.Stopped, match="75"),
+        stops.stoppable(store, later, time.monotonic()),
+    ):
         stops.tell(store, earlier, stops.Ended("gave way", error=stops.TakenOver))
+        stops.tell(store, later, stops.Ended("stopped", stops.LIMIT_CODE))
+    assert not store.list("runs/run")  # nothing is left lying about
+
+
+def test_who_can_t_begin_takes_nothing_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither without a tracker, nor with other options, nor without room."""
+    noted = {"fingerprint": "same", "parameters": {}, "start": "earlier"}
+    store.write_json("runs/run/run.json", noted)
+    with pytest.raises(ValueError, match=r"train\.workers 9999"):
+        train(store, "run", Recipe(), workers=9999)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
+    with pytest.raises(StoreError):
+        train(store, "run", Recipe(), track=True)
+    assert store.read_json("runs/run/run.json") == noted
+    store.write_json("runs/run/run.json", {**noted, "fingerprint": "another"})
+    with pytest.raises(StoreError, match="was begun with other inputs or options"):
+        train(store, "run", Recipe())
+    assert store.read_json("runs/run/run.json")["start"] == "earlier"
 
 
 def test_a_second_sigterm_ends_it_at_once(store: Store) -> None:
@@ -211,20 +244,21 @@ def test_a_limit_ends_what_only_waits_for_machines(
     begun: bool, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small_run.config(max_hours=0.3 / 3600)
-    run = Run(store.uri, "runs/run", "models/run", "same", Recipe(), config)
+    run, asked = Run(store.uri, "runs/run", "models/run", "same", Recipe(), config), False
     with (
         pytest.raises(stops.Stopped) if not begun else contextlib.nullcontext() as raised,
         stops.stoppable(store, run, time.monotonic()),
     ):
         if begun:
-            store.write_json(f"runs/run/{stops.BEGUN}", {"said": []})
+            progress.begin(store, run, [])
         for _ in range(1200):
             time.sleep(0.05)
-            if store.exists("runs/run/stop.json"):
+            if store.exists(stops.note(run, "stop")):
+                asked = True
                 break
+    assert asked == begun
     said = capsys.readouterr().out
     assert ("no worker has begun: run the same command to go on" in said) == (not begun)
-    assert store.exists("runs/run/stop.json") == begun
     if not begun:
         assert raised is not None and raised.value.code == stops.LIMIT_CODE
 

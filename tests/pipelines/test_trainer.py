@@ -397,8 +397,11 @@ def test_workers_without_room_are_refused_where_no_machine_will_come(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     check_room(TrainConfig(workers=2))
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"workers": 4}, "the training workers 4, and there are 2: set fewer train.workers"),
-        ({"workers": 2, "loader_workers": 1}, r"they want 2 CPUs in all, .* set fewer of either"),
+        ({"workers": 4}, "train.workers 4: they want 4 CPUs; there are 2: set fewer, or"),
+        (
+            {"workers": 2, "loader_workers": 1},
+            r"loader_workers 1 in all 2 more; .* set fewer of either",
+        ),
         (
             {"workers": 1, "gpus_per_worker": 1.0},
             "1 GPUs, and there are 0: .* 0 to train on CPUs",
