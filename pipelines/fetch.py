@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -38,7 +39,7 @@ class FetchPolicy:
 
 
 _UNREACHED = ("connection failed", "host not found", "timed out")
-_MANY = 50
+_MANY, _HOSTS = 50, 20
 _ROBOTS = ["noai", "noimageai", "noindex", "noimageindex"]
 _OURS = "^(?:<urlopen error )*"  # urllib wraps the opener's message, sometimes twice
 _REASONS = (  # the first match to the downloader's error counts; servers can't fake the first ones
@@ -80,11 +81,15 @@ def fetch_images(
     fetched: dict[str, CleanImage | Rejected] = dict.fromkeys(wanted, lost)
     for index, outcome in _download([wire_url(url) for url in wanted], policy, images).items():
         fetched[wanted[index]] = outcome
-    if len(fetched) >= _MANY and all(
-        isinstance(r, Rejected) and r.reason in _UNREACHED for r in fetched.values()
+    hosts = {urlsplit(url).hostname for url in fetched}
+    if (
+        len(fetched) >= _MANY
+        and len(hosts) >= _HOSTS
+        and all(isinstance(r, Rejected) and r.reason in _UNREACHED for r in fetched.values())
     ):
         raise ConnectionError(
-            f"not one of {len(fetched)} URLs could be reached: is the network up? "
+            f"not one of {len(fetched)} URLs on {len(hosts)} hosts could be reached: is the "
+            "network up? "
             "(The environment's proxies are not used.)"
         )
     return outcomes | fetched

@@ -69,7 +69,7 @@ def run(config: IngestConfig) -> Commit:
     dataset = store.dataset(config.dataset)
     held_out = () if source.KIND == "text" else tuple(leaks.sources(store, config.held_out))
     if source.KIND == "pairs":
-        with local_folder(config.annotations) as root:
+        with local_folder(config.annotations, sources.BESIDE) as root:
             inputs = [describe_local(f, root) for f in source.files(root, config.options)]
             inputs += published_images.load(config.images).described if config.images else []
             mark = _fingerprint(config, inputs, held_out)

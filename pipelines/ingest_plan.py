@@ -29,7 +29,7 @@ def plan(config: IngestConfig) -> dict[str, Any]:
         return {"files": len(units), "bytes": size, **_time(config, hours)}
     images = captions = 0
     aside: Counter[str] = Counter()
-    with local_folder(config.annotations) as root:
+    with local_folder(config.annotations, sources.BESIDE) as root:
         for item in records(source, root, config):
             if not isinstance(item, ImageRecord):
                 aside[item.reason] += 1

@@ -21,6 +21,13 @@ def connect(uri: str) -> tuple[pafs.S3FileSystem, str]:
         pa.ArrowInvalid: the URI has credentials or an unknown option.
         OSError: the bucket's region can't be found.
     """
+    parsed, options = urlparse(uri), _options(uri)
+    patience = pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+    return pafs.S3FileSystem(**options, retry_strategy=patience), parsed.netloc + parsed.path
+
+
+def _options(uri: str) -> dict[str, str]:
+    """Endpoint, scheme and region of a bucket: the URI's, or else the environment's."""
     parsed = urlparse(uri)
     if set(":@") & set(parsed.netloc):  # no bucket name has these
         raise pa.ArrowInvalid("credentials don't belong in a URI: set AWS_ACCESS_KEY_ID and so on")
@@ -38,12 +45,12 @@ def connect(uri: str) -> tuple[pafs.S3FileSystem, str]:
         options = {"region": region} | options
     elif "region" not in options and "endpoint_override" not in options:
         options["region"] = pafs.resolve_s3_region(parsed.netloc)
-    patience = pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
-    return pafs.S3FileSystem(**options, retry_strategy=patience), parsed.netloc + parsed.path
+    return options
 
 
-def put_if_absent(path: str, data: bytes) -> bool:
-    """Create the object `bucket/key` unless it exists; returns False if it did.
+def put_if_absent(uri: str, path: str, data: bytes) -> bool:
+    """Create the object `bucket/key` of the store at `uri` unless it exists; returns False if it
+    did.
 
     Raises:
         OSError: the store failed to create it.
@@ -54,10 +61,15 @@ def put_if_absent(path: str, data: bytes) -> bool:
 
     patience = Config(retries={"mode": "standard", "total_max_attempts": ATTEMPTS})
     bucket, key = path.split("/", 1)
+    options = _options(uri)
+    endpoint = options.get("endpoint_override")
+    if endpoint:
+        endpoint = f"{options.get('scheme') or 'https'}://{endpoint}"
     try:
-        boto3.client("s3", config=patience).put_object(
-            Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"
+        client = boto3.client(
+            "s3", config=patience, endpoint_url=endpoint, region_name=options.get("region")
         )
+        client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
         return True
     except (ClientError, BotoCoreError) as error:  # the latter: no connection, no credentials
         answer = error.response if isinstance(error, ClientError) else {}

@@ -171,7 +171,7 @@ class Store:
                 draft.unlink(missing_ok=True)
         if isinstance(self.fs, pafs.S3FileSystem):
             try:
-                return s3.put_if_absent(self.path(name), data)
+                return s3.put_if_absent(self.uri, self.path(name), data)
             except OSError as error:
                 raise StoreError(f"{self.uri}/{name}: {error}") from error
         if self.exists(name):
@@ -229,12 +229,23 @@ def _copied(pieces: Iterable[bytes], target: Any, name: str) -> FileRecord:
 
 
 @contextlib.contextmanager
-def local_folder(place: str) -> Iterator[Path]:
-    """A local folder of published files; a folder at a URI is copied for the time of the block."""
+def local_folder(place: str, beside: str = "") -> Iterator[Path]:
+    """A local folder of published files; a folder at a URI is copied for the time of the block.
+
+    `beside`: a file that belongs to them, relative to the folder (`../coco/x.json`), if it exists.
+    """
     if "://" not in place:
         yield Path(place)
         return
     remote = Store(place)
-    with tempfile.TemporaryDirectory(prefix="beit3-annotations-") as folder:
-        pafs.copy_files(remote.root, folder, source_filesystem=remote.fs)
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(prefix="beit3-annotations-") as temporary:
+        folder = Path(temporary, "annotations")  # what is beside it is the block's own too
+        folder.mkdir()
+        pafs.copy_files(remote.root, str(folder), source_filesystem=remote.fs)
+        if beside:
+            found = posixpath.normpath(posixpath.join(remote.root, beside))
+            if remote.fs.get_file_info(found).is_file:
+                (folder / beside).parent.resolve().mkdir(parents=True, exist_ok=True)
+                with remote.fs.open_input_file(found) as source:
+                    (folder / beside).resolve().write_bytes(source.read())
+        yield folder

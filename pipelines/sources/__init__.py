@@ -219,6 +219,7 @@ def read_json(file: Path) -> Any:
 
 KARPATHY = "held out: COCO Karpathy val/test"
 KARPATHY_FILE = "dataset_coco.json"
+BESIDE = f"../coco/{KARPATHY_FILE}"  # of other sources' annotations, which leave out its pictures
 
 
 def karpathy_file(root: Path, options: Options) -> Path | None:
@@ -229,8 +230,8 @@ def karpathy_file(root: Path, options: Options) -> Path | None:
     """
     if options.coco_split is not None:
         return need(options.coco_split, "Karpathy's caption_datasets.zip (cs.stanford.edu)")
-    places = (root, root.parent / "coco")
-    return next((p / KARPATHY_FILE for p in places if (p / KARPATHY_FILE).is_file()), None)
+    places = (root / KARPATHY_FILE, root / BESIDE)
+    return next((place for place in places if place.is_file()), None)
 
 
 def karpathy_held_out(file: Path | None) -> frozenset[int]:

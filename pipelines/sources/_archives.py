@@ -22,6 +22,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from tarfile import HeaderError, ReadError
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -130,9 +131,26 @@ def _open(stream: BinaryIO, name: str, meter: _Meter, depth: int) -> Iterator[Le
         yield from _open(_unpacked(stream, kind, meter), name, meter, depth - 1)
 
 
+class TarMember(tarfile.TarInfo):
+    """A member of a tar; a damaged or missing header is an error, which `tarfile` by itself takes
+    for the archive's end, so that all members after it would be lost unseen."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile)
+        except HeaderError as error:
+            ends = type(error).__name__ == "EOFHeaderError"  # blocks of zeros
+            if ends or tarfile.offset == 0:  # the latter is an error in `tarfile` too
+                raise
+            raise ReadError(f"{error} at byte {tarfile.offset}") from error
+
+
 def _tar(stream: BinaryIO, name: str, meter: _Meter, depth: int) -> Iterator[Leaf | Malformed]:
     with _Readable():
-        archive = tarfile.open(fileobj=stream, mode="r|")  # noqa: SIM115 (closing reads on)
+        archive = tarfile.open(  # noqa: SIM115 (closing reads on)
+            fileobj=stream, mode="r|", tarinfo=TarMember
+        )
     while True:
         with _Readable():
             member = archive.next()

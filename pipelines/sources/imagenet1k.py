@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from pipelines.sources import ImageItem, Options, _imagenet
+from pipelines.sources._archives import TarMember
 from pipelines.storage import Store
 
 KIND = "images"
@@ -67,7 +68,7 @@ def _inner(store: Store, archive: str) -> list[dict[str, Any]]:
     units = []
     with store.fs.open_input_file(store.path(archive)) as stream:
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as outer:
+            with tarfile.open(fileobj=stream, mode="r:", tarinfo=TarMember) as outer:
                 for member in outer:
                     if member.isfile() and member.name.endswith(".tar"):
                         place = {"start": member.offset_data, "bytes": member.size}

@@ -170,3 +170,21 @@ def test_errors_of_the_storage_are_no_property_of_the_file() -> None:
     stream: BinaryIO = _Flaky(tar({str(i): bytes(70_000) for i in range(3)}))
     with pytest.raises(StorageError, match="connection reset"):
         list(contents(stream, "a", 1 << 20))
+
+
+@pytest.mark.parametrize("harm", ["a bit flipped", "cut between members", "cut within a header"])
+def test_members_after_a_damaged_header_are_not_lost_unseen(harm: str) -> None:
+    whole = tar({f"{i}.jpg": b"x" * 100 for i in range(5)})
+    third = 2 * 1024  # each member has a block of header and one of content
+    broken = {
+        "a bit flipped": whole[:third] + bytes([whole[third] ^ 1]) + whole[third + 1 :],
+        "cut between members": whole[:third],
+        "cut within a header": whole[: third + 100],
+    }[harm]
+    found = list(contents(io.BytesIO(broken), "photos.tar", 1000))
+    assert [one[0] for one in found if not isinstance(one, Malformed)] == [
+        "photos.tar/0.jpg", "photos.tar/1.jpg"
+    ]  # fmt: skip
+    (last,) = [one for one in found if isinstance(one, Malformed)]
+    assert last.reason == "truncated archive" and "at byte 2048" in last.detail
+    assert len(list(contents(io.BytesIO(whole), "photos.tar", 1000))) == 5

@@ -657,8 +657,15 @@ def test_a_trickle_ends(odd: str) -> None:
 
 
 def test_a_network_that_is_down_ends_the_job_rather_than_emptying_the_dataset() -> None:
-    urls = [f"http://127.0.0.1:9/{i}.jpg" for i in range(60)]
+    urls = [f"http://127.0.0.{i}:9/x.jpg" for i in range(1, 61)]
     few = fetch_images(urls[:3], FETCH)
     assert {r.reason for r in few.values() if isinstance(r, Rejected)} == {"connection failed"}
-    with pytest.raises(ConnectionError, match="not one of 60 URLs"):
+    with pytest.raises(ConnectionError, match="not one of 60 URLs on 60 hosts could be reached"):
         fetch_images(urls, FETCH)
+
+
+def test_one_host_that_is_down_ends_nothing_however_many_urls_it_has() -> None:
+    found = fetch_images([f"http://127.0.0.1:9/{i}.jpg" for i in range(60)], FETCH)
+    assert [r.reason for r in found.values() if isinstance(r, Rejected)] == [
+        "connection failed"
+    ] * 60

@@ -180,6 +180,32 @@ def test_a_commit_to_a_server_that_is_gone_names_the_object(
         Store(s3_store).put_if_absent("a", b"1")
 
 
+def test_a_commit_goes_to_the_endpoint_in_the_uri(
+    s3_server: str, s3_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    address = s3_server.removeprefix("http://")
+    store = Store(f"{s3_store}?endpoint_override={address}&scheme=http&region=us-east-1")
+    assert store.put_if_absent("a", b"1") and not store.put_if_absent("a", b"2")
+    assert store.read("a") == b"1"
+
+
+def test_what_lies_beside_a_folder_in_a_store_comes_with_it(tmp_path: Path) -> None:
+    for name in ("vg/regions.json", "coco/dataset_coco.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    beside = "../coco/dataset_coco.json"
+    with storage.local_folder(f"file://{tmp_path}/vg", beside) as folder:
+        assert (folder / "regions.json").read_text() == "vg/regions.json"
+        assert (folder / beside).read_text() == "coco/dataset_coco.json"
+        assert folder.parent != tmp_path
+    with storage.local_folder(f"file://{tmp_path}/coco", beside) as folder:
+        assert (folder / beside).is_file()
+    with storage.local_folder(f"file://{tmp_path}/vg", "../none.json") as folder:
+        assert not (folder / "../none.json").exists()
+
+
 def test_put_if_absent_never_overwrites(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     # As a writer sees the store that looked before its rival wrote.
     monkeypatch.setattr(Store, "exists", lambda self, name: False)
