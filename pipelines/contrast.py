@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from beit3 import weights
 from beit3.config import PRESETS as MODELS
-from beit3.config import ModelConfig
+from beit3.config import Checkpointing, ModelConfig
 from beit3.flops import contrastive_step
 from beit3.objectives import DualEncoder
 from beit3.tasks.retrieval import recalls
 from beit3.text import TextTokenizer
 from beit3.transforms import WHOLE, apply_view, decode
 from pipelines import cluster, config, job, models
-from pipelines.config import indifferent
+from pipelines.config import indifferent, later
 from pipelines.lineage import fingerprint
 from pipelines.recipe import Recipe, TrainConfig
 from pipelines.run_logger import Logger
@@ -57,6 +57,10 @@ class ContrastConfig:
     """Tokenizer of a random start (`tokenizers/text/<name>`)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Architecture of a random start."""
+    drop_path: float | None = later(None)
+    """Stochastic depth of the last layer; none: as the model has it."""
+    checkpoint_activations: Checkpointing | None = later(None)
+    """Activations that the backward pass recomputes, as in finetuning; none: as the model has."""
     batch_size: int = 256
     """Pairs per batch, over all workers."""
     max_text_length: int = 64
@@ -80,6 +84,8 @@ PRESETS = {
     # The paper's appendix A: 5 epochs of 21M pairs at batch 16k, one epoch of warm-up.
     "base": ContrastConfig(
         init="models/pretrained",
+        drop_path=0.3,
+        checkpoint_activations="blocks",
         batch_size=16384,
         train=TrainConfig(
             steps=6500,
@@ -238,6 +244,10 @@ def run(cfg: ContrastConfig) -> dict[str, Any]:
     else:
         tokenizer = load_text_tokenizer(store, cfg.text_tokenizer)
         models.check_vocabulary(tokenizer, model)
+    if cfg.drop_path is not None:
+        model = replace(model, drop_path=cfg.drop_path)
+    if cfg.checkpoint_activations is not None:
+        model = replace(model, checkpoint_activations=cfg.checkpoint_activations)
     inputs = [store.dataset(f"images/{name}").commit().identity for name in cfg.images]
     if cfg.held_out:
         check_captions(store.dataset(cfg.held_out), "held_out")

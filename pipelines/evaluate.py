@@ -42,6 +42,8 @@ from pipelines.parts import PartOutput, Resources, make_dataset
 from pipelines.storage import Store
 from pipelines.task_data import lost_examples
 
+FAILED = "prediction failed"
+_ALONE = 8  # this many records that all fail are not to blame for it
 AHEAD = 2  # batches whose pictures are decoded while one is predicted
 SCHEMA = pa.schema(
     [
@@ -219,6 +221,12 @@ class Predictor:
             good, bad = predict_rows(self.model, batch, samples)
             out += good
             aside += bad
+        failed = [row for row in aside if row["reason"] == FAILED]
+        if len(failed) == len(rows) >= _ALONE:
+            raise RuntimeError(
+                f"{self.config.model} failed on each of {len(rows)} records, so it is not theirs; "
+                f"the first: {failed[0]['detail']}"
+            )
         stats = {"records": len(rows), "examples": len(out), "failed": len(aside)}
         return PartOutput(pa.Table.from_pylist(out, SCHEMA), aside, stats)
 
@@ -258,28 +266,30 @@ def predict_rows(
     if samples is None:
         samples = [_sample(model, row) for row in rows]
     aside: list[dict[str, Any]] = []
-    sound: list[tuple[dict[str, Any], Sample]] = []
-    for row, sample in zip(rows, samples, strict=True):
+    sound: list[tuple[int, Sample]] = []
+    for place, (row, sample) in enumerate(zip(rows, samples, strict=True)):
         if isinstance(sample, Exception):
             aside.append(_failure(row, "broken record", sample))
         elif sample.examples:
-            sound.append((row, sample))
-    predictions: dict[str, list[Any]] = {}
+            sound.append((place, sample))
+    predictions: dict[int, list[Any]] = {}  # by place: published ids may repeat
     try:
         if sound:
             found = iter(model.predict([sample for _, sample in sound]))
-            for row, sample in sound:
-                predictions[row["id"]] = [next(found) for _ in sample.examples]
+            for place, sample in sound:
+                predictions[place] = [next(found) for _ in sample.examples]
+    except torch.AcceleratorError:
+        raise  # of the machine, not of an example
     except Exception as error:
         if len(rows) == 1:
-            aside.append(_failure(rows[0], "prediction failed", error))
+            aside.append(_failure(rows[0], FAILED, error))
         else:
             alone = zip(rows, samples, strict=True)
             pairs = [predict_rows(model, [row], [sample]) for row, sample in alone]
             return [p for good, _ in pairs for p in good], [p for _, bad in pairs for p in bad]
     out = []
-    for row in rows:
-        found = predictions.get(row["id"], [None] * len(row["examples"]))
+    for place, row in enumerate(rows):
+        found = predictions.get(place, [None] * len(row["examples"]))
         for example, prediction in zip(row["examples"], found, strict=True):
             out.append(
                 {

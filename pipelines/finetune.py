@@ -138,7 +138,9 @@ def preset(size: str, task: str) -> FinetuneConfig:
         name=f"{task}-{size}",
         image_size=recipe.image_size,
         drop_path=recipe.drop_path,
-        checkpoint_activations="blocks" if size == "large" else "none",
+        checkpoint_activations=(
+            "blocks" if recipe.checkpoint_activations or size == "large" else "none"
+        ),
         batch_size=recipe.batch_size,
         view=ViewConfig(scale=recipe.scale, flip=recipe.flip),
         eval_split=kind.about.validation_split,
@@ -221,13 +223,13 @@ class FinetuneRecipe(Recipe):
 
     def _sample(self, drawn: Drawn, task: Task, pictures: Pictures) -> Sample:
         """One of a row's examples, and a random view of its images."""
-        row = drawn.row
+        row, place = drawn.row, f"{drawn.group.path}/{drawn.group.index}/{drawn.index}"
         examples = read_examples(row)
         wanted = [e for e in examples if task.trainable(e)] or list(examples)
         example = wanted[int(drawn.rng.integers(len(wanted)))]
         images = tuple(
             self.cfg.view.pixels(
-                pictures(f"{row['id']}/{i}", image["bytes"]), drawn.rng, self.model.image_size
+                pictures(f"{place}/{i}", image["bytes"]), drawn.rng, self.model.image_size
             )
             for i, image in enumerate(row["images"])
         )

@@ -108,7 +108,10 @@ class Pictures:
     def __call__(self, key: str, data: bytes) -> Image.Image:
         if key in self._kept:
             return self._kept[key]
-        picture = decode(data)
+        try:
+            picture = decode(data)
+        except OSError as error:
+            raise ValueError(f"{key}: a picture that can't be decoded ({error})") from error
         size = picture.width * picture.height * 3
         if self._bytes + size <= PICTURE_CACHE_BYTES:
             self._kept[key] = picture

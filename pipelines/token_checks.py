@@ -116,14 +116,15 @@ def check_tokens(store: Store, cfg: PretrainConfig, datasets: Sequence[Dataset])
     examples: dict[str, dict[str, str]] = {"text": {}, "image": {}}
     for dataset in datasets:
         commit = dataset.commit()
-        for key in ("max_text_length", "max_caption_length"):
-            longest = commit.lineage["config"][key]
-            if longest > cfg.model.max_text_length:
-                raise StoreError(
-                    f"{dataset.uri} was tokenized with {key} {longest}, above the model's "
-                    f"model.max_text_length {cfg.model.max_text_length}: raise that, or tokenize "
-                    "again into shorter pieces"
-                )
+        of_text = commit.lineage["inputs"][0]["dataset"].startswith("text/")
+        key = "max_text_length" if of_text else "max_caption_length"
+        longest = commit.lineage["config"][key]
+        if longest > cfg.model.max_text_length:
+            raise StoreError(
+                f"{dataset.uri} was tokenized with {key} {longest}, above the model's "
+                f"model.max_text_length {cfg.model.max_text_length}: raise that, or tokenize "
+                "again into shorter pieces"
+            )
         for kind, made_with in commit.lineage["inputs"][0]["tokenizers"].items():
             identity, name = made_with["identity"], made_with["name"]
             used[kind][identity] = name

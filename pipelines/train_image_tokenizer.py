@@ -70,6 +70,11 @@ class ImageTokenizerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         self.train.check_shared("batch_size", self.batch_size)
+        if self.train.accumulate > 1:
+            raise ValueError(
+                f"train.accumulate {self.train.accumulate}: the codebook moves with each batch, so "
+                "a step in several is another algorithm: set 1, and a smaller batch_size if need be"
+            )
 
 
 # BEiT v2's recipe: 100 epochs of ImageNet-1K at batch 512 (microsoft/unilm beit2 TOKENIZER.md).

@@ -28,6 +28,8 @@ from pipelines.lineage import fingerprint
 from pipelines.storage import Store
 from pipelines.tokenizers import load_text_tokenizer
 
+_LONGEST = 1 << 24  # bytes of a line; SentencePiece leaves out longer ones, by default above 4,192
+
 
 @dataclass(frozen=True)
 class TextTokenizerConfig:
@@ -127,16 +129,23 @@ def train(sentences: list[str], cfg: TextTokenizerConfig) -> bytes:
             eos_id=2,
             pad_id=-1,
             num_threads=cfg.threads,
+            max_sentence_length=_LONGEST,
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).split("] ")[-1].strip()
-        raise ValueError(
-            f"vocab_size {cfg.vocab_size}: SentencePiece can't learn so many pieces from "
-            f"{len(sentences):,} sentences ({reason}); lower vocab_size or "
-            "add text"
-        ) from error
+        raise ValueError(_reason(str(error), cfg, len(sentences))) from error
     return model.getvalue()
+
+
+def _reason(said: str, cfg: TextTokenizerConfig, sentences: int) -> str:
+    """What SentencePiece's error means; it doesn't say all that it knows in one way."""
+    reason = said.split("] ")[-1].strip() or said
+    if "too high" not in said:
+        return f"SentencePiece can't learn from {sentences:,} sentences: {reason}"
+    return (
+        f"vocab_size {cfg.vocab_size}: SentencePiece can't learn so many pieces from {sentences:,} "
+        f"sentences ({reason}); lower vocab_size or add text"
+    )
 
 
 def _sentences(datasets: Sequence[Dataset], share: float) -> Iterator[str]:

@@ -85,6 +85,8 @@ class Recipe:
     scale: tuple[float, float] = (0.5, 1.0)
     """Smallest and largest share of the picture that a training view shows."""
     flip: float = 0.5
+    checkpoint_activations: bool = False
+    """A GPU's share of the batch needs its activations recomputed in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,9 @@ def create(
     if unknown:
         there = ", ".join(fields) or "none"
         raise ValueError(f"options: {name} has no {', '.join(unknown)}; it has {there}")
+    for key, value in (options or {}).items():
+        if isinstance(fields[key].default, int) and value != int(value):
+            raise ValueError(f"options.{key}: expected a whole number, got {value}")
     values = {k: type(fields[k].default)(v) for k, v in (options or {}).items()}
     return cast(Any, kind)(labels=tuple(labels), **values)
 

@@ -135,6 +135,15 @@ class Task:
             raise ValueError(f"options.label_smoothing: {self.label_smoothing} is not within 0..1")
         if not 0 <= self.drop_worst < 1:
             raise ValueError(f"options.drop_worst: {self.drop_worst} is not within 0..1")
+        if self.beams < 1:
+            raise ValueError(f"options.beams: expected at least 1, got {self.beams}")
+        if self.max_text_length < 3:
+            raise ValueError(
+                f"options.max_text_length: expected at least 3, <s>, a word and </s>, got "
+                f"{self.max_text_length}"
+            )
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"options.length_penalty: {self.length_penalty} is no number")
 
     @staticmethod
     def read(root: Path, split: str) -> Iterator[Record | Problem]:
@@ -168,6 +177,7 @@ class Task:
                 layer_decay=1.0,
                 drop_path=0.1,
                 weight_decay=0.05,
+                checkpoint_activations=True,
             )
             for size, rate in (("base", 4e-5), ("large", 8e-6))
         }

@@ -24,6 +24,7 @@ from beit3.text import TextTokenizer
 
 _TRAIN_CAPTIONS = 566_747  # of COCO
 KS = (1, 5, 10)
+_METRICS = [f"{what}_recall_{k}" for what in ("text", "image") for k in KS] + ["mean_recall"]
 _QUERIES_AT_ONCE = 1024
 
 
@@ -172,8 +173,10 @@ class Task:
                 gallery.setdefault(str(example.target), unpack(prediction["image"]))
             texts.append(unpack(prediction["text"]))
             text_owners.append(str(example.target))
-        if not gallery or not texts:
+        if not examples:
             return {}
+        if not gallery or not texts:
+            return dict.fromkeys(_METRICS, 0.0)
         places = {name: i for i, name in enumerate(gallery)}
         own = np.array([places.get(name, -1) for name in text_owners])
         pictures = np.stack(list(gallery.values()))
@@ -196,6 +199,12 @@ class Task:
         self, predictions: Sequence[Any], examples: Sequence[Example]
     ) -> list[dict[str, Any]] | None:
         return None
+
+
+def _similarities(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """`[texts, images]`; a vector that is no number is the least similar to all."""
+    found = texts @ images.T
+    return np.where(np.isnan(found), -np.inf, found)
 
 
 def recalls(
@@ -223,7 +232,7 @@ def recalls(
     blocks = range(0, len(texts), _QUERIES_AT_ONCE)
     for start in blocks:
         span = slice(start, start + _QUERIES_AT_ONCE)
-        similarity = texts[span] @ images.T
+        similarity = _similarities(texts[span], images)
         own = owner[span]
         known = np.flatnonzero(own >= 0)
         mine = similarity[known, own[known]]
@@ -233,7 +242,7 @@ def recalls(
         np.maximum.at(best, own[known], mine)
     image_ranks = np.zeros(len(images))
     for start in blocks:
-        similarity = texts[start : start + _QUERIES_AT_ONCE] @ images.T
+        similarity = _similarities(texts[start : start + _QUERIES_AT_ONCE], images)
         own = owner[start : start + _QUERIES_AT_ONCE]
         known = np.flatnonzero(own >= 0)
         foreign = np.ones(similarity.shape, dtype=bool)

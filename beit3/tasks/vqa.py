@@ -233,7 +233,8 @@ class Task:
         for prediction, example in zip(predictions, examples, strict=True):
             if not example.target:
                 continue
-            value = accuracy(prediction or "", example.target["answers"])
+            lost = prediction is None  # "" can be right: it is what the article "a" becomes
+            value = 0.0 if lost else accuracy(prediction, example.target["answers"])
             by_type[example.target.get("type") or "other"].append(value)
         every = [value for values in by_type.values() for value in values]
         if not every:

@@ -455,3 +455,36 @@ def test_retrieval_predicts_every_image_once(tokenizer: TextTokenizer) -> None:
         predictions = task.predict(model, batch, tokenizer)
         assert "loss" in model(batch)
     assert [p["image"] is not None for p in predictions] == [True, False, True]
+
+
+def test_a_lost_question_is_wrong_even_where_no_answer_is_right() -> None:
+    """The article "a" normalises to nothing."""
+    letter = Example("1", "which letter?", {"answers": [*["a"] * 9, "b"], "type": "other"})
+    task = tasks.create("vqa")
+    assert task.score([None], [letter])["accuracy"] == 0.0
+    assert task.score([""], [letter])["accuracy"] == 1.0
+
+
+def test_vectors_that_are_no_numbers_are_no_hits() -> None:
+    images, owner = np.eye(4, dtype=np.float32), np.arange(4)
+    assert recalls(images, images.copy(), owner)["mean_recall"] == 1.0
+    texts = images.copy()
+    texts[:2] = np.nan
+    found = recalls(images, texts, owner)
+    assert found["text_recall_1"] == found["image_recall_1"] == 0.5
+    task, lost = tasks.create("retrieval"), [Example("0", "a", "0")]
+    assert set(task.score([None], lost).values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"beams": 0}, "options.beams: expected at least 1"),
+        ({"beams": 2.5}, "options.beams: expected a whole number, got 2.5"),
+        ({"max_text_length": 2}, "options.max_text_length: expected at least 3"),
+        ({"length_penalty": float("nan")}, "options.length_penalty: nan is no number"),
+    ],
+)
+def test_impossible_ways_to_write_captions_are_named(options: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tasks.create("captioning", options=options)

@@ -297,7 +297,7 @@ def test_fields_that_were_added_later_count_once_they_are_used() -> None:
     [
         ("pipelines.ingest", "web", "011902c8ce2b8acb"),
         ("pipelines.train_text_tokenizer", "released", "f8018d3ace3b84aa"),
-        ("pipelines.contrast", "base", "ceb1aafe180e021d"),
+        ("pipelines.contrast", "base", "a1a8939c0cf27eb2"),
         ("pipelines.train_image_tokenizer", "base", "93f648e42b0ff659"),
         ("pipelines.tokenize_corpus", "default", "4f91e070b7075531"),
         ("pipelines.pretrain", "giant", "9f4917e99baa85ff"),

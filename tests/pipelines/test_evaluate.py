@@ -371,6 +371,31 @@ def test_a_dual_encoder_retrieves_without_finetuning(store: Store, tmp_path: Pat
         assert torch.equal(value, model.state_dict()[name])
 
 
+def test_a_fault_of_the_model_is_no_score(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it kept: the next run tries again."""
+    config = config_of(store, "vqa", name="of-a-fault")
+
+    def fault(*_: Any) -> list[Any]:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(finetuned.Finetuned, "predict", fault)
+        with pytest.raises(RuntimeError, match=r"failed on each of \d+ records.*no memory"):
+            evaluate.run(config)
+    assert evaluate.run(config)["failed"] == 0
+
+
+def test_records_of_one_name_keep_their_own_predictions(store: Store) -> None:
+    model = finetuned.load(store, "models/imagenet")
+    rows = store.dataset("tasks/imagenet/val").read_table().to_pylist()[:6]
+    alike = [{**row, "id": "sketch_0"} for row in rows]
+    wanted, found = (
+        [row["prediction"] for row in evaluate.predict_rows(model, given)[0]]
+        for given in (rows, alike)
+    )
+    assert found == wanted and len(set(wanted)) > 1
+
+
 # -- trying a model --------------------------------------------------------------------------------
 
 

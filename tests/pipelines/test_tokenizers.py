@@ -33,6 +33,7 @@ from pipelines import (
 )
 from pipelines.check_tokenizer import CheckConfig
 from pipelines.contrast import ContrastConfig, ContrastRecipe
+from pipelines.samples import Pictures
 from pipelines.storage import Store, StoreError
 from pipelines.tokenizers import load_image_tokenizer, load_text_tokenizer
 from pipelines.train_image_tokenizer import ImageTokenizerConfig, ImageTokenizerRecipe
@@ -341,3 +342,30 @@ def test_what_can_t_be_learned_from_is_named(
 ) -> None:
     with pytest.raises(StoreError, match=said):
         train_image_tokenizer.run(small_corpus.image_tokenizer(corpus, name="odd", **changes))
+
+
+def test_long_lines_are_learned_from_too(tmp_path: Path) -> None:
+    config = TextTokenizerConfig(texts=("a",), vocab_size=26, threads=1)
+    lines = ["привет книга " * 400, *["a small red circle"] * 30]
+    assert len(lines[0].encode()) > 4_192
+    tokenizer = TextTokenizer(train_text_tokenizer.train(lines, config))
+    assert UNK not in tokenizer.encode("привет книга")
+
+
+def test_an_error_of_sentencepiece_s_own_keeps_its_words() -> None:
+    config = TextTokenizerConfig(texts=("a",), vocab_size=64, character_coverage=2.0, threads=1)
+    with pytest.raises(ValueError, match=r"can't learn from 1 sentences: .*character_coverage"):
+        train_text_tokenizer.train(["a small red circle"], config)
+
+
+def test_a_picture_that_can_t_be_decoded_is_named() -> None:
+    with pytest.raises(ValueError, match=r"cc3m/7: a picture that can't be decoded"):
+        Pictures()("cc3m/7", b"no picture")
+
+
+def test_the_codebook_s_steps_are_not_cut() -> None:
+    base = train_image_tokenizer.PRESETS["tiny"]
+    with pytest.raises(
+        ValueError, match=r"train\.accumulate 2: the codebook moves with each batch"
+    ):
+        replace(base, train=replace(base.train, accumulate=2))
