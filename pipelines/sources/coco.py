@@ -92,11 +92,13 @@ def _add(
     """Add an annotation to its image, by annotation id: the files of 2014 and 2017 share ids."""
     if not isinstance(row, dict) or "image_id" not in row:
         return Malformed("annotation without an image", repr(row)[:200], file)
-    where = f"{file}: annotation {row.get('id')}"
-    if row["image_id"] not in urls:
-        return Malformed(MISSING_IMAGE, f"image {row['image_id']}", where)
+    where = f"{file}: annotation {row.get('id')}"[:200]
+    if not isinstance(row["image_id"], int) or row["image_id"] not in urls:
+        return Malformed(MISSING_IMAGE, f"image {row['image_id']}"[:200], where)
     caption = row.get("caption")
     if not isinstance(caption, str) or not clean_text(caption):
         return Malformed("empty caption", repr(caption)[:200], where)
+    if isinstance(row.get("id"), list | dict):
+        return Malformed("annotation without an id", repr(row)[:200], where)
     captions.setdefault(row["image_id"], {}).setdefault(row.get("id"), caption)
     return None

@@ -53,10 +53,13 @@ def read(root: Path, options: Options = Options()) -> Iterator[ImageItem]:  # no
     bad: list[Malformed] = []
     images: dict[int, dict[str, Any]] = {}
     for image in read_json(image_file):
-        if isinstance(image, dict) and isinstance(image.get("image_id"), int):
-            images.setdefault(image["image_id"], image)
-        else:
+        if not isinstance(image, dict) or not isinstance(image.get("image_id"), int):
             bad.append(Malformed("image without an id", repr(image)[:200], image_file.name))
+        elif isinstance(image.get("coco_id"), list | dict):  # it may be one that is held out
+            where = f"{image_file.name}: image {image['image_id']}"
+            bad.append(Malformed("bad COCO id", repr(image["coco_id"])[:200], where))
+        else:
+            images.setdefault(image["image_id"], image)
     phrases: dict[int, dict[str, None]] = {}
     for entry in read_json(region_file):
         bad += _add(entry, images, phrases, options.max_captions)
@@ -86,8 +89,8 @@ def _add(
         image_id = region.get("image_id", entry.get("id"))
         where = f"region {region.get('region_id')}"
         phrase = region.get("phrase")
-        if image_id not in images:
-            bad.append(Malformed(MISSING_IMAGE, f"image {image_id}", where))
+        if not isinstance(image_id, int) or image_id not in images:
+            bad.append(Malformed(MISSING_IMAGE, f"image {image_id}"[:200], where))
         elif not isinstance(phrase, str) or not clean_text(phrase):
             bad.append(Malformed("empty caption", repr(phrase)[:200], where))
         else:

@@ -238,6 +238,32 @@ def test_vg_gathers_phrases_and_holds_out_cocos(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("odd", [[1], {"a": 1}])
+def test_coco_and_vg_set_aside_ids_that_are_none(odd: Any, tmp_path: Path) -> None:
+    listed = {"id": 1, "coco_url": "http://c/1.jpg"}
+    said = [
+        {"id": 1, "image_id": odd, "caption": "whose"},
+        {"id": odd, "image_id": 1, "caption": "which"},
+        {"id": 2, "image_id": 1, "caption": "good"},
+    ]
+    write(tmp_path, "captions_train2017.json", {"images": [listed], "annotations": said})
+    write(tmp_path, "dataset_coco.json", {"images": []})
+    items = read("coco", tmp_path)
+    assert items[0] == ImageRecord("coco/000000000001", "http://c/1.jpg", ["good"])
+    assert reasons(items) == ["annotation names a missing image", "annotation without an id"]
+    photos = [
+        {"image_id": 1, "url": "http://v/1.jpg"},
+        {"image_id": 2, "url": "http://v/2.jpg", "coco_id": odd},
+    ]
+    phrases = [{"image_id": odd, "phrase": "whose"}, {"image_id": 1, "phrase": "good"}]
+    entries = [{"id": odd, "regions": [{"phrase": "whose"}]}, {"id": 1, "regions": phrases}]
+    write(tmp_path, "image_data.json", photos)
+    write(tmp_path, "region_descriptions.json", entries)
+    items = read("vg", tmp_path)
+    assert items[0] == ImageRecord("vg/000000001", "http://v/1.jpg", ["good"])
+    assert reasons(items) == ["bad COCO id", *["annotation names a missing image"] * 2]
+
+
 def test_imagenet21k_reads_a_tar_and_says_where_it_breaks() -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
