@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.sources import Malformed, Options, TextItem, TextRecord, clean_text, stream_lines
@@ -72,6 +73,21 @@ def documents(
             yield from reader.read(leaf)
         except BrokenFileError as error:
             yield Malformed(error.reason or "truncated file", str(error)[:200], leaf.name)
+
+
+def parquet_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | UnicodeDecodeError]:
+    """A batch's rows; where one has text that is not UTF-8, which Parquet doesn't check, why."""
+    try:
+        return [*batch.to_pylist()]
+    except UnicodeDecodeError:
+        return [_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+
+
+def _row(batch: pa.RecordBatch) -> dict[str, Any] | UnicodeDecodeError:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return error
 
 
 class _Reader:
@@ -130,8 +146,12 @@ class _Reader:
                     return
                 columns = [field, *([self.title] if self.title in names else [])]
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-                    for row, n in zip(batch.to_pylist(), number, strict=False):
-                        yield self._document(row, f"{leaf.name}:{n}", f"{leaf.name}:{n:09d}")
+                    for row, n in zip(parquet_rows(batch), number, strict=False):
+                        where = f"{leaf.name}:{n}"
+                        if isinstance(row, UnicodeDecodeError):
+                            yield Malformed("not UTF-8", str(row)[:200], where)
+                        else:
+                            yield self._document(row, where, f"{leaf.name}:{n:09d}")
         except (StorageError, BrokenFileError):
             raise
         except Exception as error:  # Arrow raises several kinds on broken pages

@@ -33,6 +33,7 @@ from pipelines.sources import (
     stream_lines,
 )
 from pipelines.sources._archives import PACKED, BrokenFileError, Leaf, leaves
+from pipelines.sources._documents import parquet_rows
 
 KIND = "pairs"
 OWN = True
@@ -88,7 +89,7 @@ def _kind(file: Path) -> str:
 def _rows(file: Path, name: str, options: Options) -> Iterator[_Row | Malformed]:
     kind = _kind(file)
     if kind == ".parquet":
-        yield from _parquet(file, options)
+        yield from _parquet(file, name, options)
         return
     with file.open("rb") as stream:
         for leaf in leaves(stream, name):
@@ -104,17 +105,19 @@ def _rows(file: Path, name: str, options: Options) -> Iterator[_Row | Malformed]
                 yield Malformed(error.reason or "truncated file", str(error)[:200], leaf.name)
 
 
-def _parquet(file: Path, options: Options) -> Iterator[_Row]:
+def _parquet(file: Path, name: str, options: Options) -> Iterator[_Row | Malformed]:
     number = 0
     try:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
             url, caption = _columns(names, options, file.name)
             for batch in table.iter_batches(batch_size=_BATCH, columns=[url, caption]):
-                pairs = zip(batch[url].to_pylist(), batch[caption].to_pylist(), strict=True)
-                for address, captions in pairs:
+                for row in parquet_rows(batch):
                     number += 1
-                    yield number, address, captions
+                    if isinstance(row, UnicodeDecodeError):
+                        yield Malformed("not UTF-8", str(row)[:200], f"{name}:{number}")
+                    else:
+                        yield number, row[url], row[caption]
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: row {number + 1} of a broken Parquet file ({error})") from error
 

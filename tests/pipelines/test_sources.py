@@ -359,6 +359,43 @@ def test_wikipedia_sets_aside_what_is_no_article() -> None:
     assert read_text("wiki_00", b"", source="wikipedia") == []
 
 
+def latin(column: pa.Array) -> pa.Array:
+    """The column in Latin-1, but said to be UTF-8, as Arrow lets a careless writer do."""
+    data = [None if t is None else t.encode("latin-1") for t in column.to_pylist()]
+    return pa.Array.from_buffers(pa.string(), len(data), pa.array(data).buffers())
+
+
+def test_text_of_another_encoding_in_parquet_costs_its_own_row(tmp_path: Path) -> None:
+    said = [f"number {i}" for i in range(130)]
+    said[3], said[70] = "caf\u00e9", "na\u00efve"  # in two batches
+    out = io.BytesIO()
+    column = latin(pa.array([*said[:100], None, *said[100:]]))
+    pq.write_table(pa.table({"text": column}), out, row_group_size=40)
+    items = read_text("a.parquet", out.getvalue())
+    bad = {i.where: i.reason for i in items if isinstance(i, Malformed)}
+    assert bad == {
+        "a.parquet:4": "not UTF-8",
+        "a.parquet:71": "not UTF-8",
+        "a.parquet:101": "no text field",
+    }
+    assert texts(items) == [t for t in said if t.isascii()]
+    assert items[-1].id == "a.parquet:000000131"
+
+    urls = [f"http://a/{i}" for i in range(len(said))]
+    urls[5] = "http://a/\u00e9"
+    lists = pa.ListArray.from_arrays(list(range(len(said) + 1)), latin(pa.array(said)))
+    for captions in (latin(pa.array(said)), lists, latin(pa.array(said)).dictionary_encode()):
+        pq.write_table(
+            pa.table({"url": latin(pa.array(urls)), "text": captions}), tmp_path / "a.parquet"
+        )
+        items = table(tmp_path)
+        bad = {i.where: i.reason for i in items if isinstance(i, Malformed)}
+        assert bad == dict.fromkeys(("a.parquet:4", "a.parquet:6", "a.parquet:71"), "not UTF-8")
+        assert [i.id for i in items if isinstance(i, ImageRecord)] == [
+            f"mine/a.parquet:{i + 1:09d}" for i in range(130) if i not in (3, 5, 70)
+        ]
+
+
 def test_bookcorpus_has_a_sentence_a_line_or_a_book_a_file() -> None:
     lines = "\n".join(f"sentence {i} ." for i in range(6)).encode()
     packed = tar({"books_large_p1.txt": lines}, "w:bz2")
