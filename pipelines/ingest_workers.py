@@ -104,9 +104,14 @@ class Part:
             self.rows = []
 
     def add_image(
-        self, record: ImageRecord, image: CleanImage, source: str, pictures: leaks.HeldOutPictures
+        self,
+        record: ImageRecord,
+        refused: Iterable[Refused],
+        image: CleanImage,
+        source: str,
+        pictures: leaks.HeldOutPictures,
     ) -> None:
-        """Add a row, or set it aside if its picture is a held-out one."""
+        """Add a row and note its refused captions, or set it aside if its picture is held out."""
         same = pictures.find(image.data)
         if same:
             reason = f"held out: same picture as {same.dataset}"
@@ -123,6 +128,7 @@ class Part:
             "sha256": image.sha256,
             "source": source,
         }
+        self.set_captions_aside(record, refused)
         self.add(row, images=1, captions=len(record.captions), bytes=len(image.data))
 
     def add_text(self, id: str, text: str, source: str) -> None:
@@ -131,11 +137,14 @@ class Part:
         self.add({"id": id, "text": text, "sha256": digest, "source": source}, bytes=len(data))
 
 
-def sifted(part: Part, record: ImageRecord, config: IngestConfig) -> ImageRecord | None:
-    """The record with the captions that are kept; None if it had some and all are refused."""
+def sifted(
+    part: Part, record: ImageRecord, config: IngestConfig
+) -> tuple[ImageRecord, list[Refused]] | None:
+    """The record with the captions that are kept, and the refused ones; None if it had some and all
+    are refused."""
     kept, refused = sift(record.captions, config.texts)
     if not refused:
-        return record
+        return record, []
     if not kept:
         first = refused[0]
         detail = f"{first.detail}: {first.text}"
@@ -143,8 +152,7 @@ def sifted(part: Part, record: ImageRecord, config: IngestConfig) -> ImageRecord
             detail += f" (and {len(refused) - 1} more captions)"
         part.set_aside(record.id, record.url, first.reason, detail, "filter")
         return None
-    part.set_captions_aside(record, refused)
-    return ImageRecord(record.id, record.url, kept, record.data, record.files)
+    return ImageRecord(record.id, record.url, kept, record.data, record.files), refused
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,7 @@ class PairWorker:
         rows = self.store.read_table(unit["urls"]).to_pylist()
         part = Part(IMAGE_SCHEMA)
         # Captions first: records refused by their captions need not be fetched.
-        wanted: list[ImageRecord] = []
+        wanted: list[tuple[ImageRecord, list[Refused]]] = []
         for row in rows:
             if row["reason"] is not None:
                 part.set_aside(row["id"], row["url"], row["reason"], row["detail"], "annotations")
@@ -170,12 +178,13 @@ class PairWorker:
             if kept:
                 wanted.append(kept)
         pictures = leaks.load(self.store.uri, self.held_out)
-        images = self._from_files(wanted) if self.config.images else self._fetched(wanted)
-        for record, image in zip(wanted, images, strict=True):
+        records = [record for record, _ in wanted]
+        images = self._from_files(records) if self.config.images else self._fetched(records)
+        for (record, refused), image in zip(wanted, images, strict=True):
             if isinstance(image, Rejected):
                 part.set_aside(record.id, record.url, image.reason, image.detail, image.stage)
             else:
-                part.add_image(record, image, source_name(self.config), pictures)
+                part.add_image(record, refused, image, source_name(self.config), pictures)
         return part.output()
 
     def _fetched(self, records: list[ImageRecord]) -> Iterator[CleanImage | Rejected]:
@@ -228,14 +237,15 @@ class FileWorker:
         return spill.finish()
 
     def _image(self, part: Part, item: ImageRecord, pictures: leaks.HeldOutPictures) -> None:
-        record = sifted(part, item, self.config)
-        if record is None:
+        kept = sifted(part, item, self.config)
+        if kept is None:
             return
+        record, refused = kept
         image = clean_image(record.data or b"", self.config.policy)
         if isinstance(image, Rejected):
             part.set_aside(record.id, record.url, image.reason, image.detail, image.stage)
         else:
-            part.add_image(record, image, source_name(self.config), pictures)
+            part.add_image(record, refused, image, source_name(self.config), pictures)
 
     def _text(self, part: Part, id: str, text: str) -> None:
         name = self.config.short_name

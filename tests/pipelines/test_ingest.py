@@ -11,7 +11,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import ingest, sources
+from pipelines import ingest, ingest_workers, sources
 from pipelines.dataset import Commit, PartRecord
 from pipelines.fetch import FetchPolicy, failure_reason, fetch_images, refuse
-from pipelines.images import CleanImage, Rejected
+from pipelines.images import CleanImage, Rejected, clean_image
 from pipelines.ingest import IngestConfig, plan, run
 from pipelines.ingest_config import Assumptions
 from pipelines.sample_world import Server, World, WorldSize, generate, serve
@@ -284,6 +284,35 @@ def test_webdataset_becomes_pairs_and_captions_are_sifted(tmp_path: Path) -> Non
     assert commit.stats["read"] == 3 and commit.stats["captions"] == 1
     assert commit.stats["set_aside"] == {"caption: too few words": 1, "not an image": 1}
     assert commit.stats["captions_set_aside"] == {"caption: too few words": 1, "language: de": 1}
+
+
+@pytest.mark.usefixtures("here")
+def test_captions_are_set_aside_once_and_only_of_records_that_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    lines = [
+        json.dumps({"url": f"http://a/{name}", "caption": ["a red square", name]})
+        for name in ("good", "late", "never")
+    ]
+    (tmp_path / "data/a.jsonl").write_text("\n".join(lines))
+    there = {"http://a/good"}
+
+    def fetched(urls: Iterable[str], *_: Any) -> dict[str, CleanImage | Rejected]:
+        lost = Rejected("timed out", "", "download")
+        return {u: clean_image(jpeg("red")) if u in there else lost for u in urls}
+
+    monkeypatch.setattr(ingest_workers, "fetch_images", fetched)
+    for retry, kept in ((False, ["good"]), (True, ["good"]), (True, ["good", "late"])):
+        commit, rows, aside = ingested(
+            tmp_path, "table", name="mine", min_caption_words=2, retry_failed=retry
+        )
+        assert [r["url"] for r in rows] == [f"http://a/{name}" for name in kept]
+        captions = [r["detail"] for r in aside if r["stage"] == "caption"]
+        assert captions == [f"1: {name}" for name in kept]
+        assert commit.stats["captions_set_aside"] == {"caption: too few words": len(kept)}
+        if retry:
+            there.add("http://a/late")
 
 
 @pytest.mark.usefixtures("here")
