@@ -49,6 +49,9 @@ TEXT_SCHEMA = pa.schema(
 CAPTION_STAGE = "caption"
 """The stage of set-aside rows that stand for a single caption of a kept record."""
 
+MOST_ASIDE = 50_000
+"""Set-aside rows after which archives and texts continue in another part: they are in memory."""
+
 _READ_AHEAD = 8 << 20  # buckets answer a few large requests faster than many small ones
 _FEW = 50
 
@@ -276,7 +279,8 @@ class _Spill:
 
     def part(self) -> Part:
         """The part that the next row goes into."""
-        if self.current.counts["bytes"] >= self.most:
+        full = self.current.counts["bytes"] >= self.most
+        if full or len(self.current.aside) >= MOST_ASIDE:
             self._close()
         return self.current
 

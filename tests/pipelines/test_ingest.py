@@ -360,6 +360,36 @@ def test_a_large_file_becomes_several_parts_in_its_order(
 
 
 @pytest.mark.usefixtures("here")
+def test_a_file_of_which_much_is_refused_becomes_several_parts_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest_workers, "MOST_ASIDE", 4)
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"text": f"text {i}"}) if i % 3 == 0 else "no json" for i in range(12)]
+    (tmp_path / "data/a.jsonl").write_text("\n".join([*lines, *["no json"] * 5]))
+    (tmp_path / "data/b.jsonl").write_text(json.dumps({"text": "the last"}))
+    commit, rows, aside = ingested(tmp_path, "text_files", name="bad")
+    assert [(Path(f.path).stem, f.rows) for f in commit.files] == [
+        *(("part-00000", 2), ("part-00000-00001", 2), ("part-00000-00002", 0)),
+        *(("part-00000-00003", 0), ("part-00001", 1)),
+    ]
+    assert [f.rows for f in commit.set_aside] == [4, 4, 4, 1]
+    assert [r["text"] for r in rows] == [*(f"text {i}" for i in (0, 3, 6, 9)), "the last"]
+    bad = [i + 1 for i in range(17) if i % 3 or i >= 12]
+    assert [r["id"] for r in aside] == [f"a.jsonl:{number}" for number in bad]
+    assert commit.stats["read"] == 18 and commit.stats["set_aside"] == {"not JSON": 13}
+
+    # Interrupted in the first file: made again, to the same files.
+    store = Store(tmp_path / "store")
+    store.delete("text/bad/_commits/00000000.json")
+    for part in ("00000", "00000-00002"):
+        store.delete(f"text/bad/data-{commit.fingerprint[:8]}/_part-{part}.json")
+    again, _, _ = ingested(tmp_path, "text_files", name="bad")
+    assert (again.files, again.set_aside) == (commit.files, commit.set_aside)
+    assert again.stats == commit.stats
+
+
+@pytest.mark.usefixtures("here")
 def test_coco_from_its_zips(tmp_path: Path) -> None:
     data, images = tmp_path / "data", tmp_path / "images"
     data.mkdir()
