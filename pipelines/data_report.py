@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import cluster, console, job, run_logger, tracking
+from pipelines import cluster, console, job, run_logger, sources, tracking
 from pipelines.data_report_page import Shown, render
 from pipelines.dataset import Commit, Dataset
 from pipelines.parts import each
@@ -115,7 +115,7 @@ def gather(
     counts: dict[str, Any] = {}
     domains = _Domains()
     best: list[tuple[str, str, int]] = []
-    source = str(commit.lineage.get("config", {}).get("source") or dataset.name)
+    source = _source(commit)
     units = [{"path": f.path, "kept": True} for f in commit.files if f.rows]
     units += [{"path": f.path, "kept": False} for f in commit.set_aside if f.rows]
     work = partial(_count_file, dataset, commit.identity, source, samples)
@@ -127,6 +127,15 @@ def gather(
         raise StoreError(f"{dataset.uri}: {counts.get('rows', 0):,} rows, not the {commit.rows:,} "
                          "of its commit")  # fmt: skip
     return _finish(commit, counts, domains), [{"path": p, "row": r} for _, p, r in best]
+
+
+def _source(commit: Commit) -> str:
+    """What kept rows have as `source`: for texts and a user's own data, the dataset's name."""
+    config = commit.lineage.get("config", {})
+    source = str(config.get("source") or commit.dataset)
+    named = commit.dataset.startswith("text/")
+    named = named or (source in sources.names() and getattr(sources.load(source), "OWN", False))
+    return str(config.get("name") or source) if named else source
 
 
 def add(total: dict[str, Any], part: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ def aside() -> list[dict[str, Any]]:
 
 def publish(
     dataset: Dataset, made: Sequence[dict[str, Any]], gone: Sequence[dict[str, Any]],
-    schema: pa.Schema = IMAGE_SCHEMA,
+    schema: pa.Schema = IMAGE_SCHEMA, **changes: Any,
 ) -> Commit:  # fmt: skip
     """Three parts, one of them empty; what is set aside stands in two."""
     third, half = len(made) // 3, len(gone) // 2
@@ -125,7 +125,7 @@ def publish(
         dataset.write_part(MARK, f"{i}", pa.Table.from_pylist(list(kept), schema), set_aside=lost)
         for i, (kept, lost) in enumerate(parts)
     ]
-    config = {"source": "some", "shard_size": 25, "note": HOSTILE}
+    config = {"source": "some", "shard_size": 25, "note": HOSTILE, **changes}
     inputs = [{"file": "list.tsv", "sha256": "ab" * 32, "bytes": 12345},
               {"dataset": "tasks/vqa/test", "commit": "cd" * 8}]  # fmt: skip
     return dataset.publish(MARK, records, job="ingest", schema=schema, stats={}, config=config,
@@ -321,6 +321,28 @@ def test_domains_are_counted_in_bounded_memory(
     counted = sum(of["set_aside"] + of["kept"] for of in stats["domains"])
     assert stats["rows_of_rare_domains"] > 0
     assert counted + stats["rows_of_rare_domains"] == 48
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "shown"),
+    [
+        ("text/wiki", "wikipedia", "wiki"),
+        ("images/mine", "table", "mine"),
+        ("images/trial", "cc3m", "cc3m"),
+    ],
+)
+def test_kept_and_set_aside_rows_are_of_one_source(
+    name: str, source: str, shown: str, tmp_path: Path
+) -> None:
+    dataset = Store(tmp_path).dataset(name)
+    text = name.startswith("text/")
+    made = rows(6) if not text else [{"id": f"{i}", "text": "a word"} for i in range(6)]
+    made = [row | {"source": shown} for row in made]
+    gone = [{"id": "x", "url": "", "reason": "empty text", "detail": "", "stage": "filter"}] * 2
+    schema, short = TEXT_SCHEMA if text else IMAGE_SCHEMA, name.partition("/")[2]
+    commit = publish(dataset, made, gone, schema, source=source, name=short)
+    stats, _ = gather(dataset, commit, here=True)
+    assert stats["sources"] == {shown: {"read": 8, "kept": 6, "set_aside": {"empty text": 2}}}
 
 
 # -- the job --------------------------------------------------------------------------------------
