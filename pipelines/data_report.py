@@ -3,7 +3,8 @@
     python pipelines/data_report.py --store store --dataset images/cc3m
 
 writes `reports/<dataset>/<version>/report.html` and `stats.json` to the store, where the version is
-the commit's identity, and logs both to MLflow with the main numbers. It reads the committed and
+the commit's identity, with a number after it if earlier commits have the same files and other
+set-aside rows, and logs both to MLflow with the main numbers. It reads the committed and
 set-aside files once, one file per task; the files' counts are summed, so memory doesn't grow with
 the dataset. An existing report is not made again.
 
@@ -89,7 +90,7 @@ def run(config: DataReportConfig, *, here: bool = False) -> str:
     store = Store(config.store)
     dataset = store.dataset(config.dataset)
     commit = dataset.commit()
-    folder = f"reports/{dataset.name}/{commit.identity}"
+    folder = f"reports/{dataset.name}/{_version(dataset, commit)}"
     if store.exists(f"{folder}/stats.json"):
         console.say(f"{folder}: already there, skipped")
         return folder
@@ -101,6 +102,12 @@ def run(config: DataReportConfig, *, here: bool = False) -> str:
     store.write_json(f"{folder}/stats.json", stats)  # last: it marks the report as complete
     console.say(f"{store.uri}/{folder}/report.html")
     return folder
+
+
+def _version(dataset: Dataset, commit: Commit) -> str:
+    """Tells commits apart whose files are the same: a retry may change nothing but reasons."""
+    same = sum(other.identity == commit.identity for other in dataset.commits())
+    return f"{commit.identity}-{same - 1}" if same > 1 else commit.identity
 
 
 # -- gathering ------------------------------------------------------------------------------------

@@ -363,6 +363,23 @@ def test_it_is_written_once_for_each_commit(
     assert "already there" in capsys.readouterr().out
 
 
+def test_a_commit_with_other_reasons_only_has_a_report_of_its_own(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    dataset = store.dataset("images/some")
+    first = publish(dataset, rows(3), aside())
+    config = DataReportConfig(store=store.uri, dataset="images/some", track=False)
+    folders = [run(config, here=True)]
+    for status in (500, 403):
+        lost = {"id": "x", "url": "", "reason": f"http {status}", "detail": "", "stage": "download"}
+        other = dataset.write_table(f"data/{status}.parquet", pa.Table.from_pylist([lost]))
+        dataset.amend(files=first.files, set_aside=[other], stats={}, note={"job": "retry"})
+        folders += [run(config, here=True), run(config, here=True)]
+        assert store.read_json(f"{folders[-1]}/stats.json")["http"] == {f"{status}": 1}
+    own = f"reports/images/some/{first.identity}"
+    assert folders == [own, *[f"{own}-1"] * 2, *[f"{own}-2"] * 2]
+    assert store.read_json(f"{own}/stats.json")["http"] == {"403": 2, "404": 5}
+
+
 def test_mlflow_has_the_same(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
