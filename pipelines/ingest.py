@@ -33,7 +33,7 @@ from pipelines import (
     sources,
 )
 from pipelines.config import to_dict
-from pipelines.dataset import Commit
+from pipelines.dataset import Commit, Dataset
 from pipelines.ingest_config import PRESETS, IngestConfig
 from pipelines.ingest_plan import plan, show
 from pipelines.ingest_units import describe_local, records, unit_files, url_shards
@@ -97,7 +97,7 @@ def _make(
     """Like `parts.make_dataset`, except that a unit may write several parts, and that duplicates
     are dropped from the parts before they are committed."""
     dataset = Store(config.store).dataset(config.dataset)
-    against = [(name, dataset.store.dataset(name).commit().identity) for name in config.against]
+    against = _against(config, dataset)
     whole = fingerprint("ingest", {"parts": mark, "against": against}) if config.unique else mark
     found = dataset.finished(whole)
     if found is not None and not config.retry_failed:
@@ -136,6 +136,18 @@ def _make(
         config=to_dict(config),
         inputs=[*inputs, *held_out, *({"dataset": n, "commit": i} for n, i in against)],
     )
+
+
+def _against(config: IngestConfig, dataset: Dataset) -> list[tuple[str, str]]:
+    """The datasets of `against` and their identities: those that the commit records, if there is
+    one, because they may have been amended since."""
+    found = dataset.find_commit()
+    if found is not None and config.against:
+        inputs = found.lineage["inputs"][-len(config.against) :]
+        recorded = [(i.get("dataset", ""), i.get("commit", "")) for i in inputs]
+        if [name for name, _ in recorded] == list(config.against):
+            return recorded
+    return [(name, dataset.store.dataset(name).commit().identity) for name in config.against]
 
 
 def _same(worker: T) -> T:

@@ -251,6 +251,16 @@ def ingested(root: Path, source: str, **changes: Any) -> tuple[Commit, list[Any]
     return commit, dataset.read_table().to_pylist(), dataset.read_set_aside()
 
 
+def answer(monkeypatch: pytest.MonkeyPatch, pictures: dict[str, bytes]) -> None:
+    """In place of the web: these URLs have pictures, all others time out."""
+
+    def fetched(urls: Iterable[str], *_: Any) -> dict[str, CleanImage | Rejected]:
+        lost = Rejected("timed out", "", "download")
+        return {u: clean_image(pictures[u]) if u in pictures else lost for u in urls}
+
+    monkeypatch.setattr(ingest_workers, "fetch_images", fetched)
+
+
 @pytest.mark.usefixtures("here")
 def test_webdataset_becomes_pairs_and_captions_are_sifted(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
@@ -296,13 +306,8 @@ def test_captions_are_set_aside_once_and_only_of_records_that_are_kept(
         for name in ("good", "late", "never")
     ]
     (tmp_path / "data/a.jsonl").write_text("\n".join(lines))
-    there = {"http://a/good"}
-
-    def fetched(urls: Iterable[str], *_: Any) -> dict[str, CleanImage | Rejected]:
-        lost = Rejected("timed out", "", "download")
-        return {u: clean_image(jpeg("red")) if u in there else lost for u in urls}
-
-    monkeypatch.setattr(ingest_workers, "fetch_images", fetched)
+    there = {"http://a/good": jpeg("red")}
+    answer(monkeypatch, there)
     for retry, kept in ((False, ["good"]), (True, ["good"]), (True, ["good", "late"])):
         commit, rows, aside = ingested(
             tmp_path, "table", name="mine", min_caption_words=2, retry_failed=retry
@@ -312,7 +317,41 @@ def test_captions_are_set_aside_once_and_only_of_records_that_are_kept(
         assert captions == [f"1: {name}" for name in kept]
         assert commit.stats["captions_set_aside"] == {"caption: too few words": len(kept)}
         if retry:
-            there.add("http://a/late")
+            there["http://a/late"] = jpeg("red")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dataset_stays_when_one_it_was_compared_with_is_amended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = {"http://a/1": jpeg("red"), "http://b/1": jpeg("red"), "http://b/2": jpeg("blue")}
+    answer(monkeypatch, pictures)
+    configs = {}
+    for name, against in (("first", ()), ("second", ("images/first",))):
+        folder = tmp_path / name
+        folder.mkdir()
+        urls = [f"http://{'a' if name == 'first' else 'b'}/{i}" for i in (1, 2, 3)]
+        lines = [json.dumps({"url": url, "caption": "a square"}) for url in urls]
+        (folder / "a.jsonl").write_text("\n".join(lines))
+        configs[name] = IngestConfig(
+            "table", str(folder), str(tmp_path / "store"), name, report=False,
+            unique=bool(against), against=against,
+        )  # fmt: skip
+        run(configs[name])
+    first, second = (Store(tmp_path / "store").dataset(f"images/{name}") for name in configs)
+    commit = second.commit()
+    assert commit.stats["set_aside"] == {"duplicate: same bytes": 1, "timed out": 1}
+
+    before = first.commit().identity
+    pictures["http://a/3"] = pictures["http://b/3"] = jpeg("green")
+    run(replace(configs["first"], retry_failed=True))
+    assert first.commit().identity != before
+    assert run(configs["second"]) == commit
+    again = run(replace(configs["second"], retry_failed=True))
+    assert again.stats["set_aside"] == {"duplicate: same bytes": 2}  # also of what came late
+    assert run(configs["second"]) == again
+    with pytest.raises(StoreError, match="other inputs or options"):
+        run(replace(configs["second"], against=("images/first", "images/first")))
 
 
 @pytest.mark.usefixtures("here")
