@@ -16,7 +16,8 @@ from pipelines.storage import local_folder
 def plan(config: IngestConfig) -> dict[str, Any]:
     """Counts of records, images and captions, and estimates by `config.assume`.
 
-    Captions are counted before they are filtered. The formulas are `IngestConfig.dry_run`'s.
+    Captions are counted before they are filtered. The formulas are `IngestConfig.dry_run`'s. The
+    records of archives and texts aren't counted: they are taken to store as many bytes as now.
 
     Raises:
         FileNotFoundError: an annotation file is missing.
@@ -25,8 +26,8 @@ def plan(config: IngestConfig) -> dict[str, Any]:
     if source.KIND != "pairs":
         units, inputs = unit_files(config, source)
         size = sum(i["bytes"] for i in inputs)
-        hours = size / 1e6 / config.assume.megabytes_per_second / config.assume.nodes / 3600
-        return {"files": len(units), "bytes": size, **_time(config, hours)}
+        estimates = _of_files(config, size, len(units), images=source.KIND == "images")
+        return {"files": len(units), "bytes": size, **estimates}
     images = captions = 0
     aside: Counter[str] = Counter()
     with local_folder(config.annotations, sources.BESIDE) as root:
@@ -57,20 +58,39 @@ def show(found: dict[str, Any]) -> None:
         console.say(f"{key}: {shown:,}" if isinstance(value, int) else f"{key}: {shown}")
 
 
-def _estimates(config: IngestConfig, images: int) -> dict[str, Any]:
+def _of_files(config: IngestConfig, size: int, files: int, *, images: bool) -> dict[str, Any]:
+    """What files of `size` bytes take together. A sample is drawn from what is read, so it shortens
+    nothing; a limit is heeded for images, whose sizes are assumed, but texts may have any."""
     assume = config.assume
-    alive = images if config.images else images * assume.success
-    stored = alive * assume.kilobytes_stored * 1e3 * (config.short_side / 288) ** 2
-    fetched = 0 if config.images else alive * assume.kilobytes_fetched * 1e3
-    hours = images / assume.images_per_second / assume.nodes / 3600
+    hours = size / 1e6 / assume.megabytes_per_second / assume.nodes / 3600
+    stored = size * config.sample
+    if config.limit is not None and images:
+        taken = config.limit * files
+        hours = min(hours, _hours(config, taken / config.sample))
+        stored = min(stored, _stored(config, taken))
+    return _costs(config, hours, stored)
+
+
+def _estimates(config: IngestConfig, images: int) -> dict[str, Any]:
+    alive = images if config.images else images * config.assume.success
+    fetched = 0 if config.images else alive * config.assume.kilobytes_fetched * 1e3
+    costs = _costs(config, _hours(config, images), _stored(config, alive))
+    return {"bytes_to_fetch": round(fetched), **costs}
+
+
+def _hours(config: IngestConfig, images: float) -> float:
+    return images / config.assume.images_per_second / config.assume.nodes / 3600
+
+
+def _stored(config: IngestConfig, images: float) -> float:
+    return images * config.assume.kilobytes_stored * 1e3 * (config.short_side / 288) ** 2
+
+
+def _costs(config: IngestConfig, hours: float, stored: float) -> dict[str, Any]:
+    assume = config.assume
     return {
-        "bytes_to_fetch": round(fetched),
         "bytes_to_store": round(stored),
-        **_time(config, hours),
+        "hours": hours,
+        "cost_of_machines": hours * assume.nodes * assume.node_price,
         "cost_of_storage_a_month": stored / 1e9 * assume.storage_price,
     }
-
-
-def _time(config: IngestConfig, hours: float) -> dict[str, float]:
-    assume = config.assume
-    return {"hours": hours, "cost_of_machines": hours * assume.nodes * assume.node_price}

@@ -560,6 +560,30 @@ def test_a_plan_fetches_nothing(web: tuple[World, Server], tmp_path: Path) -> No
     assert plan(config(world, "imagenet21k", tmp_path))["files"] == world.size.synsets
 
 
+def test_a_plan_of_archives_and_texts_heeds_samples_and_limits(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(bytes(2_000_000))
+    (tmp_path / "b.tar").write_bytes(bytes(6_000_000))
+    (tmp_path / "c.jsonl").write_bytes(bytes(4_000_000))
+    assume = Assumptions(
+        nodes=2, images_per_second=1000, megabytes_per_second=1, kilobytes_stored=40,
+        node_price=3, storage_price=1000,
+    )  # fmt: skip
+    archives = IngestConfig("webdataset", str(tmp_path), assume=assume, short_side=144)
+    texts = replace(archives, source="wikipedia")
+    for cfg, size in ((archives, 8e6), (texts, 12e6)):
+        whole, half = plan(cfg), plan(replace(cfg, sample=0.5))
+        assert whole["bytes"] == half["bytes"] == whole["bytes_to_store"] == size
+        assert half["hours"] == whole["hours"] == pytest.approx(size / 1e6 / 2 / 3600)
+        assert half["bytes_to_store"] == size / 2
+        assert half["cost_of_storage_a_month"] == pytest.approx(size / 2 / 1e6)
+    few = plan(replace(archives, sample=0.5, limit=100))
+    assert few["bytes_to_store"] == 2 * 100 * 10_000
+    assert few["hours"] == pytest.approx(2 * 200 / 1000 / 2 / 3600)
+    assert few["cost_of_machines"] == pytest.approx(few["hours"] * 2 * 3)
+    assert plan(replace(archives, limit=10**6)) == plan(archives)  # no file has so many
+    assert plan(replace(texts, limit=100)) == plan(texts)  # nobody knows how long they are
+
+
 def test_a_dry_run_prints_its_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
