@@ -44,7 +44,7 @@ def gather(cfg: SweepConfig, store: Store, folder: str) -> dict[str, Any]:
         "metric": cfg.metric,
         "best": rows[0],
         "trials": rows,
-        "importance": importance.importance(spaces.load(cfg.finetune.task), scored, seed=cfg.seed),
+        "importance": importance.importance(spaces.load(cfg.finetune), scored, seed=cfg.seed),
         "workers": seen["workers"],
         "seconds": seen["seconds"],
         "busy": watch.busy_share(seen["seconds"]),

@@ -1,6 +1,6 @@
 """Sweeps finetuning: Ray Tune over learning rate, layer decay, drop path.
 
-    python tuning/sweep.py --preset tiny --samples 8 --finetune.task vqa
+    python tuning/sweep.py --preset tiny-retrieval --samples 8
     python tuning/sweep.py --preset tiny --scheduler pbt --samples 6
     ray job submit --working-dir . -- python tuning/sweep.py --preset gpu --search optuna ...
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class SweepConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        spaces.load(self.finetune.task)
+        spaces.load(self.finetune)
         if self.samples < 1:
             raise ValueError(f"samples: expected at least 1, got {self.samples}")
         if self.reduction < 2:
@@ -99,16 +100,30 @@ class SweepConfig:
         return tasks.load(self.finetune.task).about.selected_by
 
 
-def _preset(size: str, **train: Any) -> SweepConfig:
-    base = finetune.preset(size, "vqa")
+def _tiny(task: str) -> SweepConfig:
+    base = finetune.preset("tiny", task)
+    return _around(base, steps=80, warmup=8, evaluate_every=20)
+
+
+def _gpu(task: str) -> SweepConfig:
+    """Around the published recipe of base. A trial has one GPU for every 128 examples of a batch,
+    all of VQA's, and at most the recipe's number of GPUs."""
+    base = finetune.preset("base", task)
+    gpus = math.gcd(base.train.workers, max(1, base.batch_size // 128))
+    return _around(base, evaluate_every=1000, workers=gpus)
+
+
+def _around(base: FinetuneConfig, **train: Any) -> SweepConfig:
     return SweepConfig(
         finetune=dataclasses.replace(base, train=dataclasses.replace(base.train, **train))
     )
 
 
-PRESETS = {
-    "tiny": _preset("tiny", steps=80, warmup=8, evaluate_every=20),
-    "gpu": _preset("base", evaluate_every=1000, workers=1),
+PRESETS: dict[str, SweepConfig] = {
+    "tiny": _tiny("vqa"),
+    "gpu": _gpu("vqa"),
+    **{f"tiny-{task}": _tiny(task) for task in tasks.names()},
+    **{f"gpu-{task}": _gpu(task) for task in tasks.names() if "base" in tasks.load(task).recipes()},
 }
 
 
@@ -151,7 +166,7 @@ def run(cfg: SweepConfig) -> dict[str, Any]:
     result = {"fingerprint": mark, **outcome.gather(cfg, store, folder)}
     result["mlflow_run"] = handle.run_id
     result["model"] = outcome.export(store, result)
-    page = sweep_page.render(result, spaces.read(spaces.load(cfg.finetune.task)))
+    page = sweep_page.render(result, spaces.read(spaces.load(cfg.finetune)))
     store.write(f"sweeps/{cfg.name}.html", page.encode())
     with tempfile.TemporaryDirectory() as local, run_logger.Logger(handle) as logger:
         score = result["best"]["score"]
@@ -171,7 +186,7 @@ def _fingerprint(cfg: SweepConfig) -> str:
     plain = config.decisive(cfg)
     plain["finetune"] = models.decisive(cfg.finetune)
     plain["evaluate_every"] = cfg.finetune.train.evaluate_every
-    space = spaces.load(cfg.finetune.task)
+    space = spaces.load(cfg.finetune)
     fields = {name: dataclasses.asdict(field) for name, field in spaces.read(space).items()}
     return fingerprint("sweep", [plain, fields, cfg.metric])
 
@@ -182,7 +197,7 @@ def _tune(
     """Run the trials, or those that an earlier start has left."""
     from ray import tune
 
-    space = spaces.load(cfg.finetune.task)
+    space = spaces.load(cfg.finetune)
     trainable = tune.with_resources(
         functools.partial(
             trials.train, sweep=cfg.name, common=common(cfg), metric=cfg.metric, parent=parent
@@ -261,7 +276,7 @@ def _scheduler(cfg: SweepConfig, store: Store, workers: int) -> Any:
         return schedulers.Population(
             workers=workers,
             sweep=cfg.name,
-            space=spaces.load(cfg.finetune.task),
+            space=spaces.load(cfg.finetune),
             metric=cfg.metric,
             every=cfg.exploit_evaluations * every,
             steps=steps,

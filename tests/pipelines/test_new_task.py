@@ -189,19 +189,25 @@ print(next(iter(prepare_task.PRESETS)), prepare_task.PRESETS["colours"].chosen)
 for name, preset in finetune.PRESETS.items():
     if name.endswith("colours"):
         print(name, preset.batch_size, preset.train.workers, preset.eval_split)
+for name in ("tiny-colours", "gpu-colours"):
+    chosen = sweep.PRESETS[name].finetune
+    print(name, chosen.batch_size, chosen.train.workers, chosen.eval_split, chosen.options)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         "vqa ('train', 'dev', 'exam')",
         "tiny-colours 64 0 dev",
         "base-colours 4 4 dev",
+        "tiny-colours 64 0 dev {'smoothing': 0.25}",
+        "gpu-colours 4 1 dev {}",
     ], done.stderr
 
 
 def test_it_is_searched_and_shown_by_its_own_measure(store: Store) -> None:
     base = finetuning(store)
     assert sweep.SweepConfig(finetune=replace(base, track=True)).metric == "right"
-    assert spaces.load("colours") == spaces.load("captioning")
+    alike = (spaces.load(replace(base, task=task, options={})) for task in ("colours", "nlvr2"))
+    assert len({str(spaces.read(space)) for space in alike}) == 1
     text = ablate.tables({"default": {"colours": [{"right": 0.5}]}}, ["colours"])
     assert "| colours right |" in text and "| 50.0 |" in text
 

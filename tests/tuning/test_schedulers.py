@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -10,6 +11,10 @@ import pytest
 from ray import tune
 from ray.tune.experiment import Trial
 
+from beit3 import tasks
+from pipelines import config, finetune
+from pipelines.finetune import FinetuneConfig
+from pipelines.recipe import TrainConfig
 from tuning import spaces, trials
 from tuning.schedulers import Halving, Limited, Population, perturbed, reached
 from tuning.trials import HEARD, ORIGIN
@@ -182,7 +187,7 @@ def test_no_more_run_at_once_than_there_are_workers() -> None:
 
 @pytest.mark.parametrize("task", ["captioning", "imagenet", "nlvr2", "retrieval", "vqa"])
 def test_values_stay_within_the_space(task: str) -> None:
-    space = spaces.load(task)
+    space = spaces.load(finetune.preset("base", task))
     fields, rng = spaces.read(space), np.random.default_rng(0)
     chosen = {name: domain.sample(random_state=rng) for name, domain in space.items()}
     seen: dict[str, set[Any]] = {name: set() for name in space}
@@ -278,16 +283,51 @@ def test_a_space_needs_a_continuous_range(monkeypatch: pytest.MonkeyPatch) -> No
     """Two trials of the same values would share a folder."""
     from tuning.spaces import vqa
 
-    monkeypatch.setattr(vqa, "SPACE", {"drop_path": tune.choice([0.0, 0.1])})
+    monkeypatch.setattr(vqa, "space", lambda base: {"drop_path": spaces.choice(0.0, 0.1)})
     with pytest.raises(ValueError, match=r"tuning/spaces/vqa.py: give a field a continuous range"):
-        spaces.load("vqa")
+        spaces.load(FinetuneConfig(task="vqa"))
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("task", tasks.names())
+def test_a_recipe_is_within_the_space_around_it(task: str, size: str) -> None:
+    base = finetune.preset(size, task)
+    values = config.flatten(base)
+    for name, kind in spaces.read(spaces.load(base)).items():
+        if isinstance(kind, spaces.Range):
+            assert kind.low == pytest.approx(0.15 * values[name])
+            assert kind.high == pytest.approx(3 * values[name])
+        else:
+            assert values[name] in kind.values and list(kind.values) == sorted(kind.values)
+
+
+def test_a_space_around_usual_values_is_exact_and_in_order() -> None:
+    """What a seed draws depends on both."""
+    usual = FinetuneConfig(task="vqa", train=TrainConfig(learning_rate=2e-3))
+    expected = {
+        "train.learning_rate": spaces.Range(3e-4, 6e-3, log=True),
+        "train.layer_decay": spaces.Choice((0.7, 0.85, 1.0)),
+        "train.head_scale": spaces.Choice((1.0, 5.0)),
+        "drop_path": spaces.Choice((0.0, 0.1)),
+    }
+    found = spaces.read(spaces.load(usual))
+    assert list(found.items()) == list(expected.items())
+    del expected["train.head_scale"]
+    found = spaces.read(spaces.load(dataclasses.replace(usual, task="retrieval")))
+    assert list(found.items()) == list(expected.items())
+
+
+def test_a_rate_without_a_range_is_named_with_its_file() -> None:
+    still = FinetuneConfig(task="nlvr2", train=TrainConfig(learning_rate=0.0))
+    with pytest.raises(ValueError, match=r"tuning/spaces/_default.py: .*greater than 0"):
+        spaces.load(still)
 
 
 @pytest.mark.parametrize("task", ["captioning", "imagenet", "nlvr2", "retrieval", "vqa"])
 def test_optuna_takes_the_spaces(task: str) -> None:
     from ray.tune.search.optuna import OptunaSearch
 
-    space = spaces.load(task)
+    space = spaces.load(finetune.preset("base", task))
     found = OptunaSearch.convert_search_space(space)
     for name, kind in spaces.read(space).items():
         if isinstance(kind, spaces.Range):

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from beit3 import weights
+from beit3 import tasks, weights
 from beit3.config import PRESETS as MODELS
 from beit3.objectives import MaskedDataModelling
 from beit3.text import TextTokenizer
@@ -121,7 +121,7 @@ def test_the_table_names_the_best(store: Store, swept: dict[str, Any]) -> None:
     assert len(rows) == 2 and swept["metric"] == "mean_recall"
     to_the_end = [row for row in rows if row["status"] == "finished"]
     assert swept["best"] == rows[0] == max(to_the_end, key=lambda row: row["score"])
-    space = spaces.load("retrieval")
+    space = spaces.load(config(store).finetune)
     for row in rows:
         assert row["parameters"].keys() == space.keys()
         assert row["error"] is None and row["name"] == name_of(store, row)
@@ -133,12 +133,12 @@ def test_the_table_names_the_best(store: Store, swept: dict[str, Any]) -> None:
     assert rows[0]["steps"] == STEPS  # a trial that was stopped early has no model
 
 
-def test_optuna_draws_from_the_task_s_space(swept: dict[str, Any]) -> None:
-    _all_drawn_from_the_space(swept["trials"])
+def test_optuna_draws_from_the_task_s_space(store: Store, swept: dict[str, Any]) -> None:
+    _all_drawn_from_the_space(store, swept["trials"])
 
 
-def _all_drawn_from_the_space(rows: list[dict[str, Any]]) -> None:
-    fields = spaces.read(spaces.load("retrieval"))
+def _all_drawn_from_the_space(store: Store, rows: list[dict[str, Any]]) -> None:
+    fields = spaces.read(spaces.load(config(store).finetune))
     for row in rows:
         assert row["parameters"].keys() == fields.keys()
         rate = fields["train.learning_rate"]
@@ -267,13 +267,33 @@ def test_drawn_values_lie_over_the_common_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["captioning", "imagenet", "nlvr2", "retrieval", "vqa"])
 def test_spaces_name_fields_that_there_are(task: str, tmp_path: Path) -> None:
-    space = spaces.load(task)
     base = finetune.preset("tiny", task)
+    space = spaces.load(base)
     base = replace(base, train=replace(base.train, evaluate_every=10))
     drawn = {key: domain.sample() for key, domain in space.items()}
     cfg = SweepConfig(finetune=base)
     assert trial_config(cfg, drawn).train.learning_rate == drawn["train.learning_rate"]
     assert cfg.metric in {"cider", "mean_recall", "accuracy", "top_1"}
+
+
+def test_presets_are_the_task_s_recipes() -> None:
+    assert list(sweep.PRESETS)[:2] == ["tiny", "gpu"]
+    assert sweep.PRESETS["tiny"] == sweep.PRESETS["tiny-vqa"]
+    assert sweep.PRESETS["gpu"] == sweep.PRESETS["gpu-vqa"]
+    for task in tasks.names():
+        for name, size in (("tiny", "tiny"), ("gpu", "base")):
+            found, recipe = sweep.PRESETS[f"{name}-{task}"].finetune, finetune.preset(size, task)
+            changed = {
+                key: value
+                for key, value in job_config.flatten(found).items()
+                if value != job_config.flatten(recipe)[key]
+            }
+            assert changed.keys() <= {
+                "train.steps", "train.warmup", "train.evaluate_every", "train.workers",
+            }  # fmt: skip
+            assert not {"train.steps", "train.warmup"} & changed.keys() or size == "tiny"
+    on_gpus = {t: sweep.PRESETS[f"gpu-{t}"].finetune.train.workers for t in tasks.names()}
+    assert on_gpus == {"captioning": 2, "imagenet": 8, "nlvr2": 2, "retrieval": 8, "vqa": 1}
 
 
 @pytest.mark.parametrize(
@@ -354,7 +374,7 @@ def test_a_poor_trial_goes_on_from_a_good_ones_checkpoint(store: Store) -> None:
 def test_without_a_scheduler_all_go_to_the_end(store: Store) -> None:
     rows = run(config(store, name="suggested", scheduler="none"))["trials"]
     assert [row["status"] for row in rows] == ["finished"] * 2
-    _all_drawn_from_the_space(rows)
+    _all_drawn_from_the_space(store, rows)
 
 
 @pytest.mark.slow

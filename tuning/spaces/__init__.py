@@ -1,8 +1,9 @@
 """Search spaces: field of FinetuneConfig -> values to try.
 
-A task's own is `tuning/spaces/<task>.py`; tasks without one share `_default.py`. A field has a
-range (`tune.loguniform(3e-4, 6e-3)`, `tune.uniform`, `tune.randint`) or a list in order
-(`tune.choice([0.7, 0.85, 1.0])`): population based training moves along both.
+A task's own is `tuning/spaces/<task>.py`; tasks without one share `_default.py`. Its function
+`space` gets the configuration to search around, such as a published recipe. A field has a range
+(`rates`, `tune.loguniform`, `tune.uniform`, `tune.randint`) or a list in order (`choice`,
+`tune.choice`): population based training moves along both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ray import tune
 from ray.tune.search.sample import Categorical, Float, Integer, LogUniform, Uniform
+
+from pipelines.finetune import FinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,28 @@ class Choice:
     values: tuple[Any, ...]
 
 
-def load(task: str) -> dict[str, Any]:
-    """A task's search space.
+def rates(low: float, high: float, base: float) -> Any:
+    """A logarithmic range from `low` to `high` times the base's value."""
+    # Rounded: the noise of a product would show in tables, and shift what is drawn.
+    return tune.loguniform(*(float(f"{factor * base:.12g}") for factor in (low, high)))
+
+
+def choice(*values: float) -> Any:
+    """The values in order, each once: the base's may be among the others."""
+    return tune.choice(sorted(set(values)))
+
+
+def load(base: FinetuneConfig) -> dict[str, Any]:
+    """The search space of a configuration's task, around the configuration.
 
     Raises:
         ValueError: it can't be searched.
     """
     own = {module.name for module in pkgutil.iter_modules(__path__)}
-    name = task if task in own else "_default"
-    space = importlib.import_module(f"{__name__}.{name}").SPACE
+    name = base.task if base.task in own else "_default"
+    module = importlib.import_module(f"{__name__}.{name}")
     try:
+        space = module.space(base)
         fields = read(space)
     except ValueError as error:
         raise ValueError(f"tuning/spaces/{name}.py: {error}") from error

@@ -1,10 +1,15 @@
 """Search space for finetuning on questions."""
 
-from ray import tune
+from typing import Any
 
-SPACE = {
-    "train.learning_rate": tune.loguniform(3e-4, 6e-3),
-    "train.layer_decay": tune.choice([0.7, 0.85, 1.0]),
-    "train.head_scale": tune.choice([1.0, 5.0]),
-    "drop_path": tune.choice([0.0, 0.1]),
-}
+from pipelines.finetune import FinetuneConfig
+from tuning.spaces import choice, rates
+
+
+def space(base: FinetuneConfig) -> dict[str, Any]:
+    return {
+        "train.learning_rate": rates(0.15, 3.0, base.train.learning_rate),
+        "train.layer_decay": choice(0.7, 0.85, 1.0, base.train.layer_decay),
+        "train.head_scale": choice(1.0, 5.0, base.train.head_scale),
+        "drop_path": choice(0.0, 0.1, base.drop_path),
+    }
