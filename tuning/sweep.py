@@ -21,11 +21,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from beit3 import tasks
-from pipelines import cluster, config, console, finetune, job, models, run_logger, tracking
+from pipelines import (
+    bundles,
+    cluster,
+    config,
+    console,
+    finetune,
+    job,
+    models,
+    run_logger,
+    tracking,
+)
 from pipelines.config import indifferent
 from pipelines.finetune import FinetuneConfig
 from pipelines.lineage import fingerprint
 from pipelines.storage import Store, StoreError
+from pipelines.task_data import labels
 from tuning import outcome, room, schedulers, spaces, sweep_page, trials, watch
 
 
@@ -136,17 +147,18 @@ def run(cfg: SweepConfig) -> dict[str, Any]:
         `workers` were: `seconds` by what they did, `busy`.
 
     Raises:
-        StoreError: the name is taken by another sweep.
+        StoreError: the data or the start are missing, or the name is taken by another sweep.
         ValueError: the cluster has no room for a trial, and never will.
         RuntimeError: no trial was trained to its end.
     """
     store = Store(cfg.finetune.store)
-    table, mark = f"sweeps/{cfg.name}.json", _fingerprint(cfg)
+    table, mark = f"sweeps/{cfg.name}.json", _fingerprint(cfg, store)
     if store.exists(table):
         found = store.read_json(table)
         if found["fingerprint"] != mark:
             raise StoreError(
-                f"{store.uri}/{table} is another sweep's: choose another --name, or delete it"
+                f"{store.uri}/{table} is another sweep's, or of other data or another start: "
+                "choose another --name, or delete it"
             )
         console.say(f"{table}: already there ({len(found['trials'])} trials), skipped")
         return found
@@ -181,14 +193,19 @@ def run(cfg: SweepConfig) -> dict[str, Any]:
     return result
 
 
-def _fingerprint(cfg: SweepConfig) -> str:
+def _fingerprint(cfg: SweepConfig, store: Store) -> str:
     """Fingerprint of what decides the outcome: not where or how fast it runs."""
+    tuned = cfg.finetune
+    start = bundles.identity(store, tuned.like if tuned.init == finetune.RANDOM else tuned.init)
+    splits = (tuned.train_split, tuned.eval_split)
+    commits = [store.dataset(tuned.dataset(split)).commit().identity for split in splits]
+    names = labels(store, tuned.data or tuned.task)
     plain = config.decisive(cfg)
     plain["finetune"] = models.decisive(cfg.finetune)
     plain["evaluate_every"] = cfg.finetune.train.evaluate_every
     space = spaces.load(cfg.finetune)
     fields = {name: dataclasses.asdict(field) for name, field in spaces.read(space).items()}
-    return fingerprint("sweep", [plain, fields, cfg.metric])
+    return fingerprint("sweep", [plain, fields, cfg.metric], [*commits, start, *names])
 
 
 def _tune(

@@ -221,8 +221,61 @@ def test_a_finished_sweep_is_skipped_and_another_refused(
     assert run(config(store)) == run(config(store, concurrent=1)) == swept
     assert capsys.readouterr().out.count("sweeps/small.json: already there (2 trials)") == 2
     for other in (config(store, samples=3), config(store, seed=1)):
-        with pytest.raises(StoreError, match="another sweep's: choose another --name"):
+        with pytest.raises(StoreError, match=r"another sweep's.*: choose another --name"):
             run(other)
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value"),
+    [
+        ("tasks/retrieval/train/_commits/00000000.json", ("files", 0, "sha256"), "0"),
+        ("tasks/retrieval/val/_commits/00000000.json", ("files", 0, "sha256"), "0"),
+        ("tasks/retrieval/train/_commits/00000000.json", ("stats", "labels"), ["a"]),
+        ("models/pretrained/_bundle.json", ("files", weights.WEIGHTS, "sha256"), "0"),
+    ],
+)
+def test_a_sweep_of_other_data_or_another_start_is_refused(
+    store: Store,
+    swept: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    path: tuple[Any, ...],
+    value: Any,
+) -> None:
+    monkeypatch.setattr(sweep, "_tune", None)  # not called
+    other = Store(tmp_path)
+    for name in (
+        "sweeps/small.json",
+        "models/pretrained/_bundle.json",
+        "tasks/retrieval/train/_commits/00000000.json",
+        "tasks/retrieval/val/_commits/00000000.json",
+    ):
+        other.write(name, store.read(name))
+    assert run(config(other)) == swept
+    manifest = other.read_json(file)
+    inner = manifest
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    other.write_json(file, manifest)
+    with pytest.raises(StoreError, match="of other data or another start: choose another --name"):
+        run(config(other))
+
+
+def test_a_start_or_split_that_is_missing_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep.cluster, "start", None)  # not called
+    store = Store(tmp_path)
+    with pytest.raises(StoreError, match="models/pretrained: missing or half written"):
+        run(config(store))
+    scratch = replace(config(store).finetune, init="random", like="models/shape")
+    with pytest.raises(StoreError, match="models/shape: missing or half written"):
+        run(config(store, finetune=scratch))
+    store.write_json("models/pretrained/_bundle.json", {"files": {}, "info": {}})
+    with pytest.raises(StoreError, match="tasks/retrieval/train does not exist"):
+        run(config(store))
 
 
 def test_a_sweep_that_was_killed_goes_on(
