@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,11 @@ def gather(cfg: SweepConfig, store: Store, folder: str) -> dict[str, Any]:
             f"no trial of sweep {cfg.name} was trained to its end: {errors}. Run the same command "
             "to try those that failed again"
         )
-    scored = [(row["parameters"], row["score"]) for row in rows if row["score"] is not None]
+    scored = [
+        (row["parameters"], row["score"])
+        for row in rows
+        if row["score"] is not None and math.isfinite(row["score"])
+    ]
     return {
         "name": cfg.name,
         "task": cfg.finetune.task,
@@ -53,8 +58,9 @@ def gather(cfg: SweepConfig, store: Store, folder: str) -> dict[str, Any]:
 
 def _place(row: dict[str, Any]) -> tuple[bool, bool, float, str]:
     score = row["score"]
+    comparable = -math.inf if score is None or math.isnan(score) else score
     among_equals = trials.among_equals(row["parameters"])
-    return row["status"] != FINISHED, score is None, -(score or 0.0), among_equals
+    return row["status"] != FINISHED, score is None, -comparable, among_equals
 
 
 def _row(cfg: SweepConfig, store: Store, seen: dict[str, Any]) -> dict[str, Any]:

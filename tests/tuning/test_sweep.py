@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -37,7 +38,7 @@ from pipelines.export import ExportConfig
 from pipelines.sample_world import WorldSize, generate
 from pipelines.storage import Store, StoreError
 from pipelines.train_text_tokenizer import TextTokenizerConfig
-from tuning import spaces, sweep
+from tuning import outcome, spaces, sweep
 from tuning.sweep import SweepConfig, run, trial_config
 
 SHAPE = replace(MODELS["tiny"], layers=2, hidden=32, mlp=64, heads=2, image_size=24, vocab_size=64)
@@ -384,6 +385,33 @@ def test_a_sweep_without_a_score_is_an_error(store: Store, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match=r"no trial of sweep hopeless .*MemoryError: no room"):
         run(config(store, name="hopeless"))
     assert not store.exists("sweeps/hopeless.json")
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        (math.nan, 0.3, 0.5, math.nan, 0.1, 0.2),
+        (0.3, math.nan, 0.5, 0.1, 0.2, math.nan),
+        (0.1, 0.2, math.nan, 0.3, math.nan, 0.5),
+    ],
+)
+def test_a_score_that_is_no_number_is_the_worst(tmp_path: Path, scores: tuple[float, ...]) -> None:
+    store = Store(tmp_path)
+    cfg = config(store)
+    common = {"train.layer_decay": 1.0, "drop_path": 0.0}
+    seen = [
+        {
+            "values": {"train.learning_rate": 1e-3 + place * 1e-4, **common},
+            "result": {"step": STEPS, cfg.metric: score},
+            "error": None,
+        }
+        for place, score in enumerate(scores)
+    ]
+    store.write_json("f/ended.json", {"trials": seen, "workers": 1, "seconds": {"busy": 1.0}})
+    found = outcome.gather(cfg, store, "f")
+    assert found["best"]["score"] == 0.5
+    assert [row["score"] for row in found["trials"][:4]] == [0.5, 0.3, 0.2, 0.1]
+    assert found["importance"]["train.learning_rate"] > 0
 
 
 # -- population based training, Ray Train workers -------------------------------------------------
