@@ -29,7 +29,8 @@ class TasksConfig:
     names: tuple[str, ...] = ("vqa", "nlvr2", "retrieval")
     """Modules of beit3/tasks."""
     recipe: str = "tiny"
-    """Each task is finetuned as by `finetune.py --preset <recipe>-<task>`: tiny, base or large."""
+    """Each task is finetuned as by `finetune.py --preset <recipe>-<task>`: tiny, base or large; if
+    there is a preset `<recipe>-<data>-<task>` for its data, as by that."""
     data: tuple[str, ...] = ()
     """The data of each task, `tasks/<data>/<split>`, such as flickr30k for retrieval; empty: the
     tasks' names."""
@@ -76,12 +77,22 @@ class TasksConfig:
     def dataset(self, task: str) -> str:
         return self.of(self.data, task, task)
 
+    def preset(self, task: str) -> FinetuneConfig:
+        """The preset by which a task is finetuned."""
+        usual = finetune.preset(self.recipe, task)
+        own = f"{self.recipe}-{self.dataset(task)}"
+        if own not in tasks.load(task).recipes():
+            return usual
+        # Whether memory is short goes by the model's size alone.
+        memory = usual.checkpoint_activations
+        return dataclasses.replace(finetune.preset(own, task), checkpoint_activations=memory)
+
 
 def finetuning(
     cfg: TasksConfig, store: str, task: str, *, init: str, like: str = "", name: str, seed: int
 ) -> FinetuneConfig:
     """The configuration that finetunes for a task from a start; `like`: see `FinetuneConfig`."""
-    base = finetune.preset(cfg.recipe, task)
+    base = cfg.preset(task)
     steps = cfg.of(cfg.steps, task, base.train.steps)
     return dataclasses.replace(
         base,

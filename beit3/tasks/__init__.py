@@ -155,7 +155,8 @@ class Task(Protocol):
 
     @staticmethod
     def recipes() -> dict[str, Recipe]:
-        """Published recipes by model size: `base`, `large`."""
+        """Published recipes by model size: `base`, `large`; those for other data than the task's
+        usual by size and data: `base-flickr30k`."""
         ...
 
     def build(self, config: ModelConfig) -> nn.Module:

@@ -23,6 +23,7 @@ from beit3.tasks._batches import owners, pack_texts, stack_images
 from beit3.text import TextTokenizer
 
 _TRAIN_CAPTIONS = 566_747  # of COCO
+_TRAIN_CAPTIONS_FLICKR30K = 145_000
 KS = (1, 5, 10)
 _METRICS = [f"{what}_recall_{k}" for what in ("text", "image") for k in KS] + ["mean_recall"]
 _QUERIES_AT_ONCE = 1024
@@ -98,22 +99,27 @@ class Task:
 
     @staticmethod
     def recipes() -> dict[str, Recipe]:
-        """COCO's recipes; Flickr30k's differ: 20 epochs, and 1e-4 for base."""
+        """COCO's recipes, and those of `<size>-flickr30k`."""
         source = "microsoft/unilm beit3/get_started/get_started_for_retrieval.md"
-        epoch = _TRAIN_CAPTIONS // 3072
+        coco, flickr30k = (n // 3072 for n in (_TRAIN_CAPTIONS, _TRAIN_CAPTIONS_FLICKR30K))
         return {
             size: Recipe(
                 source=source,
                 image_size=384,
                 batch_size=3072,
-                steps=15 * epoch,
-                warmup=3 * epoch,
+                steps=epochs * epoch,
+                warmup=warmup * epoch,
                 learning_rate=rate,
                 layer_decay=decay,
                 drop_path=0.2,
                 weight_decay=0.05,
             )
-            for size, rate, decay in (("base", 2e-4, 0.65), ("large", 5e-5, 0.85))
+            for size, epoch, epochs, warmup, rate, decay in (
+                ("base", coco, 15, 3, 2e-4, 0.65),
+                ("large", coco, 15, 3, 5e-5, 0.85),
+                ("base-flickr30k", flickr30k, 20, 5, 1e-4, 0.65),
+                ("large-flickr30k", flickr30k, 20, 5, 5e-5, 0.85),
+            )
         }
 
     def build(self, config: ModelConfig) -> Model:

@@ -15,7 +15,7 @@ import pytest
 
 from beit3 import tasks
 from beit3.masking import Masking
-from pipelines import bundles, config, demo_stages, tracking
+from pipelines import bundles, config, demo_stages, finetune, tracking
 from pipelines.demo import DemoConfig
 from pipelines.pretrain_config import PRESETS as PRETRAINING
 from pipelines.sample_world import serve
@@ -138,6 +138,28 @@ def test_tasks_have_steps_and_rates_of_their_own() -> None:
         "tasks/flickr30k/test", "models/n", "n",
     )  # fmt: skip
     assert scored.in_process and not scored.track
+
+
+@pytest.mark.parametrize(("size", "rate"), [("base", 1e-4), ("large", 5e-5)])
+def test_flickr30k_is_finetuned_by_its_own_recipe(size: str, rate: float) -> None:
+    preset = finetune.PRESETS[f"{size}-flickr30k-retrieval"]
+    usual = finetune.PRESETS[f"{size}-retrieval"]
+    train = dataclasses.replace(usual.train, steps=940, warmup=235, learning_rate=rate)
+    assert preset.train == train
+    cfg = dataclasses.replace(ablate.PRESETS["gpu"].tasks, recipe=size)
+    tuned = {
+        task: downstream.finetuning(cfg, "s", task, init="models/x", name="n", seed=0)
+        for task in cfg.names
+    }
+    found = tuned["retrieval"]
+    assert found.dataset("train") == "tasks/flickr30k/train"
+    assert (found.train.steps, found.train.warmup, found.train.learning_rate) == (940, 235, rate)
+    assert found.checkpoint_activations == usual.checkpoint_activations
+    for task in ("vqa", "nlvr2"):
+        assert tuned[task].train.steps == finetune.PRESETS[f"{size}-{task}"].train.steps
+    coco = dataclasses.replace(cfg, data=())
+    tuned_on = downstream.finetuning(coco, "s", "retrieval", init="models/x", name="n", seed=0)
+    assert tuned_on.train.steps == usual.train.steps
 
 
 def test_a_comparison_starts_each_task_from_its_own_weights() -> None:
