@@ -219,6 +219,7 @@ def main(account: Account) -> None:
     print(f"  region: &region {account.region}")
     print(f"  head_profile_arn: &head_profile {profiles['head']}")
     print(f"  worker_profile_arn: &worker_profile {profiles['worker']}")
+    print(f"  security_group: &group {group}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +108,11 @@ def test_the_dashboard_stays_on_loopback(cluster: dict[str, Any]) -> None:
 
 
 def test_only_ssh_is_open_to_the_world(cluster: dict[str, Any]) -> None:
-    # Ray's own rules are the group itself and SSH; the file adds none, and names no other group.
-    assert cluster["provider"]["security_group"] == {"GroupName": "beit3-ray"}
+    # The group is apply.py's, by its id. Ray makes none, and adds no rule to it.
+    assert "security_group" not in cluster["provider"]
     for node in cluster["available_node_types"].values():
-        assert not {"SecurityGroupIds", "NetworkInterfaces"} & set(node["node_config"])
-
-    from ray.autoscaler._private.aws.config import _create_default_inbound_rules
-
-    public = [
-        (rule["FromPort"], rule["ToPort"])
-        for rule in _create_default_inbound_rules({"sg-0"})
-        if rule.get("IpRanges")
-    ]
-    assert public == [(22, 22)]
+        assert node["node_config"]["SecurityGroupIds"] == [cluster["metadata"]["security_group"]]
+        assert "NetworkInterfaces" not in node["node_config"]
 
 
 def test_every_node_asks_for_the_token(cluster: dict[str, Any]) -> None:
@@ -200,39 +193,77 @@ def test_the_file_at_the_root_is_this_one() -> None:
     assert link.resolve() == FILE.resolve()
 
 
-def test_a_mock_of_ec2_launches_the_nodes(
-    cluster: dict[str, Any], aws_apply: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Key pair, security group and instances, by the code that `ray up` and the autoscaler run."""
+@pytest.fixture
+def ec2(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A client of a mock of EC2 in the file's region."""
     moto = pytest.importorskip("moto")
     monkeypatch.setenv("HOME", str(tmp_path))  # where the new key pair goes
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_EC2", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
-    region = cluster["provider"]["region"]
-    config = copy.deepcopy(cluster)
     with moto.mock_aws():
         import boto3
-        from ray.autoscaler._private.aws.config import bootstrap_aws
-        from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
-        ec2, iam = boto3.client("ec2", region_name=region), boto3.client("iam")
-        account = aws_apply.Account(bucket="b", region=region, ssh_from="203.0.113.7/32")
-        group = aws_apply.make_group(account)
-        image = ec2.describe_images()["Images"][0]["ImageId"]
-        for kind, node in config["available_node_types"].items():
-            name = f"profile-{kind}"
-            profile = iam.create_instance_profile(InstanceProfileName=name)["InstanceProfile"]
-            node["node_config"] |= {"ImageId": image, "IamInstanceProfile": {"Arn": profile["Arn"]}}
-        config = bootstrap_aws(AWSNodeProvider.fillout_available_node_types_resources(config))
-        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
-        for node in config["available_node_types"].values():
-            provider.create_node(copy.deepcopy(node["node_config"]), {}, 1)
-        rules = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"][0]
-        launched = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
-    assert {g["GroupId"] for i in launched for g in i["SecurityGroups"]} == {group}
-    outside = [r for r in rules["IpPermissions"] if r["IpRanges"] or r["Ipv6Ranges"]]
+        yield boto3.client("ec2", region_name=written["provider"]["region"])
+
+
+def _bootstrapped(text: str) -> dict[str, Any]:
+    """What `ray up` makes of the file before it launches anything."""
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load(text))
+    validate_config(config)
+    return bootstrap_aws(AWSNodeProvider.fillout_available_node_types_resources(config))
+
+
+def _pasted(text: str, printed: str) -> str:
+    """The file, with the lines that apply.py printed for it in place of its own."""
+    lines = re.findall(r"^  (\w+: &\w+) (.+)$", printed, re.M)
+    assert len(lines) == 4
+    for name, value in lines:
+        text, found = re.subn(rf"(?m)^  {name} .*$", f"  {name} {value}", text)
+        assert found == 1, name
+    return text
+
+
+@pytest.mark.parametrize("own_vpc", [False, True])
+def test_a_mock_of_ec2_launches_the_nodes(
+    ec2: Any, aws_apply: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_vpc: bool
+) -> None:
+    """Key pair, security group and instances, by the code that `ray up` and the autoscaler run."""
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    (vpc,) = (v["VpcId"] for v in ec2.describe_vpcs()["Vpcs"])
+    if own_vpc:
+        vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+        subnet = ec2.create_subnet(
+            VpcId=vpc, CidrBlock="10.9.0.0/24", AvailabilityZone="us-west-2a"
+        )["Subnet"]["SubnetId"]
+        ec2.modify_subnet_attribute(SubnetId=subnet, MapPublicIpOnLaunch={"Value": True})
+    before = {g["GroupId"] for g in ec2.describe_security_groups()["SecurityGroups"]}
+    aws_apply.main(
+        aws_apply.Account(
+            bucket="our-bucket",
+            region=ec2.meta.region_name,
+            ssh_from="203.0.113.7/32",
+            vpc=vpc if own_vpc else "",
+        )
+    )
+    image = ec2.describe_images()["Images"][0]["ImageId"]
+    text = re.sub(r"ami-SET-ME\S*", image, _pasted(FILE.read_text(), capsys.readouterr().out))
+    config = _bootstrapped(text)
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for node in config["available_node_types"].values():
+        provider.create_node(copy.deepcopy(node["node_config"]), {}, 1)
+    groups = {g["GroupId"]: g for g in ec2.describe_security_groups()["SecurityGroups"]}
+    launched = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+    (made,) = set(groups) - before  # apply.py's alone: Ray made none
+    assert {g["GroupId"] for i in launched for g in i["SecurityGroups"]} == {made}
+    assert {i["VpcId"] for i in launched} == {groups[made]["VpcId"]} == {vpc}
+    outside = [r for r in groups[made]["IpPermissions"] if r["IpRanges"] or r["Ipv6Ranges"]]
     assert [(r["FromPort"], r["ToPort"]) for r in outside] == [(22, 22)]
     assert [r["CidrIp"] for r in outside[0]["IpRanges"]] == ["203.0.113.7/32"]
     assert [i["InstanceType"] for i in launched] == ["m7i.4xlarge", "m7i.4xlarge", "g6e.48xlarge"]
@@ -240,6 +271,16 @@ def test_a_mock_of_ec2_launches_the_nodes(
     assert config["auth"]["ssh_private_key"] == str(tmp_path / ".ssh" / "beit3-ray.pem")
     assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
     assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 8
+
+
+def test_without_the_groups_id_nothing_starts(ec2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    before = ec2.describe_security_groups()["SecurityGroups"]
+    with pytest.raises(AssertionError):
+        _bootstrapped(FILE.read_text())
+    said = capsys.readouterr()
+    assert "configured SecurityGroupIds" in said.out + said.err
+    assert ec2.describe_security_groups()["SecurityGroups"] == before
+    assert not ec2.describe_instances()["Reservations"]
 
 
 @pytest.mark.slow
@@ -256,7 +297,11 @@ def test_ray_up_launches_the_head_and_knocks_at_its_door(
     image = ec2.describe_images()["Images"][0]["ImageId"]
     for kind, node in config["available_node_types"].items():
         profile = iam.create_instance_profile(InstanceProfileName=f"up-{kind}")["InstanceProfile"]
-        node["node_config"] |= {"ImageId": image, "IamInstanceProfile": {"Arn": profile["Arn"]}}
+        node["node_config"] |= {
+            "ImageId": image,
+            "IamInstanceProfile": {"Arn": profile["Arn"]},
+            "SecurityGroupIds": [group],
+        }
     file = tmp_path / "cluster.yaml"
     file.write_text(yaml.safe_dump(config))
     (tmp_path / ".ray").mkdir()
