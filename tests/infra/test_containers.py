@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import shutil
@@ -121,6 +122,27 @@ def test_secrets_come_from_a_file_that_git_ignores(compose: dict[str, Any]) -> N
     assert len(example) >= 3 and not any(value for _, value in example)
     password = compose["services"]["postgres"]["environment"]["POSTGRES_PASSWORD"]
     assert password.startswith("${POSTGRES_PASSWORD:?")
+
+
+def test_logs_are_shipped_but_those_with_the_jobs_environment() -> None:
+    config = yaml.safe_load((INFRA / "logs" / "fluent-bit.yaml").read_text())
+    (tail,) = config["pipeline"]["inputs"]
+
+    def shipped(name: str) -> bool:
+        path = f"/tmp/ray/session_2026-01-31_12-30-00_000000_1/logs/{name}"
+        taken, left = (
+            any(fnmatch.fnmatchcase(path, pattern) for pattern in tail[field].split(","))
+            for field in ("path", "exclude_path")
+        )
+        return taken and not left
+
+    assert all(map(shipped, ("raylet.out", "monitor.log", "job-driver-raysubmit_1.log")))
+    for name in (
+        "runtime_env_agent.log",
+        "runtime_env_agent.err",
+        "runtime_env_setup-01000000.log",
+    ):
+        assert not shipped(name)
 
 
 def test_the_server_does_not_start_without_its_secrets(tmp_path: Path) -> None:
