@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -21,6 +22,13 @@ import psutil
 
 FOLDER = Path(__file__).parents[2] / "infra" / "mlflow"
 _USER = "mlflow"
+
+
+def documented() -> str:
+    """The commands of docs/operations.md that run in the server's container."""
+    text = (FOLDER.parents[1] / "docs" / "operations.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return "".join(block for block in blocks if '"$admin"' in block)
 
 
 def postgres() -> Path | None:

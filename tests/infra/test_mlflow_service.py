@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow_service import Service
+from mlflow_service import Service, documented
 from ports import listening
 
 from pipelines import pretrain, tracking
@@ -59,6 +62,34 @@ def test_what_one_user_began_another_tracks_in_once_it_is_shared(
     tracking.finish_run(handle)
     run = tracking.client(handle.uri).get_run(handle.run_id)
     assert run.info.status == "FINISHED"
+
+
+def test_the_commands_for_users_and_grants_do_what_they_say(
+    mlflow_service: Service, admin: Any, small_store: Store, tmp_path: Path
+) -> None:
+    """Those of docs/operations.md, in a shell like the container's."""
+    tracking.start_run(small_store, "the administrator's", {})
+    commands = documented()
+    for old, new in {
+        "/tls/tls.crt": str(mlflow_service.certificate),
+        "https://localhost:5000": mlflow_service.url,
+        '"trainer", "..."': f'"reader", "{PASSWORD}"',
+        '"colleague"': '"reader"',
+    }.items():
+        assert old in commands
+        commands = commands.replace(old, new)
+    container = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "MLFLOW_AUTH_ADMIN_USERNAME": mlflow_service.admin,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": mlflow_service.password,
+    }
+    here = 'docker() { until [ "$1" = sh ]; do shift; done; "$@"; }\n'
+    subprocess.run(["bash", "-euc", here + commands], env=container, cwd=tmp_path, check=True)
+    experiment = tracking.client(mlflow_service.url).get_experiment_by_name(tracking.EXPERIMENT)
+    assert experiment is not None
+    found = admin.get_user_permission("reader", "experiment", experiment.experiment_id)
+    assert found.permission == "READ"
 
 
 def test_a_pretraining_is_tracked(

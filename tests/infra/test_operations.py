@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from mlflow_service import documented
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "operations.md").read_text()
@@ -37,6 +40,28 @@ def test_options_named_in_passing_are_there() -> None:
     fields = set(TrainConfig.__dataclass_fields__)
     named = set(re.findall(r"--train\.([a-z-]+)", TEXT))
     assert named and {name.replace("-", "_") for name in named} <= fields
+
+
+def test_mlflows_users_are_made_in_its_container() -> None:
+    compose = yaml.safe_load((ROOT / "infra" / "mlflow" / "compose.yaml").read_text())
+    service = compose["services"]["mlflow"]
+    said = subprocess.run(
+        ["bash", "-euc", "docker() { printf '%s\\0' \"$@\"; }\n" + documented()],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    words = said.split("\0")[:-1]
+    start = shlex.split("compose -f infra/mlflow/compose.yaml exec -T mlflow sh -c")
+    size = len(start) + 2
+    calls = [words[i : i + size] for i in range(0, len(words), size)]
+    assert len(calls) == 2
+    for *before, admin, program in calls:
+        assert before == start
+        compile(program, "operations.md", "exec")
+        (folder,) = (v.split(":")[1] for v in service["volumes"] if v.startswith("./tls:"))
+        assert f"MLFLOW_TRACKING_SERVER_CERT_PATH={folder}/tls.crt" in admin
+        given = (ROOT / "infra" / "mlflow" / service["env_file"]).with_name(".env.example")
+        named = set(re.findall(r"\$(\w{2,})", admin))
+        assert named and named <= set(re.findall(r"^(\w+)=", given.read_text(), re.M))
 
 
 def test_files_named_are_there() -> None:
