@@ -149,7 +149,10 @@ def test_the_file_for_gcp_has_the_same_shape(written: dict[str, Any]) -> None:
             assert node[field] == ours[name][field]
         config = node["node_config"]
         assert config["tags"]["items"] == ["beit3-ray"]  # the firewall's rules go by it
-        assert config["disks"][0]["autoDelete"]
+        (disk,) = config["disks"]
+        assert disk["autoDelete"]
+        kind = f"zones/{gcp['provider']['availability_zone']}/diskTypes/pd-balanced"
+        assert disk["initializeParams"]["diskType"] == kind
         spot = config.get("scheduling", {}).get("provisioningModel")
         assert spot == (None if name == "head" else "SPOT")
     assert (
