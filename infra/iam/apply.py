@@ -43,6 +43,8 @@ class Account:
     """Folder of the store in the bucket: the store is s3://BUCKET/PREFIX."""
     cluster: str = "beit3-ray"
     """`cluster_name` of infra/ray_cluster.yaml, whose security group has this name too."""
+    key_name: str = ""
+    """EC2 key pair of the cluster; empty for one of the cluster's name."""
     vpc: str = ""
     """VPC of the cluster; empty for the region's default one."""
     expire_runs: bool = False
@@ -68,6 +70,7 @@ def document(name: str, account: Account, number: str) -> dict[str, Any]:
         "bucket": account.bucket,
         "prefix": account.prefix,
         "cluster": account.cluster,
+        "key_name": account.key_name or account.cluster,
         "region": account.region,
         "account": number,
         "old_runs": "Enabled" if account.expire_runs else "Disabled",
@@ -217,6 +220,7 @@ def main(account: Account) -> None:
     print(f"security group     {group} ({account.cluster}), SSH from {account.ssh_from}")
     print("for infra/ray_cluster.yaml:")
     print(f"  region: &region {account.region}")
+    print(f"  key_name: &key_name {account.key_name or account.cluster}")
     print(f"  head_profile_arn: &head_profile {profiles['head']}")
     print(f"  worker_profile_arn: &worker_profile {profiles['worker']}")
     print(f"  security_group: &group {group}")

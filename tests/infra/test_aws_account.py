@@ -6,6 +6,7 @@ the requests that the store really makes: a gate before moto's S3 answers 403 wh
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import threading
@@ -240,8 +241,13 @@ def test_the_autoscaler_launches_and_ends_workers_of_its_cluster_alone(
         "ec2:InstanceProfile": f"arn:aws:iam::{NUMBER}:instance-profile/admin",
     }.items():
         assert not allowed(head, run, instance, CONTEXT | WORKER | {key: value})
-    for part in ("subnet/s", "volume/*", "network-interface/*", "key-pair/beit3-ray"):
+    for part in ("subnet/s", "volume/*", "network-interface/*", "capacity-reservation/cr-1"):
         assert allowed(head, run, f"{EC2}:{part}")
+    for key_name, key in (("", "beit3-ray"), ("ours", "ours")):
+        keyed = dataclasses.replace(account, key_name=key_name)
+        policies = [_policy(aws_apply, keyed, "autoscaler-policy")]
+        assert allowed(policies, run, f"{EC2}:key-pair/{key}")
+        assert not allowed(policies, run, f"{EC2}:key-pair/another")
     assert allowed(head, run, f"{EC2}:security-group/sg-1", own)
     assert not allowed(head, run, f"{EC2}:security-group/sg-1")
     assert allowed(head, "ec2:TerminateInstances", f"{EC2}:instance/i-1", own)
@@ -328,8 +334,6 @@ def test_the_script_makes_it_all_and_may_run_again(
 def test_ssh_follows_the_address_and_a_wider_group_is_refused(
     aws_apply: Any, account: Any, aws: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import dataclasses
-
     ec2 = aws.client("ec2", region_name="us-west-2")
     group = aws_apply.make_group(account)
     moved = dataclasses.replace(account, ssh_from="198.51.100.0/24")

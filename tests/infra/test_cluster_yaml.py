@@ -225,7 +225,7 @@ def _bootstrapped(text: str) -> dict[str, Any]:
 def _pasted(text: str, printed: str) -> str:
     """The file, with the lines that apply.py printed for it in place of its own."""
     lines = re.findall(r"^  (\w+: &\w+) (.+)$", printed, re.M)
-    assert len(lines) == 4
+    assert len(lines) == 5
     for name, value in lines:
         text, found = re.subn(rf"(?m)^  {name} .*$", f"  {name} {value}", text)
         assert found == 1, name
@@ -253,6 +253,7 @@ def test_a_mock_of_ec2_launches_the_nodes(
             region=ec2.meta.region_name,
             ssh_from="203.0.113.7/32",
             vpc=vpc if own_vpc else "",
+            key_name="ours",
         )
     )
     image = ec2.describe_images()["Images"][0]["ImageId"]
@@ -271,7 +272,8 @@ def test_a_mock_of_ec2_launches_the_nodes(
     assert [r["CidrIp"] for r in outside[0]["IpRanges"]] == ["203.0.113.7/32"]
     assert [i["InstanceType"] for i in launched] == ["m7i.4xlarge", "m7i.4xlarge", "g6e.48xlarge"]
     assert [i.get("InstanceLifecycle") for i in launched] == [None, "spot", "spot"]
-    assert config["auth"]["ssh_private_key"] == str(tmp_path / ".ssh" / "beit3-ray.pem")
+    assert config["auth"]["ssh_private_key"] == str(tmp_path / ".ssh" / "ours.pem")
+    assert {i["KeyName"] for i in launched} == {"ours"}
     assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
     assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 8
 
