@@ -77,8 +77,9 @@ def _alive() -> list[str]:
 
     if not ray.is_initialized():
         return []
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    return [node["Labels"].get("ray.io/node-group") or ALONE for node in nodes]
+    kinds = [n["Labels"].get("ray.io/node-group") or ALONE for n in ray.nodes() if n["Alive"]]
+    # KubeRay names the head's group by itself.
+    return ["head" if kind == "headgroup" else kind for kind in kinds]
 
 
 def prices() -> dict[str, float]:

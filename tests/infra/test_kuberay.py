@@ -259,6 +259,9 @@ def test_the_job_runs_a_command_that_there_is() -> None:
     assert read.train.workers == 8 and read.train.gpus_per_worker == 1
     given = yaml.safe_load(job["runtimeEnvYAML"])
     assert given == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}}
+    priced = set(re.findall(r"(\w+)=PRICE", job["runtimeEnvYAML"]))
+    cluster = _of("RayCluster")["beit3-ray"]["spec"]
+    assert priced == {"head", *(group["groupName"] for group in cluster["workerGroupSpecs"])}
 
 
 def test_the_images_run_scripts_from_anywhere() -> None:

@@ -74,6 +74,16 @@ def test_ray_says_what_is_alive(ray_session: None) -> None:
     assert bill._alive() == ["machine"]
 
 
+def test_kuberays_head_is_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    groups = ["headgroup", "cpu", "cpu", ""]
+    nodes = [{"Alive": True, "Labels": {"ray.io/node-group": group}} for group in groups]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Labels": {}}])
+    assert bill._alive() == ["head", "cpu", "cpu", "machine"]
+
+
 @pytest.mark.parametrize("written", ["head=0.5 gpu=10", "head=0.5,gpu=10", " head=0.5,  gpu=10 "])
 def test_what_has_a_price_costs(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(bill.PRICES, written)
