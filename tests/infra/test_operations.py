@@ -64,6 +64,12 @@ def test_mlflows_users_are_made_in_its_container() -> None:
         assert named and named <= set(re.findall(r"^(\w+)=", given.read_text(), re.M))
 
 
+def test_the_backup_is_of_users_and_grants_too() -> None:
+    others = (ROOT / "infra" / "mlflow" / "databases.sql").read_text()
+    assert "CREATE DATABASE mlflow_auth" in others  # beside the database mlflow
+    assert re.findall(r"exec -T postgres (.*) > ", TEXT) == ["pg_dumpall -U mlflow"]
+
+
 def test_files_named_are_there() -> None:
     for doc in ("operations.md", "security.md"):
         text = (ROOT / "docs" / doc).read_text().replace("$kind", "cpu")
