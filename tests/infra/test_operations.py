@@ -70,6 +70,13 @@ def test_the_backup_is_of_users_and_grants_too() -> None:
     assert re.findall(r"exec -T postgres (.*) > ", TEXT) == ["pg_dumpall -U mlflow"]
 
 
+def test_git_leaves_out_what_the_kubernetes_steps_write() -> None:
+    steps = TEXT[TEXT.index("### Kubernetes") : TEXT.index("## Day two")]
+    assert "MLFLOW_TLS=tls " in steps
+    assert "/tls/" in (ROOT / ".gitignore").read_text().split()
+    assert steps.index("cp infra/mlflow/.env.example") < steps.index("--from-env-file")
+
+
 def test_files_named_are_there() -> None:
     for doc in ("operations.md", "security.md"):
         text = (ROOT / "docs" / doc).read_text().replace("$kind", "cpu")
