@@ -278,6 +278,37 @@ def test_a_mock_of_ec2_launches_the_nodes(
     assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 8
 
 
+def test_efas_lines_launch_in_a_subnet_of_their_own(ec2: Any, aws_apply: Any) -> None:
+    """Uncommented, as docs/operations.md says."""
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    account = aws_apply.Account(bucket="b", region=ec2.meta.region_name, ssh_from="203.0.113.7/32")
+    group = aws_apply.make_group(account)
+    zone = [{"Name": "availability-zone", "Values": ["us-west-2a"]}]
+    (public,) = ec2.describe_subnets(Filters=zone)["Subnets"]
+    private = ec2.create_subnet(
+        VpcId=public["VpcId"], CidrBlock="172.31.240.0/24", AvailabilityZone="us-west-2a"
+    )["Subnet"]["SubnetId"]
+    ec2.modify_subnet_attribute(SubnetId=private, MapPublicIpOnLaunch={"Value": True})
+    (lines,) = re.findall(r"^ +# NetworkInterfaces:\n(?: +# .*\n)+", FILE.read_text(), re.M)
+    image = ec2.describe_images()["Images"][0]["ImageId"]
+    text = FILE.read_text().replace(lines, lines.replace("# ", ""))
+    text = text.replace("sg-SET-ME", group).replace("subnet-SET-ME", private)
+    config = yaml.safe_load(re.sub(r"ami-SET-ME\S*", image, text))
+    nodes = {name: node["node_config"] for name, node in config["available_node_types"].items()}
+    del nodes["gpu"]["SecurityGroupIds"]
+    for name in ("head", "cpu"):
+        nodes[name]["SubnetIds"] = [public["SubnetId"]]
+    config = _bootstrapped(yaml.safe_dump(config))
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for node in config["available_node_types"].values():
+        del node["node_config"]["IamInstanceProfile"]  # of no account
+        provider.create_node(copy.deepcopy(node["node_config"]), {}, 1)
+    launched = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+    where = {(i["InstanceType"], i["NetworkInterfaces"][0]["SubnetId"]) for i in launched}
+    assert where == {("m7i.4xlarge", public["SubnetId"]), ("g6e.48xlarge", private)}
+
+
 def test_without_the_groups_id_nothing_starts(ec2: Any, capsys: pytest.CaptureFixture[str]) -> None:
     before = ec2.describe_security_groups()["SecurityGroups"]
     with pytest.raises(AssertionError):
