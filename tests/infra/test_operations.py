@@ -64,6 +64,16 @@ def test_mlflows_users_are_made_in_its_container() -> None:
         assert named and named <= set(re.findall(r"^(\w+)=", given.read_text(), re.M))
 
 
+def test_ingestion_fits_the_cpu_nodes() -> None:
+    """More would start GPU nodes, for their CPUs."""
+    cluster = yaml.safe_load((ROOT / "infra" / "ray_cluster.yaml").read_text())
+    cpu = cluster["available_node_types"]["cpu"]
+    assert cpu["node_config"]["InstanceType"] == "m7i.4xlarge"  # 16 CPUs
+    (ingest,) = (job for job in _jobs() if job[0] == "pipelines/ingest.py")
+    processes = int(ingest[ingest.index("--processes") + 1])
+    assert processes == 16 * cpu["max_workers"]
+
+
 def test_the_backup_is_of_users_and_grants_too() -> None:
     others = (ROOT / "infra" / "mlflow" / "databases.sql").read_text()
     assert "CREATE DATABASE mlflow_auth" in others  # beside the database mlflow
