@@ -4,10 +4,10 @@
     records = drop_duplicates.remove(dataset, mark, records, found)     # parts without those rows
 
 **Definition.** Two pictures are the same if their signatures (`pipelines.signatures`) differ by at
-most `MOST_BITS` bits and `MOST_COLOUR` levels of colour. This is stricter than the limits for
-held-out pictures, where a miss costs more than a false match: no pair of different drawn scenes is
-within these limits, but some are within those of leaks (`benchmarks/same_picture.py`). Texts and
-unreadable pictures are compared by checksum.
+most `MOST_BITS` bits, which are at most `MOST_SHARE` of those set in either, and by at most
+`MOST_COLOUR` levels of colour. This is stricter than the limits for held-out pictures, where a miss
+costs more than a false match: of different drawings on a plain background, some are within those
+(`benchmarks/same_picture.py`). Texts and unreadable pictures are compared by checksum.
 
 **What stays.** Rows are ordered: the datasets of `against` as given, then this one; within each, by
 file, then by row. In this order, a row is dropped if it is the same as an earlier row *that stays*.
@@ -59,6 +59,8 @@ from pipelines.storage import FileRecord, Store
 
 MOST_BITS = 72
 """Maximum number of bits in which the hashes of duplicates differ."""
+MOST_SHARE = 0.5
+"""The same, as a share of the bits that are set in either."""
 MOST_COLOUR = 24
 """Maximum difference, in levels of 255, of the mean colour of any field of duplicates."""
 
@@ -193,9 +195,9 @@ def find(
     return Found(**store.read_json(result))
 
 
-def _definition() -> list[int]:
+def _definition() -> list[float]:
     """The settings that decide whether two pictures are compared, and whether they are the same."""
-    return [MOST_BITS, MOST_COLOUR, *picture_cells.DEFINITION]
+    return [MOST_BITS, MOST_SHARE, MOST_COLOUR, *picture_cells.DEFINITION]
 
 
 def _slabs(files: Sequence[_File], rows: int) -> list[list[_File]]:
@@ -327,7 +329,12 @@ def _cell_pairs(cell: pa.Table, first_new: int) -> Iterator[dict[str, Any]]:
         if i and rows[place] >= first_new:
             own = Signature(bits[place], colours[place])
             likes = signatures.same_picture(
-                own, all_bits[:, :i], all_colours[:i], most_bits=MOST_BITS, most_colour=MOST_COLOUR
+                own,
+                all_bits[:, :i],
+                all_colours[:i],
+                most_bits=MOST_BITS,
+                most_share=MOST_SHARE,
+                most_colour=MOST_COLOUR,
             )
             for like, apart, colour in zip(*(a.tolist() for a in likes), strict=True):
                 yield pair(place, seen[like], twin=False, bits=apart, colour=colour)

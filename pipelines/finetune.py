@@ -139,7 +139,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
         image_size=recipe.image_size,
         drop_path=recipe.drop_path,
         checkpoint_activations=(
-            "blocks" if recipe.checkpoint_activations or size == "large" else "none"
+            "blocks" if recipe.checkpoint_activations or size.startswith("large") else "none"
         ),
         batch_size=recipe.batch_size,
         view=ViewConfig(scale=recipe.scale, flip=recipe.flip),
@@ -159,7 +159,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
             workers=math.gcd(8, recipe.batch_size),
             gpus_per_worker=1.0,
             # Decode 1.5 times the pictures that an L40S takes, at 384 pixels and more, or at 224.
-            loader_workers=2 if size == "large" or recipe.image_size >= 384 else 6,
+            loader_workers=2 if size.startswith("large") or recipe.image_size >= 384 else 6,
         ),
     )
 

@@ -37,6 +37,8 @@ from pipelines.storage import Store, StoreError
 
 MOST_BITS = 92
 """Maximum number of bits in which the hashes of the same picture differ."""
+MOST_SHARE = 0.6
+"""The same, as a share of the bits that are set in either."""
 MOST_COLOUR = 32
 """Maximum difference, in levels of 255, of the mean colour of any field."""
 
@@ -92,7 +94,12 @@ class HeldOutPictures:
 
     def nearest(self, picture: Signature) -> Match | None:
         near, bits, colour = same_picture(
-            picture, self._bits, self._colours, most_bits=MOST_BITS, most_colour=MOST_COLOUR
+            picture,
+            self._bits,
+            self._colours,
+            most_bits=MOST_BITS,
+            most_share=MOST_SHARE,
+            most_colour=MOST_COLOUR,
         )
         if not near.size:
             return None

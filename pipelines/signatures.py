@@ -4,7 +4,9 @@ A *signature* is a difference hash (is each of 16 x 16 fields brighter than its 
 the mean colours of 8 x 8 fields. Two pictures are the same if both are close. The hash alone
 confuses pictures with empty backgrounds, where noise decides the bits, and the colours alone
 confuse similar compositions; together they separate pictures well (`benchmarks/same_picture.py`).
-The limits are set by the modules that compare: `pipelines.leaks`, `pipelines.duplicates`.
+Drawings on a plain background have few bits set and nearly the same colours, so how far apart two
+hashes may be also depends on how many bits are set in either. The limits are set by the modules
+that compare: `pipelines.leaks`, `pipelines.duplicates`.
 """
 
 from __future__ import annotations
@@ -65,9 +67,14 @@ def same_picture(
     colours: NDArray[np.uint8],
     *,
     most_bits: int,
+    most_share: float,
     most_colour: int,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Find which of many signatures are of the same picture as this one.
+
+    Args:
+        most_bits, most_share: Bits that may differ, and their share of those set in either.
+        most_colour: Levels by which the mean colour of a field may differ.
 
     Returns their indices, ascending, and by how many bits and levels of colour each differs.
     """
@@ -75,6 +82,9 @@ def same_picture(
     for words, word in zip(bits, np.frombuffer(picture.bits, np.uint64), strict=True):
         apart += np.bitwise_count(words ^ word)
     near = np.flatnonzero(apart <= most_bits)
+    own_bits = np.frombuffer(picture.bits, np.uint64)[:, None]
+    either = np.bitwise_count(bits[:, near] | own_bits).sum(0, dtype=np.int16)
+    near = near[apart[near] <= most_share * either]
     # int16 holds differences of bytes; only the few near ones are compared.
     own = np.frombuffer(picture.colours, np.uint8).astype(np.int16)
     colour = np.abs(colours[near] - own).max(axis=1, initial=0)

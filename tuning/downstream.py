@@ -79,13 +79,9 @@ class TasksConfig:
 
     def preset(self, task: str) -> FinetuneConfig:
         """The preset by which a task is finetuned."""
-        usual = finetune.preset(self.recipe, task)
         own = f"{self.recipe}-{self.dataset(task)}"
-        if own not in tasks.load(task).recipes():
-            return usual
-        # Whether memory is short goes by the model's size alone.
-        memory = usual.checkpoint_activations
-        return dataclasses.replace(finetune.preset(own, task), checkpoint_activations=memory)
+        there = own in tasks.load(task).recipes()
+        return finetune.preset(own if there else self.recipe, task)
 
 
 def finetuning(

@@ -113,6 +113,7 @@ class Task:
                 layer_decay=decay,
                 drop_path=0.2,
                 weight_decay=0.05,
+                checkpoint_activations=True,
             )
             for size, epoch, epochs, warmup, rate, decay in (
                 ("base", coco, 15, 3, 2e-4, 0.65),

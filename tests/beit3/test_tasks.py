@@ -73,7 +73,7 @@ def test_unknown_tasks_and_options_are_named() -> None:
 @pytest.mark.parametrize("name", tasks.names())
 def test_published_recipes_are_there(name: str) -> None:
     recipes = tasks.load(name).recipes()
-    assert set(recipes) == {"base", "large"}
+    assert {"base", "large"} <= set(recipes)
     for recipe in recipes.values():
         assert "unilm" in recipe.source
         assert 0 < recipe.warmup < recipe.steps

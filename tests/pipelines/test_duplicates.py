@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from benchmarks.same_picture import chart
 from pipelines import drop_duplicates, duplicates, picture_cells, signature_files, signatures
 from pipelines.dataset import Commit, Dataset, PartRecord
 from pipelines.duplicate_lists import SAME_BYTES, SAME_PICTURE, Found
@@ -33,10 +35,12 @@ SMALL = Sizes(slab_rows=7, bucket_rows=120)
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """The definition, spelled out: both thresholds, and a cell in common."""
+    """The definition, spelled out: all thresholds, and a cell in common."""
     if a["bits"] is None or b["bits"] is None:
         return a["bits"] is b["bits"] is None and a["sha256"] == b["sha256"]
-    if (int.from_bytes(a["bits"]) ^ int.from_bytes(b["bits"])).bit_count() > duplicates.MOST_BITS:
+    one, other = (int.from_bytes(row["bits"]) for row in (a, b))
+    apart, either = (one ^ other).bit_count(), (one | other).bit_count()
+    if apart > duplicates.MOST_BITS or apart > duplicates.MOST_SHARE * either:
         return False
     colours = zip(a["colours"], b["colours"], strict=True)
     if max(abs(x - y) for x, y in colours) > duplicates.MOST_COLOUR:
@@ -178,10 +182,10 @@ def test_other_datasets_come_first_and_stay(tmp_path: Path, first: int) -> None:
 
 
 def chain(*steps: int) -> list[dict[str, Any]]:
-    """Pictures of one colour whose hashes have so many leading bits set."""
+    """Pictures of one colour whose hashes, stripes, have so many leading bits flipped."""
     return [
         {"id": f"row {i}", "sha256": bytes([i]) * 32, "colours": bytes([90]) * 192,
-         "bits": np.packbits(np.arange(256) < step).tobytes()}
+         "bits": np.packbits((np.arange(256) % 2 == 0) ^ (np.arange(256) < step)).tobytes()}
         for i, step in enumerate(steps)
     ]  # fmt: skip
 
@@ -252,6 +256,27 @@ def image_table(rows: Sequence[tuple[str, bytes]]) -> pa.Table:
     )  # fmt: skip
 
 
+def test_drawings_on_a_plain_background_are_not_all_one() -> None:
+    """Few bits are set and the colours hardly differ, so any two are near; copies are nearer."""
+    drawn = [chart(random.Random(i)) for i in range(40)]
+    signed = [signature(cleaned(data)) for data in drawn]
+    bits, colours = signatures.packed([s.bits for s in signed], [s.colours for s in signed])
+    limits = {name: getattr(duplicates, name) for name in ("MOST_BITS", "MOST_COLOUR")}
+
+    def alike(share: float, of: Signature) -> list[int]:
+        return signatures.same_picture(
+            of, bits, colours, most_bits=limits["MOST_BITS"], most_share=share,
+            most_colour=limits["MOST_COLOUR"],
+        )[0].tolist()  # fmt: skip
+
+    assert sum(len(alike(1.0, one)) - 1 for one in signed) > 300  # were bits and colours all
+    assert sum(len(alike(duplicates.MOST_SHARE, one)) - 1 for one in signed) <= 8
+    for place, data in enumerate(drawn):
+        made = copies(data)
+        for copy in (made[kind] for kind in ("poor", "smaller", "webp")):
+            assert place in alike(duplicates.MOST_SHARE, signature(cleaned(copy)))
+
+
 def test_copies_are_duplicates_if_the_signature_says_so(
     tmp_path: Path, drawn: list[tuple[str, bytes]]
 ) -> None:
@@ -270,6 +295,7 @@ def test_copies_are_duplicates_if_the_signature_says_so(
             bits,
             colours,
             most_bits=duplicates.MOST_BITS,
+            most_share=duplicates.MOST_SHARE,
             most_colour=duplicates.MOST_COLOUR,
         )
         if likes.size:
