@@ -60,7 +60,8 @@ class IngestConfig:
     dry_run: bool = indifferent(False)
     """Read the annotations, fetch nothing, and print what a run would take, according to `assume`:
     hours = images / images_per_second / nodes / 3600; for archives and texts
-    hours = megabytes / megabytes_per_second / nodes / 3600;
+    hours = megabytes / megabytes_per_second / nodes / 3600, and stored = megabytes * sample, both
+    at most what the images of `limit` take;
     stored = images * success * kilobytes_stored * (short_side / 288)**2;
     cost = hours * nodes * node_price, and each month stored gigabytes * storage_price."""
     assume: Assumptions = indifferent(Assumptions())

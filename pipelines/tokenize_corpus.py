@@ -163,13 +163,13 @@ def run(cfg: TokenizeConfig) -> list[Commit]:
     """
     store = Store(cfg.store)
     text_tokenizer = load_text_tokenizer(store, cfg.text_tokenizer)
-    image_tokenizer = bundles.identity(store, f"tokenizers/image/{cfg.image_tokenizer}")
-    patches = image_tokenizer_shape(store, cfg.image_tokenizer).patches
+    tokenizers, patches = {}, 0
+    if cfg.images or cfg.held_out:  # texts can be tokenized while the image tokenizer trains
+        identity = bundles.identity(store, f"tokenizers/image/{cfg.image_tokenizer}")
+        tokenizers["image"] = {"name": cfg.image_tokenizer, "identity": identity}
+        patches = image_tokenizer_shape(store, cfg.image_tokenizer).patches
+    tokenizers["text"] = {"name": cfg.text_tokenizer, "identity": text_tokenizer.identity}
     cluster.start()
-    tokenizers = {
-        "image": {"name": cfg.image_tokenizer, "identity": image_tokenizer},
-        "text": {"name": cfg.text_tokenizer, "identity": text_tokenizer.identity},
-    }
     kinds = {"images": cfg.images, "tasks": cfg.held_out, "text": cfg.texts}
     return [
         _tokenize(cfg, store, f"{kind}/{name}", name, tokenizers, patches)

@@ -134,6 +134,14 @@ def test_texts_are_cut_into_pieces_and_nothing_is_lost(corpus: Store) -> None:
     assert stats["documents"] == 25 and stats["tokens"] == sum(len(p["ids"]) for p in pieces)
 
 
+def test_texts_need_no_image_tokenizer(corpus: Store, copied: Callable[..., Store]) -> None:
+    store = copied("text", "tokenizers/text")
+    run(small_corpus.tokens(store, images=(), held_out=()))
+    made = store.dataset("tokens/words").commit()
+    assert made.identity == corpus.dataset("tokens/words").commit().identity
+    assert made.fingerprint == corpus.dataset("tokens/words").commit().fingerprint
+
+
 def test_a_picture_that_does_not_decode_is_set_aside(corpus: Store) -> None:
     dataset = corpus.dataset("tokens/alone")
     (aside,) = dataset.read_set_aside()
