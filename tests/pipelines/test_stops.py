@@ -408,7 +408,9 @@ def test_a_worker_learns_that_its_node_is_told_to_end(tmp_path: Path) -> None:
             text=True,
             check=True,
         )
-    assert json.loads(done.stdout.splitlines()[-1]) == [False, True]
+    # Ray may print a raylet's last lines at its end.
+    told = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert list(map(json.loads, told)) == [[False, True]]
 
 
 def test_where_nobody_answers_there_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
