@@ -25,6 +25,7 @@ from beit3.multiway import Layout, Read, Streams
 # In the order of their places in a batch.
 IMAGE_OBJECTIVES = ("image", "pair_image")
 TEXT_OBJECTIVES = ("pair_text", "text")
+OBJECTIVES = (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES)
 PIXEL_EPS = 1e-6
 
 
@@ -52,7 +53,7 @@ class StepPlaces:
     """The masked places in all batches that a worker reads in one optimizer step.
 
     kinds: the objectives that have any.
-    mean: float `[4]`, their number in a batch on average, in the order of the batch's objectives.
+    mean: float `[4]`, their number in a batch on average, in the order of `OBJECTIVES`.
     """
 
     kinds: tuple[str, ...]
@@ -210,7 +211,7 @@ class ObjectiveWeights:
     mean and deviation (mean squared error)."""
 
     def __post_init__(self) -> None:
-        for name in (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES):
+        for name in OBJECTIVES:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"objectives.{name}: expected a weight of 0 or more, got {getattr(self, name)}"
@@ -375,7 +376,7 @@ def of_one_step(batches: Sequence[MaskedBatch]) -> list[MaskedBatch]:
         return list(batches)
     counts = {
         kind: sum(len(one.masked[kind].places) for one in batches if kind in one.masked)
-        for kind in (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES)
+        for kind in OBJECTIVES
     }
     kinds = tuple(kind for kind, count in counts.items() if count)
     step = StepPlaces(kinds, torch.tensor([float(n) for n in counts.values()]) / len(batches))
@@ -405,11 +406,10 @@ def over_step(
         of the worker's own loss: its number of places divided by the mean number over all workers
         and the step's batches.
     """
-    kinds = (*IMAGE_OBJECTIVES, *TEXT_OBJECTIVES)
     none = torch.zeros((), device=device)
-    counts = torch.stack([none + places.get(kind, 0) for kind in kinds])
+    counts = torch.stack([none + places.get(kind, 0) for kind in OBJECTIVES])
     sums = [
-        torch.stack([means.get(f"{of}/{kind}", none).detach() for kind in kinds]) * counts
+        torch.stack([means.get(f"{of}/{kind}", none).detach() for kind in OBJECTIVES]) * counts
         for of in ("loss", "accuracy")
     ]
     told = torch.stack([counts if step is None else step.mean, *sums])
@@ -420,10 +420,10 @@ def over_step(
     found = {
         f"{of}/{kind}": value
         for of, row in zip(("loss", "accuracy"), values, strict=True)
-        for kind, value in zip(kinds, row, strict=True)
+        for kind, value in zip(OBJECTIVES, row, strict=True)
     }
     shares = counts * _workers() / total
-    return found, dict(zip(kinds, shares, strict=True))
+    return found, dict(zip(OBJECTIVES, shares, strict=True))
 
 
 def _workers() -> int:

@@ -138,9 +138,7 @@ def preset(size: str, task: str) -> FinetuneConfig:
         name=f"{task}-{size}",
         image_size=recipe.image_size,
         drop_path=recipe.drop_path,
-        checkpoint_activations=(
-            "blocks" if recipe.checkpoint_activations or size.startswith("large") else "none"
-        ),
+        checkpoint_activations="blocks" if recipe.checkpoint_activations else "none",
         batch_size=recipe.batch_size,
         view=ViewConfig(scale=recipe.scale, flip=recipe.flip),
         eval_split=kind.about.validation_split,

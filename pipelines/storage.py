@@ -245,7 +245,7 @@ def local_folder(place: str, beside: str = "") -> Iterator[Path]:
         if beside:
             found = posixpath.normpath(posixpath.join(remote.root, beside))
             if remote.fs.get_file_info(found).is_file:
-                (folder / beside).parent.resolve().mkdir(parents=True, exist_ok=True)
-                with remote.fs.open_input_file(found) as source:
-                    (folder / beside).resolve().write_bytes(source.read())
+                target = (folder / beside).resolve()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                pafs.copy_files(found, str(target), source_filesystem=remote.fs)
         yield folder

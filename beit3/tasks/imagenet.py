@@ -170,6 +170,7 @@ class Task:
                 drop_path=drop_path,
                 weight_decay=0.05,
                 scale=(0.08, 1.0),
+                checkpoint_activations=size == "large",
             )
             for size, rate, decay, drop_path in (
                 ("base", 7e-4, 0.65, 0.15),

@@ -164,6 +164,7 @@ class Task:
                 layer_decay=decay,
                 drop_path=0.2,
                 weight_decay=0.2,
+                checkpoint_activations=size == "large",
             )
             for size, rate, decay in (("base", 7e-4, 0.65), ("large", 3e-4, 0.85))
         }

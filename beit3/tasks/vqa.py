@@ -174,6 +174,7 @@ class Task:
                 weight_decay=0.01,
                 betas=(0.9, 0.98),
                 head_scale=20.0,
+                checkpoint_activations=size == "large",
             )
             for size, rate, drop_path in (("base", 3e-5, 0.1), ("large", 2e-5, 0.15))
         }
